@@ -1,0 +1,204 @@
+"""Frozen dataclasses that configure every stage of an experiment."""
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping
+
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
+
+
+@dataclass(frozen=True)
+class DataConfig:
+  """Where the events and impressions come from, and how their time is split.
+
+  Days are UTC days counted back from the last impression. Pretraining reads the events before the fine-tuning days
+  (or, with `pretrain_overlap`, also those of the fine-tuning days); nothing trains on validation or test days.
+  """
+
+  source: str = 'simulator'  # 'simulator', a public source's name, or 'prepared'
+  path: str = ''  # the raw files of a public source, or a prepared data set; unused by the simulator
+  simulator: Mapping[str, Any] = field(default_factory=dict)  # fields of SimulatorConfig that differ from its defaults
+  test_days: int = 3
+  validation_days: int = 1
+  finetune_days: int = 10
+  pretrain_overlap: bool = False
+  min_candidates: int = 4  # smaller requests train the ranker but are not evaluated
+
+
+@dataclass(frozen=True)
+class TableConfig:
+  """Hashed item tables: S sub-tables of R rows x E (PinFM section 2: 8 x 80 M x 32)."""
+
+  sub_tables: int = 8
+  rows: int = 80_000_000
+  width: int = 32
+  hash_seed: int = 0
+  init_scale: float = 0.02
+
+  @property
+  def item_width(self) -> int:
+    """Width of an item's vector: its S rows concatenated."""
+    return self.sub_tables * self.width
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+  """The pre-LN decoder of PinFM and its pointwise MLPs."""
+
+  layers: int = 12
+  width: int = 512
+  heads: int = 8
+  mlp_ratio: int = 4
+  output_width: int = 256  # width of phi_out and psi
+  max_positions: int = 512
+  dropout: float = 0.0
+  dtype: str = 'float32'  # of the activations; parameters, softmax and losses stay float32
+
+
+@dataclass(frozen=True)
+class PinFMConfig:
+  """The pretrained model. The vocabulary sizes come from the prepared data set."""
+
+  tables: TableConfig = TableConfig()
+  tower: TowerConfig = TowerConfig()
+  num_actions: int = 0  # 0 = taken from the data set
+  num_surfaces: int = 0
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+  """One optimizer for tower and tables: AdamW with warm-up and cosine, row-wise Adagrad for the rows."""
+
+  learning_rate: float = 1e-3
+  table_learning_rate: float = 0.05
+  warmup_steps: int = 100
+  final_ratio: float = 0.1  # of the peak learning rate, reached at the last step
+  weight_decay: float = 0.01
+  beta1: float = 0.9
+  beta2: float = 0.99
+  clip_norm: float = 1.0  # global norm over tower and row gradients; 0 = off
+  pretrained_ratio: float = 1.0  # learning-rate ratio of the pretrained tower and the tables (PinFM section 4: 0.1)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+  """Pretraining over non-overlapping segments of the users' histories (PinFM section 3)."""
+
+  steps: int = 1000
+  batch_segments: int = 64  # U of the global batch
+  segment_length: int = 384  # L
+  downstream_length: int = 256  # L_d: the future-token loss's anchor
+  window: int = 16  # L'
+  pairs: int = 4  # offsets drawn of the window for an anchor of the multi-token loss
+  positive_actions: tuple[str, ...] = ()  # A_pos; empty = every event is a positive target
+  ntl_weight: float = 1.0
+  mtl_weight: float = 1.0
+  ftl_weight: float = 1.0
+  max_columns: int = 16_384  # K: unique items of the global batch that serve as negatives
+  temperature: float = 0.05  # initial value of the learnable temperature
+  checkpoint_every: int = 500
+  log_every: int = 20
+  update: UpdateConfig = UpdateConfig()
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+  """The multi-task ranking model around the user-sequence module (feature_interactions: Homefeed ranker)."""
+
+  sequence: str = 'pinfm'  # 'pinfm' (early fusion, DCAT) or 'none'
+  cross_layers: int = 3  # DCNv2
+  mlp: tuple[int, ...] = (256, 128)
+  dropout: float = 0.0
+  item_buckets: int = 65_536  # the ranker's own hashed item-id embedding, with or without PinFM; 0 = none
+  max_sparse_width: int = 32
+  embedding_width: int = 32  # embedding features are projected to this width
+  module_width: int = 64  # the module's outputs are projected to this width
+
+
+@dataclass(frozen=True)
+class ColdStartConfig:
+  """Fine-tuning techniques for new items (PinFM section 3.2: CIR and IDD)."""
+
+  randomise: float = 0.1  # share of candidate ids replaced by a random id
+  age_edges_hours: tuple[float, ...] = (168.0, 672.0)
+  age_dropout: tuple[float, ...] = (0.7, 0.5)  # of the module's outputs, for items younger than each edge
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+  """Fine-tuning inside the ranking model over request-grouped batches."""
+
+  epochs: float = 1.0
+  batch_requests: int = 64  # U of the global batch
+  candidates: int = 16  # C: longer requests are split, shorter ones padded
+  history_length: int = 256  # L_d
+  history_block: int = 32  # the history window slides in blocks of this many events
+  init: str = 'pretrained'  # 'pretrained' (warm start) or 'scratch'
+  label_weights: Mapping[str, float] = field(default_factory=dict)  # weight of a label's loss; 1 if not named
+  module_weight: float = 0.5  # ranking losses applied to the module's own output
+  tie_weight: float = 0.1  # squared difference of the module's and the ranker's predictions
+  ntl_weight: float = 0.1  # next-token loss over the histories
+  ntl_columns: int = 2048
+  cold_start: ColdStartConfig = ColdStartConfig()
+  checkpoint_every: int = 500
+  log_every: int = 20
+  update: UpdateConfig = UpdateConfig(pretrained_ratio=0.1, table_learning_rate=0.05)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+  """What is measured on the test split, and the utility that orders a request."""
+
+  main_label: str = 'save'
+  labels: tuple[str, ...] = ()  # shown in the table; empty = all
+  utility: Mapping[str, float] = field(default_factory=dict)  # weight of each label's probability; hide's is negative
+  split: str = 'test'  # 'validation' while tuning: the test split is read once, at the end
+  retrieval_users: int = 2000  # users of the whole-catalogue evaluation of the pretrained tower
+  ks: tuple[int, ...] = (10, 50)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+  """The exported bundle."""
+
+  storage: str = 'int4'  # 'int4', 'int8' or 'float32' tables
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes; 0 = all devices that are left."""
+
+  data: int = 0
+  fsdp: int = 1
+  model: int = 1
+
+
+@dataclass(frozen=True)
+class Arm:
+  """One fine-tuned ranker of a comparison: the experiment with some settings changed."""
+
+  name: str
+  overrides: Mapping[str, Any] = field(default_factory=dict)
+
+  @property
+  def directory(self) -> str:
+    """Name of the arm's folder in a seed's folder."""
+    return 'ranker_' + ''.join(c if c.isalnum() else '_' for c in self.name.lower())
+
+
+@dataclass(frozen=True)
+class Experiment:
+  """Everything `pinfm run` needs; a launch file defines one, named `experiment`."""
+
+  name: str
+  data: DataConfig = DataConfig()
+  model: PinFMConfig = PinFMConfig()
+  pretrain: PretrainConfig = PretrainConfig()
+  ranker: RankerConfig = RankerConfig()
+  finetune: FinetuneConfig = FinetuneConfig()
+  evaluate: EvaluateConfig = EvaluateConfig()
+  serve: ServeConfig = ServeConfig()
+  mesh: MeshConfig = MeshConfig()
+  arms: tuple[Arm, ...] = (Arm('without PinFM', {'ranker.sequence': 'none'}), Arm('with PinFM'))
+  baseline: str = 'without PinFM'
+  seeds: tuple[int, ...] = (0,)

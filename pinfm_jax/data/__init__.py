@@ -1,0 +1,1 @@
+"""Raw activity logs, their preparation, and the Grain pipelines that feed training."""

@@ -1,0 +1,187 @@
+"""From spooled rows to the shards and tables of a data set, one part of the users after the other."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from pinfm_jax.data.features import SideTable
+from pinfm_jax.data.info import DataFile, Features, TimeKnown
+from pinfm_jax.data.intake import Shared
+from pinfm_jax.data.item_table import ItemTable
+from pinfm_jax.data.partition import EventPart, RequestPart, event_part, history_ends, request_ids, request_part
+from pinfm_jax.data.prepare_config import PrepareConfig
+from pinfm_jax.data.records import encode_histories, encode_requests
+from pinfm_jax.data.spool import Spool, plan
+from pinfm_jax.data.writing import RecordSpool, ShardWriter, write_table
+from pinfm_jax.progress import Progress
+
+_PART_BYTES = 96 << 20
+_ROWS_PER_SHARD = 8_000_000
+
+
+@dataclass(frozen=True)
+class Ingested:
+  """Everything that reading the files has brought.
+
+  Attributes:
+    config: the configuration.
+    shared: id types and vocabularies.
+    events, impressions: the spooled rows.
+    order_only: the log has no times.
+    time_known: what is known about the times.
+    features: the candidates' features.
+    sides: loaded item and user files.
+  """
+
+  config: PrepareConfig
+  shared: Shared
+  events: Spool
+  impressions: Spool
+  order_only: bool
+  time_known: TimeKnown
+  features: Features
+  sides: list[SideTable]
+
+
+@dataclass(frozen=True)
+class Assembled:
+  """What was written: files, sizes, and what became of the rows (kept, merged, duplicates, cut)."""
+
+  shards: tuple[DataFile, ...]
+  tables: tuple[DataFile, ...]
+  users: int
+  items: int
+  requests: int
+  content_width: int
+  time_range_ms: tuple[int, int]
+  events: Counter[str]
+  impressions: Counter[str]
+
+
+class Assembler:
+  """Writes the record files and tables of one data set."""
+
+  def __init__(self, ingested: Ingested, folder: Path, spill: Path):
+    """Files go to `folder`, what is only needed on the way to `spill`."""
+    self._in, self._config, self._folder = ingested, ingested.config, folder
+    self._action_code = ingested.shared.actions.final()[1].tolist()
+    self._surface_code = ingested.shared.surfaces.final()[1].astype(np.uint16)
+    shards = self._shards(ingested.events)
+    self._histories = ShardWriter(folder, 'histories', shards)
+    # Shards divide the hashes of the users evenly, so that they can be filled before the users are counted.
+    self._shard_last = np.array([((shard + 1) << 64) // shards - 1 for shard in range(shards)], np.uint64)
+    self._request_records = RecordSpool(spill / 'requests.bin')
+    self._items = ItemTable()
+    self._users: list[pl.DataFrame] = []
+    self._requests: list[pl.DataFrame] = []
+    self._num_users = 0
+    self._times: list[int] = []
+    self._event_rows: Counter[str] = Counter()
+    self._impression_rows: Counter[str] = Counter()
+
+  def run(self) -> Assembled:
+    """Writes everything."""
+    spools = [self._in.events, self._in.impressions]
+    progress = Progress('write', sum(spool.rows for spool in spools), 'rows')
+    done = 0
+    for first, last in plan(spools, self._config.partitions, _PART_BYTES):
+      done += self._part(first, last)
+      progress.update(done)
+    shards = self._histories.close()
+    tables = [self._write_users()]
+    id_type = self._in.shared.id_type['item']
+    items, content_width = self._items.finish(self._config, id_type, self._in.time_known, self._in.sides)
+    tables.append(write_table(items, self._folder / 'items.parquet'))
+    num_requests = 0
+    if self._config.impressions:
+      request_shards, table = self._write_requests()
+      shards += request_shards
+      tables.append(table)
+      num_requests = table.records
+    progress.close(f'{self._num_users} users, {items.height} items, {num_requests} requests')
+    return Assembled(
+      shards=tuple(shards),
+      tables=tuple(tables),
+      users=self._num_users,
+      items=items.height,
+      requests=num_requests,
+      content_width=content_width,
+      time_range_ms=(min(self._times), max(self._times)) if self._times else (0, 0),
+      events=self._event_rows,
+      impressions=self._impression_rows,
+    )
+
+  def _shards(self, spool: Spool) -> int:
+    return self._config.shards or max(1, math.ceil(spool.rows / _ROWS_PER_SHARD))
+
+  def _part(self, first: int, last: int) -> int:
+    """Writes the users of some buckets; returns how many rows that took."""
+    rows, shown = self._in.events.read(first, last), self._in.impressions.read(first, last)
+    if not rows.height and not shown.height:
+      return 0
+    requests = None
+    if shown.height:
+      config = self._config
+      truths = list(config.reference_columns)
+      requests = request_part(shown, self._in.features, config.labels, truths, self._in.sides, self._surface_code)
+    part = event_part(
+      rows,
+      requests.users if requests else None,
+      self._in.order_only,
+      self._config.cap,
+      self._action_code,
+      self._surface_code,
+    )
+    self._write_histories(part)
+    if requests:
+      self._spool_requests(part, requests)
+    self._num_users += part.users.height
+    return rows.height + shown.height
+
+  def _write_histories(self, part: EventPart) -> None:
+    records = encode_histories(part.events, part.offsets)
+    shard = np.searchsorted(self._shard_last, part.users['mixed'].to_numpy())
+    for number, count in zip(*np.unique(shard, return_counts=True), strict=True):
+      self._histories.write(int(number), islice(records, int(count)))
+    self._users.append(part.users.drop('mixed'))
+    self._items.add(part.items)
+    self._event_rows.update(kept=len(part.events), merged=part.merged, duplicates=part.duplicates, cut=part.cut)
+    if len(part.events) and self._in.time_known.histories:
+      self._times += [int(part.events.timestamp.min()), int(part.events.timestamp.max())]
+
+  def _spool_requests(self, events: EventPart, part: RequestPart) -> None:
+    place, ends = history_ends(events, part)
+    rows = place + self._num_users
+    self._request_records.append(encode_requests(part.candidates, rows, ends, part.offsets))
+    table = part.requests.with_columns(
+      request_ids(part.requests, self._config.request_by), pl.Series('user_row', rows, pl.UInt32)
+    )
+    self._requests.append(table.select('request_id', 'user_row', 'timestamp', 'candidates', 'order'))
+    self._items.add(part.items.with_columns(pl.col('first_seen').alias('first_shown')))
+    self._impression_rows.update(kept=len(part.candidates), merged=part.merged, duplicates=part.duplicates)
+    if self._in.time_known.impressions:
+      self._times += [int(part.candidates.timestamp.min()), int(part.candidates.timestamp.max())]
+
+  def _write_users(self) -> DataFile:
+    users = pl.concat(self._users)
+    if 'user_id' not in users.columns:
+      users = users.with_columns(pl.col('user_key').reinterpret(signed=True).alias('user_id'))
+    return write_table(users.select('user_key', 'user_id', 'events'), self._folder / 'users.parquet')
+
+  def _write_requests(self) -> tuple[list[DataFile], DataFile]:
+    """Puts the requests of all parts in the order of their first impressions."""
+    table = pl.concat(self._requests)
+    order = np.lexsort((table['order'].to_numpy(), table['timestamp'].to_numpy()))
+    count = self._shards(self._in.impressions)
+    writer = ShardWriter(self._folder, 'requests', count)
+    records = self._request_records.read(order)
+    for shard in range(count):
+      size = len(order) * (shard + 1) // count - len(order) * shard // count
+      writer.write(shard, islice(records, size))
+    shards = writer.close()
+    return shards, write_table(table[order].drop('order'), self._folder / 'requests.parquet')

@@ -1,0 +1,144 @@
+"""From events and candidates to padded model inputs: one code path for training, evaluation and serving.
+
+What a model sees must not depend on who asks, so the window of the history, the derived features and the order of
+the columns are decided here alone.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pinfm_jax.config import HOUR_MS
+from pinfm_jax.data.info import DatasetInfo, Features
+from pinfm_jax.data.records import History, Request
+from pinfm_jax.errors import UserError
+from pinfm_jax.model.hashing import hash_rows, key_words
+
+AGE = 'item_age_hours'
+EVENTS = 'history_events'
+SURFACE = 'surface'
+ITEM = 'item_id'
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+  """The ranker's inputs, in column order; part of every checkpoint's configuration and of a bundle's manifest.
+
+  Attributes:
+    features: dense, sparse and embedding features of the prepared data set.
+    content_width: width of the items' content vector (0 = none), the last embedding feature.
+    num_surfaces: size of the surface vocabulary.
+    item_buckets: hashed buckets of the candidate's id as a sparse feature of the ranker itself; 0 = none.
+    history_length: L_d, the most events the model reads; also bounds the feature that counts them.
+    labels: names of the labels predicted.
+  """
+
+  features: Features
+  content_width: int
+  num_surfaces: int
+  item_buckets: int
+  history_length: int
+  labels: tuple[str, ...]
+
+  @classmethod
+  def of(cls, info: DatasetInfo, item_buckets: int, history_length: int) -> 'FeatureSchema':
+    """The schema of a prepared data set with impressions."""
+    if not info.labels:
+      raise UserError('the data set has no impressions with labels; prepare it with --impressions to train a ranker')
+    return cls(info.features, info.content_width, len(info.surfaces), item_buckets, history_length, info.labels)
+
+  @property
+  def dense_names(self) -> tuple[str, ...]:
+    """Names of the dense columns: the data set's, then the derived ones."""
+    return (*self.features.dense, AGE, EVENTS)
+
+  @property
+  def sparse_sizes(self) -> tuple[int, ...]:
+    """Cardinalities of the sparse columns: the data set's, the surface, the item id."""
+    sizes = [*(feature.size for feature in self.features.sparse), self.num_surfaces + 1]
+    return tuple(sizes + ([self.item_buckets + 1] if self.item_buckets else []))
+
+  @property
+  def embedding_widths(self) -> tuple[int, ...]:
+    """Widths of the embedding features."""
+    widths = [feature.width for feature in self.features.embedding]
+    return tuple(widths + ([self.content_width] if self.content_width else []))
+
+
+def window_start(events: int, length: int, block: int) -> int:
+  """First event of the model's window over a history of `events` events.
+
+  The window holds at most `length` events and slides in whole blocks, so that the learned positions, and with them a
+  cached user's keys and values, stay valid while events are appended (until the window is full).
+  """
+  if events <= length:
+    return 0
+  return -(-(events - length) // block) * block
+
+
+def history_inputs(history: History, end: int, length: int, block: int) -> dict[str, np.ndarray]:
+  """The last events before offset `end`, padded to `length`.
+
+  Returns:
+    item [L, 2] uint32 words, surface [L] int32, actions [L] uint32, mask [L] bool.
+  """
+  events = slice(window_start(end, length, block), end)
+  return event_inputs(history, events, length)
+
+
+def event_inputs(history: History, events: slice, length: int) -> dict[str, np.ndarray]:
+  """A slice of a history, padded at the end to `length`."""
+  return {
+    'item': _pad(key_words(history.item[events]), length),
+    'surface': _pad(history.surface[events].astype(np.int32), length),
+    'actions': _pad(history.actions[events].astype(np.uint32), length),
+    'mask': _pad(np.ones(len(history.item[events]), bool), length),
+  }
+
+
+def candidate_inputs(
+  request: Request, rows: slice, candidates: int, schema: FeatureSchema, content: np.ndarray | None
+) -> dict[str, np.ndarray]:
+  """Some of a request's candidates, padded to `candidates`.
+
+  Args:
+    request: the request.
+    rows: which of its candidates.
+    candidates: C.
+    schema: column order.
+    content: [all candidates of the request, content_width], or None if the schema has none.
+
+  Returns:
+    item [C, 2], mask [C], age_hours [C], dense [C, F], sparse [C, F], embedding [C, F], labels [C, T].
+  """
+  item, surface = request.item[rows], request.surface[rows]
+  age = item_age_hours(request.timestamp[rows], request.created_at[rows])
+  events = np.full(len(item), min(request.history_end, schema.history_length), np.float32)
+  dense = np.concatenate([request.dense[rows], age[:, None], events[:, None]], axis=1)
+  sparse = [request.sparse[rows], surface[:, None].astype(np.int32) + 1]
+  if schema.item_buckets:
+    sparse.append(hash_rows(key_words(item), 1, schema.item_buckets, seed=1) + 1)
+  embedding = [request.embedding[rows]]
+  if schema.content_width:
+    embedding.append(content[rows])
+  return {
+    'item': _pad(key_words(item), candidates),
+    'mask': _pad(np.ones(len(item), bool), candidates),
+    'age_hours': _pad(age, candidates),
+    'dense': _pad(dense.astype(np.float32), candidates),
+    'sparse': _pad(np.concatenate(sparse, axis=1).astype(np.int32), candidates),
+    'embedding': _pad(np.concatenate(embedding, axis=1).astype(np.float32), candidates),
+    'labels': _pad(request.labels[rows].astype(np.float32), candidates),
+  }
+
+
+def item_age_hours(timestamp: np.ndarray, created_at: np.ndarray) -> np.ndarray:
+  """Age of items in hours, float32; NaN where the creation time is unknown (-1), never negative."""
+  age = np.maximum(timestamp - created_at, 0) / HOUR_MS
+  return np.where(created_at < 0, np.nan, age).astype(np.float32)
+
+
+def _pad(array: np.ndarray, length: int) -> np.ndarray:
+  padding: Any = [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1)
+  return np.pad(array, padding)

@@ -1,0 +1,111 @@
+"""Turns batches of impression rows into canonical rows: request, candidate, labels and features."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from pinfm_jax.data.canonical import Field, flag_field, id_field, probability_field, sniff_id_type, split, time_field
+from pinfm_jax.data.columns import source_column
+from pinfm_jax.data.events import keys_of
+from pinfm_jax.data.features import DENSE, EMBEDDING, SPARSE, SparseCollector, feature_fields, vector_width
+from pinfm_jax.data.intake import Shared, common_fields, time_unit, with_keys
+from pinfm_jax.data.prepare_config import PrepareConfig
+from pinfm_jax.data.reading import Batch, column_names
+from pinfm_jax.errors import UserError
+
+LABEL, REFERENCE, DAY_MS = 'label:', 'reference:', 86_400_000
+
+
+@dataclass
+class ImpressionIntake:
+  """Canonical impressions of a batch: the columns of an event, request_key, created_at, labels and features."""
+
+  config: PrepareConfig
+  shared: Shared
+  kind: str = 'impressions'
+  request_id_type: str = ''
+  widths: dict[str, int] = field(default_factory=dict)
+  sparse: dict[str, SparseCollector] = field(default_factory=dict)
+  names: dict[str, list[str]] = field(default_factory=dict)
+  _units: dict[str, str] = field(default_factory=dict)
+  _columns: dict[str, str] = field(default_factory=dict)
+
+  def open(self, path: Path) -> list[str]:
+    """Finds the columns of a file; returns those to read. Features that it lacks are left to the side tables."""
+    config, header, mapping = self.config, column_names(path), self.config.impression_columns
+    required = ['user_id', 'item_id', 'timestamp', *config.labels]
+    if config.request_by == 'request_id':
+      required.append('request_id')
+    columns = {name: source_column(path, header, mapping, name) for name in required}
+    sided = config.items is not None or config.users is not None
+    features = [*config.dense, *config.sparse, *config.embedding]
+    found = {name: source_column(path, header, mapping, name, required=not sided) for name in features}
+    found |= {
+      name: source_column(path, header, mapping, name, required=False) for name in ('surface', 'item_created_at')
+    }
+    columns |= {name: column for name, column in found.items() if column is not None}
+    columns |= {
+      REFERENCE + label: source_column(path, header, {}, column) for label, column in config.reference_columns.items()
+    }
+    names = {
+      DENSE: [name for name in config.dense if name in columns],
+      SPARSE: [name for name in config.sparse if name in columns],
+      EMBEDDING: [name for name in config.embedding if name in columns],
+    }
+    if self.names and names != self.names:
+      raise UserError(f'{path} has other features than the impression files before it; expected the same of all')
+    self.names, self._columns = names, columns
+    self.sparse = self.sparse or {name: SparseCollector(name) for name in names[SPARSE]}
+    return list(columns.values())
+
+  def canonical(self, batch: Batch, first_order: int) -> tuple[pl.DataFrame, pl.Series]:
+    """The canonical rows of the good rows, and the reasons why the others are bad."""
+    frame, columns, schema = batch.frame, self._columns, batch.frame.schema
+    if not self.widths:
+      self.widths = {name: vector_width(frame, columns[name], name) for name in self.names[EMBEDDING]}
+    fields = common_fields(self.config, self.shared, frame, columns)
+    fields |= self._time_fields(frame)
+    if 'request_id' in columns:
+      if not self.request_id_type:
+        self.request_id_type = sniff_id_type(frame[columns['request_id']], self.config.max_rejected_share)
+      column = columns['request_id']
+      fields['request_id'] = id_field(column, schema[column], self.request_id_type, 'request_id')
+    for label in self.config.labels:
+      fields[LABEL + label] = flag_field(columns[label], schema[columns[label]], label)
+    for label in self.config.reference_columns:
+      column = columns[REFERENCE + label]
+      fields[REFERENCE + label] = probability_field(column, schema[column], f'the probability of {label}')
+    fields |= feature_fields(self.names, columns, schema, self.widths)
+    fields['order'] = Field(pl.lit(pl.Series(batch.line + first_order)))
+    good, reasons = split(frame, fields)
+    for name, collector in self.sparse.items():
+      collector.add(good[SPARSE + name])
+    return self._finish(with_keys(good, self.shared)), reasons
+
+  def _time_fields(self, frame: pl.DataFrame) -> dict[str, Field]:
+    made = {}
+    for name, what in (('timestamp', 'timestamp'), ('item_created_at', 'created_at')):
+      if name in self._columns:
+        column = self._columns[name]
+        if name not in self._units:
+          unit = self.config.impression_time_unit
+          self._units[name] = time_unit(
+            'auto' if unit == 'order' and what == 'created_at' else unit, frame[column], name
+          )
+        made[what] = time_field(column, frame.schema[column], self._units[name], name, optional=what == 'created_at')
+    return made
+
+  def _finish(self, good: pl.DataFrame) -> pl.DataFrame:
+    labels = np.zeros(good.height, np.uint32)
+    for bit, label in enumerate(self.config.labels):
+      labels |= good[LABEL + label].to_numpy().astype(np.uint32) << np.uint32(bit)
+    if 'request_id' in good.columns:
+      request = keys_of(good['request_id'], self.request_id_type)
+    else:
+      request = (good['timestamp'] // DAY_MS).cast(pl.UInt64)
+    drop = [LABEL + label for label in self.config.labels]
+    if self.request_id_type == 'integer':
+      drop.append('request_id')
+    return good.drop(drop).with_columns(request.alias('request_key'), pl.Series('labels', labels, pl.UInt32))

@@ -1,0 +1,162 @@
+"""Grain pipelines: pretraining segments and ranking requests, in an order that is a pure function of (seed, step)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+import grain
+import numpy as np
+
+from pinfm_jax.config import FinetuneConfig, PretrainConfig
+from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, event_inputs, history_inputs
+from pinfm_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Segments:
+  """Random access to the non-overlapping segments of the histories before a time (PinFM section 3: length L).
+
+  Segments count from a history's newest usable event, so only the oldest segment of a history may be short.
+  """
+
+  dataset: PreparedDataset
+  length: int
+  user_row: np.ndarray
+  start: np.ndarray
+  stop: np.ndarray
+
+  @classmethod
+  def before(cls, dataset: PreparedDataset, until_ms: int, length: int) -> 'Segments':
+    """Cuts every user's events before `until_ms`; segments of fewer than two events have no target and are left out.
+
+    Raises:
+      UserError: nothing is left.
+    """
+    usable = [int(np.searchsorted(history.timestamp, until_ms)) for history in dataset.histories()]
+    rows, starts, stops = [], [], []
+    for row, events in enumerate(usable):
+      for stop in range(events, 1, -length):
+        rows.append(row)
+        starts.append(max(stop - length, 0))
+        stops.append(stop)
+    keep = np.array(stops, np.int64) - np.array(starts, np.int64) >= 2
+    if not keep.any():
+      raise UserError(f'no user of {dataset.path} has two events before the pretraining split; lower finetune_days')
+    return cls(dataset, length, np.array(rows)[keep], np.array(starts)[keep], np.array(stops)[keep])
+
+  def __len__(self) -> int:
+    return len(self.user_row)
+
+  def __getitem__(self, index: SupportsIndex) -> Batch:
+    index = int(index)
+    row = int(self.user_row[index])
+    events = event_inputs(
+      self.dataset.history(row), slice(int(self.start[index]), int(self.stop[index])), self.length
+    )
+    return {**events, 'user': np.uint32(row)}
+
+
+@dataclass(frozen=True)
+class Requests:
+  """Random access to ranking requests of a time range; one of more than C candidates becomes several examples."""
+
+  dataset: PreparedDataset
+  schema: FeatureSchema
+  config: FinetuneConfig
+  request_row: np.ndarray
+  first: np.ndarray
+  keys: np.ndarray | None  # item keys and contents, if the schema has content vectors
+  content: np.ndarray | None
+
+  @classmethod
+  def between(
+    cls,
+    dataset: PreparedDataset,
+    schema: FeatureSchema,
+    config: FinetuneConfig,
+    times_ms: tuple[int, int],
+    min_candidates: int = 1,
+  ) -> 'Requests':
+    """The requests whose first impression falls into [begin, end) and that have at least `min_candidates`."""
+    table = dataset.requests
+    time, count = table['timestamp'].to_numpy(), table['candidates'].to_numpy().astype(np.int64)
+    rows = np.flatnonzero((time >= times_ms[0]) & (time < times_ms[1]) & (count >= min_candidates))
+    chunks = -(-count[rows] // config.candidates)
+    first = np.concatenate([np.arange(n) for n in chunks]) * config.candidates if len(rows) else rows
+    keys = content = None
+    if schema.content_width:
+      keys = dataset.items['item_key'].to_numpy()
+      content = dataset.items['content'].to_numpy()
+    return cls(dataset, schema, config, np.repeat(rows, chunks), first, keys, content)
+
+  def __len__(self) -> int:
+    return len(self.request_row)
+
+  def __getitem__(self, index: SupportsIndex) -> Batch:
+    index = int(index)
+    request = self.dataset.request(int(self.request_row[index]))
+    config = self.config
+    history = self.dataset.history(request.user_row)
+    events = history_inputs(history, request.history_end, config.history_length, config.history_block)
+    rows = slice(int(self.first[index]), int(self.first[index]) + config.candidates)
+    content = self.content[np.searchsorted(self.keys, request.item)] if self.schema.content_width else None
+    candidates = candidate_inputs(request, rows, config.candidates, self.schema, content)
+    return {
+      **{f'history_{name}': value for name, value in events.items()},
+      **{f'candidate_{name}': value for name, value in candidates.items()},
+      'user': np.uint32(request.user_row),
+    }
+
+
+def training_batches(
+  source: Any, batch: int, seed: int, first_step: int, process: int = 0, processes: int = 1, threads: int = 2
+) -> Iterator[Batch]:
+  """Endless shuffled batches, one a step.
+
+  Example j of process p at step s has the global index s * GB + p * GB / P + j; every epoch is shuffled anew. So the
+  global batch of a step depends on (seed, step) alone, and a run that resumes starts at its step.
+
+  Args:
+    source: random-access examples.
+    batch: GB, examples of the global batch.
+    seed: of the order.
+    first_step: step of the first batch returned.
+    process: p.
+    processes: P, a divisor of GB.
+    threads: that read ahead.
+
+  Raises:
+    UserError: the batch does not divide over the processes.
+  """
+  if batch % processes:
+    raise UserError(f'a global batch of {batch} does not divide over {processes} processes; make it a multiple')
+  examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  batches = examples.batch(batch // processes, drop_remainder=True)[process::processes][first_step:]
+  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
+
+
+def evaluation_batches(source: Any, batch: int) -> Iterator[tuple[Batch, int]]:
+  """All examples once, in order, in batches of one size: (batch, number of real examples in it).
+
+  The last batch repeats its last example, so that one compiled program serves all.
+  """
+  for start in range(0, len(source), batch):
+    examples = [source[i] for i in range(start, min(start + batch, len(source)))]
+    count = len(examples)
+    examples += [examples[-1]] * (batch - count)
+    yield {name: np.stack([example[name] for example in examples]) for name in examples[0]}, count
+
+
+def action_bits(config: PretrainConfig, actions: tuple[str, ...]) -> int:
+  """A_pos as bits; 0 = every event is a positive target.
+
+  Raises:
+    UserError: a name that is no action of the data set.
+  """
+  unknown = set(config.positive_actions) - set(actions)
+  if unknown:
+    raise UserError(f'pretrain.positive_actions has {sorted(unknown)}; the data set knows {list(actions)}')
+  return sum(1 << actions.index(name) for name in config.positive_actions)

@@ -1,0 +1,159 @@
+"""Prepares raw logs: reads them once in batches, then has the data set assembled, and makes it appear whole."""
+
+import hashlib
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pinfm_jax.data.assemble import Assembled, Assembler, Ingested
+from pinfm_jax.data.columns import check_mapping
+from pinfm_jax.data.events import EVENT_FIELDS, IMPRESSION_FIELDS
+from pinfm_jax.data.features import DENSE, EMBEDDING, SPARSE, SideTable, load_side_table
+from pinfm_jax.data.impressions import ImpressionIntake
+from pinfm_jax.data.info import Counts, DatasetInfo, EmbeddingFeature, Features, IdTypes, RowCounts, TimeKnown
+from pinfm_jax.data.intake import EventIntake, Shared, ingest
+from pinfm_jax.data.prepare_config import PrepareConfig
+from pinfm_jax.data.reading import column_names
+from pinfm_jax.data.rejects import RejectLog
+from pinfm_jax.data.spool import Spool
+from pinfm_jax.data.writing import atomic_directory
+from pinfm_jax.errors import UserError
+
+__all__ = ['PrepareConfig', 'prepare']
+
+
+def prepare(config: PrepareConfig) -> DatasetInfo:
+  """Prepares logs into a data set directory, which appears only when it is complete.
+
+  The log is read once, in batches that are spilled to disk by user, then merged, capped and encoded part by part:
+  memory is bounded by the batches and parts, and otherwise grows only with the distinct users, items and requests.
+
+  Args:
+    config: files, columns and limits.
+
+  Returns:
+    What `dataset.json` in `config.out` says.
+
+  Raises:
+    UserError: a setting, file or column is wrong, or too many rows are malformed (they are then kept in
+      OUT.rejected.jsonl).
+  """
+  config.check()
+  _check_mappings(config)
+  out = Path(config.out)
+  with atomic_directory(out, config.overwrite) as folder:
+    spill = folder / 'spill'
+    spill.mkdir()
+    beside = out.with_name(f'{out.name}.rejected.jsonl')
+    rejects = RejectLog(folder / 'rejected.jsonl', beside, config.max_rejected_share)
+    ingested = _ingest(config, spill, rejects)
+    assembled = Assembler(ingested, folder, spill).run()
+    rejects.close()
+    for file in spill.iterdir():
+      file.unlink()
+    spill.rmdir()
+    info = _describe(ingested, assembled, rejects)
+    info.write(folder / 'dataset.json')
+  return info
+
+
+def _ingest(config: PrepareConfig, spill: Path, rejects: RejectLog) -> Ingested:
+  shared = Shared.of(config)
+  intake, impressions = EventIntake(config, shared), ImpressionIntake(config, shared)
+  spools = Spool(spill, 'events'), Spool(spill, 'impressions')
+  ingest(config.logs, intake, spools[0], rejects)
+  if not spools[0].rows:
+    raise UserError(f'every row of the events is malformed: see the reasons in {rejects.keep()}')
+  if intake.order_only:
+    sys.stderr.write('no timestamp column: events get the ordinal times 0, 1, 2, .. in file order\n')
+  sides: list[SideTable] = []
+  if config.impressions:
+    ingest(config.impressions, impressions, spools[1], rejects)
+    if not spools[1].rows:
+      raise UserError(f'every row of the impressions is malformed: see the reasons in {rejects.keep()}')
+    sides = _load_sides(config, impressions, shared, rejects)
+  known = not intake.order_only and config.time_unit != 'order'
+  return Ingested(
+    config=config,
+    shared=shared,
+    events=spools[0],
+    impressions=spools[1],
+    order_only=intake.order_only,
+    time_known=TimeKnown(
+      histories=known if config.time_known is None else config.time_known,
+      impressions=bool(config.impressions) and config.impression_time_unit != 'order',
+    ),
+    features=_features(config, impressions, sides) if config.impressions else Features(),
+    sides=sides,
+  )
+
+
+def _load_sides(
+  config: PrepareConfig, impressions: ImpressionIntake, shared: Shared, rejects: RejectLog
+) -> list[SideTable]:
+  """Reads the features that the impressions lack from the item and user files."""
+  wanted = {DENSE: config.dense, SPARSE: config.sparse, EMBEDDING: config.embedding}
+  missing = {kind: [name for name in names if name not in impressions.names[kind]] for kind, names in wanted.items()}
+  files = [('item', config.items, config.item_columns), ('user', config.users, config.user_columns)]
+  files = [(who, Path(path), mapping) for who, path, mapping in files if path is not None]
+  sides = []
+  for place, (who, path, mapping) in enumerate(files):
+    header = column_names(path)
+    # The last file must have all that is still missing: looking it up there makes an error with a suggestion.
+    last = place == len(files) - 1
+    here = {kind: [n for n in names if last or mapping.get(n, n) in header] for kind, names in missing.items()}
+    missing = {kind: [n for n in names if n not in here[kind]] for kind, names in missing.items()}
+    sides.append(load_side_table(path, who, shared.id_type[who], mapping, here, rejects))
+  return sides
+
+
+def _features(config: PrepareConfig, impressions: ImpressionIntake, sides: list[SideTable]) -> Features:
+  sparse = {name: collector.feature() for name, collector in impressions.sparse.items()}
+  widths = dict(impressions.widths)
+  for side in sides:
+    sparse |= side.sparse
+    widths |= side.widths
+  vectors = tuple(EmbeddingFeature(name, widths[name]) for name in config.embedding)
+  return Features(config.dense, tuple(sparse[name] for name in config.sparse), vectors)
+
+
+def _describe(ingested: Ingested, assembled: Assembled, rejects: RejectLog) -> DatasetInfo:
+  config, shared = ingested.config, ingested.shared
+  kinds = (('events', assembled.events), ('impressions', assembled.impressions))
+  rows = {kind: RowCounts(read=rejects.read[kind], rejected=rejects.rejected(kind), **fate) for kind, fate in kinds}
+  for kind, counts in rows.items():
+    counts.check(kind)
+  checksum = hashlib.sha256(''.join(file.sha256 for file in (*assembled.shards, *assembled.tables)).encode())
+  return DatasetInfo(
+    source=config.source or ', '.join(Path(path).name for path in config.logs),
+    created=datetime.now(UTC).isoformat(timespec='seconds'),
+    licence=config.licence,
+    notes=config.notes,
+    id_type=IdTypes(shared.id_type['user'], shared.id_type['item']),
+    time_known=ingested.time_known,
+    time_range_ms=assembled.time_range_ms,
+    actions=tuple(shared.actions.final()[0]),
+    surfaces=tuple(shared.surfaces.final()[0]),
+    labels=config.labels,
+    features=ingested.features,
+    content_width=assembled.content_width,
+    cap=config.cap,
+    counts=Counts(
+      **rows,
+      users=assembled.users,
+      items=assembled.items,
+      requests=assembled.requests,
+      rejected_by_reason=rejects.by_reason(),
+    ),
+    shards=assembled.shards,
+    tables=assembled.tables,
+    checksum=checksum.hexdigest(),
+  )
+
+
+def _check_mappings(config: PrepareConfig) -> None:
+  features = [*config.dense, *config.sparse, *config.embedding]
+  check_mapping('columns', config.columns, EVENT_FIELDS)
+  check_mapping('impression_columns', config.impression_columns, [*IMPRESSION_FIELDS, *config.labels, *features])
+  check_mapping('item_columns', config.item_columns, ['item_id', 'created_at', 'content', *features])
+  check_mapping('user_columns', config.user_columns, ['user_id', *features])

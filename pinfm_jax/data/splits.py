@@ -1,0 +1,52 @@
+"""The time split: which events pretrain, which requests fine-tune, validate and test."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pinfm_jax.config import DAY_MS, DataConfig
+from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+  """Boundaries in milliseconds since 1970; each part ends where the next begins."""
+
+  pretrain_until: int
+  finetune: tuple[int, int]
+  validation: tuple[int, int]
+  test: tuple[int, int]
+
+
+def split_by_time(dataset: PreparedDataset, config: DataConfig) -> Split:
+  """Counts the configured days back from the end of the last impression's UTC day.
+
+  Raises:
+    UserError: the times are not known, or a part would hold no request.
+  """
+  if not dataset.info.time_known.impressions:
+    raise UserError('the impressions have no times, so they cannot be split by time; prepare them with a timestamp')
+  timestamp = dataset.requests['timestamp'].to_numpy()
+  if not len(timestamp):
+    raise UserError('the data set has no requests; prepare it with --impressions to train a ranker')
+  end = (int(timestamp[-1]) // DAY_MS + 1) * DAY_MS
+  test = end - config.test_days * DAY_MS
+  validation = test - config.validation_days * DAY_MS
+  finetune = validation - config.finetune_days * DAY_MS
+  split = Split(
+    pretrain_until=validation if config.pretrain_overlap else finetune,
+    finetune=(finetune, validation),
+    validation=(validation, test),
+    test=(test, end),
+  )
+  for name in ('finetune', 'validation', 'test'):
+    begin, stop = getattr(split, name)
+    if stop > begin and not np.any((timestamp >= begin) & (timestamp < stop)):
+      days = f'data.{name}_days={getattr(config, f"{name}_days")}'
+      raise UserError(f'no request falls into the {name} part ({days}); the log ends {_day(end)}; change the days')
+  return split
+
+
+def _day(time_ms: int) -> str:
+  return str(np.datetime64(time_ms - 1, 'ms').astype('datetime64[D]'))

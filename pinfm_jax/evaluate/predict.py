@@ -1,0 +1,76 @@
+"""Runs a trained ranker over evaluation requests."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pinfm_jax.config import HOUR_MS
+from pinfm_jax.data.pipeline import Requests, evaluation_batches
+from pinfm_jax.evaluate.ranking import RankingPredictions
+from pinfm_jax.model.tables import gather_rows, item_vectors, plan_rows
+from pinfm_jax.progress import Progress
+from pinfm_jax.train.finetune import FinetuneTask, ranking_batch, split_vectors, without_randomness
+from pinfm_jax.train.step import Batch
+
+Array = jax.Array
+
+
+def predict(task: FinetuneTask, params: Any, rows_GE: Array | None, stats: Any, requests: Requests, label: str) -> RankingPredictions:  # fmt: skip
+  """The ranker's probabilities for every candidate of the requests, in their order.
+
+  Args:
+    task: the fine-tuning task whose model was trained.
+    params: its parameters.
+    rows_GE: the item tables, or None for a ranker without PinFM.
+    stats: normalisation of the dense features.
+    requests: what to score.
+    label: of the progress line.
+  """
+  task = FinetuneTask(
+    task.model, task.ranker, without_randomness(task.config), task.schema, task.steps, task.action_bits
+  )
+  weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
+
+  @jax.jit
+  def scores(weights: Any, rows_GE: Array | None, stats: Any, batch: Batch) -> Array:
+    vectors_MV = None
+    if rows_GE is not None:
+      plan = plan_rows(task.ids(batch, jnp.int32(0)), task.tables)
+      vectors_MV = item_vectors(gather_rows(rows_GE, plan), plan)
+    inputs = ranking_batch(batch)
+    return jax.nn.sigmoid(task.module.apply(weights, *split_vectors(vectors_MV, inputs), inputs, stats).logits_UCT)
+
+  progress, scored, done = Progress(label, len(requests), 'requests'), [], 0
+  for batch, count in evaluation_batches(requests, task.config.batch_requests):
+    result = scores(weights, rows_GE, stats, {name: jnp.asarray(value) for name, value in batch.items()})
+    scored.extend(np.asarray(result)[u][batch['candidate_mask'][u]] for u in range(count))
+    done += count
+    progress.update(done)
+  progress.close()
+  return predictions_of(requests, np.concatenate(scored))
+
+
+def predictions_of(requests: Requests, scores_MT: np.ndarray) -> RankingPredictions:
+  """Puts scores (in the order of the requests' candidates) beside what happened."""
+  parts: list[tuple[np.ndarray, ...]] = []
+  for row, first in zip(requests.request_row, requests.first, strict=True):
+    request = requests.dataset.request(int(row))
+    rows = slice(int(first), int(first) + requests.config.candidates)
+    item = request.item[rows]
+    age = np.where(request.created_at < 0, np.nan, np.maximum(request.timestamp - request.created_at, 0) / HOUR_MS)
+    reference = np.zeros((len(item), 0)) if request.reference is None else request.reference[rows]
+    user = np.full(len(item), request.user_row)
+    parts.append((np.full(len(item), row), user, item, age[rows], request.labels[rows], reference))
+  request_M, user_M, item_M, age_M, labels_MT, reference_MT = (np.concatenate(p) for p in zip(*parts, strict=True))
+  return RankingPredictions(
+    request_M=request_M.astype(np.int64),
+    user_M=user_M.astype(np.int64),
+    item_key_M=item_M,
+    age_hours_M=age_M.astype(np.float32),
+    labels_MT=labels_MT.astype(np.uint8),
+    scores_MT=scores_MT.astype(np.float32),
+    reference_MT=reference_MT.astype(np.float32) if reference_MT.shape[1] else None,
+    label_names=requests.schema.labels,
+  )

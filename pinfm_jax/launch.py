@@ -1,0 +1,45 @@
+"""Loads a launch file: a Python file that defines `experiment = Experiment(...)` and says in its docstring what it does."""
+
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pinfm_jax.config import Experiment
+from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import apply_overrides
+
+
+def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+  """Runs the launch file and applies the overrides.
+
+  Raises:
+    UserError: no such file, an error in it, no experiment, an unknown setting, or arms that do not fit.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise UserError(f'{path} does not exist; give a launch file such as experiments/quickstart.py')
+  try:
+    names = runpy.run_path(str(path))
+  except UserError:
+    raise
+  except Exception as error:  # whatever the user's file raises is the user's to mend: say where
+    raise UserError(f'{path} failed: {type(error).__name__}: {error}; mend the launch file') from error
+  experiment = names.get('experiment')
+  if not isinstance(experiment, Experiment):
+    raise UserError(f"{path} defines no `experiment`; expected `experiment = Experiment(name='...', ...)`")
+  experiment = apply_overrides(experiment, overrides or {})
+  _check_arms(experiment)
+  return experiment
+
+
+def _check_arms(experiment: Experiment) -> None:
+  names = [arm.name for arm in experiment.arms]
+  if experiment.baseline not in names:
+    raise UserError(f"baseline is '{experiment.baseline}'; expected one of the arms: {', '.join(names)}")
+  if len({arm.directory for arm in experiment.arms}) < len(names):
+    raise UserError(f'arms need names that differ in letters or digits; got {", ".join(names)}')
+  if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
+    raise UserError(f'seeds are {experiment.seeds}; expected one or more distinct numbers')
+  for arm in experiment.arms:
+    apply_overrides(experiment, arm.overrides)  # an unknown key fails now, not after an hour

@@ -1,0 +1,1 @@
+"""Hashed tables, the transformer, DCAT and the ranking model."""

@@ -1,0 +1,71 @@
+"""DCAT, deduplicated cross attention: the history is read once a user, its candidates attend to the kept keys and values.
+
+The context pass runs the decoder over U distinct histories and keeps each layer's keys and values (PinFM Eq. 3). The
+crossing pass runs it over candidates grouped by user (Eq. 4). `dense_oracle` states what both together must equal.
+"""
+
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+MASKED = -1e30  # finite, so that a fully masked part has weight 0 and no NaN gradient
+
+
+@flax.struct.dataclass
+class LayerKV:
+  """Keys and values [U, L, H, K] of one layer (or [N, U, L, H, K] of all), mask_UL True on real events."""
+
+  key: Array
+  value: Array
+
+
+def attend_causal(query_ULHK: Array, kv: LayerKV, mask_UL: Array) -> Array:
+  """Causal self-attention over histories (PinFM Eq. 3); softmax in float32.
+
+  Args:
+    query_ULHK: queries of every position.
+    kv: keys and values of the same positions.
+    mask_UL: True on real events; padding is never attended to.
+
+  Returns:
+    [U, L, H, K]; a padded position's output is finite and meaningless.
+  """
+  length = query_ULHK.shape[1]
+  scores_UHLM = jnp.einsum('ulhk,umhk->uhlm', query_ULHK, kv.key, preferred_element_type=jnp.float32)
+  scores_UHLM *= 1 / math.sqrt(query_ULHK.shape[-1])
+  causal_LM = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
+  allowed_U1LM = causal_LM & mask_UL[:, None, None, :]
+  weights_UHLM = jax.nn.softmax(jnp.where(allowed_U1LM, scores_UHLM, MASKED), axis=-1)
+  return jnp.einsum('uhlm,umhk->ulhk', weights_UHLM.astype(kv.value.dtype), kv.value)
+
+
+def attend_context(query_UCHK: Array, context: LayerKV, mask_UL: Array, own: LayerKV) -> Array:
+  """Attention of each candidate over its user's history and itself (PinFM Eq. 4); candidates never see each other.
+
+  The history's K/V are shared by a user's candidates, so the scores are one batched matmul and no K/V is copied; a
+  candidate's own key is one more softmax column, folded in by the running-maximum form of the softmax.
+
+  Args:
+    query_UCHK: candidate queries.
+    context: keys and values of the history, [U, L, H, K].
+    mask_UL: True on real events.
+    own: the candidates' own keys and values, [U, C, H, K].
+
+  Returns:
+    [U, C, H, K]; a user without events attends to itself alone.
+  """
+  scale = 1 / math.sqrt(query_UCHK.shape[-1])
+  scores_UHCL = scale * jnp.einsum('uchk,ulhk->uhcl', query_UCHK, context.key, preferred_element_type=jnp.float32)
+  scores_UHCL = jnp.where(mask_UL[:, None, None, :], scores_UHCL, MASKED)
+  own_UHC = scale * jnp.einsum('uchk,uchk->uhc', query_UCHK, own.key, preferred_element_type=jnp.float32)
+  top_UHC = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores_UHCL, axis=-1, initial=MASKED), own_UHC))
+  weights_UHCL = jnp.exp(scores_UHCL - top_UHC[..., None])
+  own_weight_UHC = jnp.exp(own_UHC - top_UHC)
+  total_UCH = (jnp.sum(weights_UHCL, axis=-1) + own_weight_UHC).swapaxes(1, 2)
+  mixed_UCHK = jnp.einsum('uhcl,ulhk->uchk', weights_UHCL.astype(context.value.dtype), context.value)
+  mixed_UCHK += own_weight_UHC.swapaxes(1, 2)[..., None].astype(own.value.dtype) * own.value
+  return mixed_UCHK / total_UCH[..., None].astype(mixed_UCHK.dtype)

@@ -1,0 +1,211 @@
+"""The multi-task ranking model, with PinFM as its user-sequence module by early fusion (PinFM section 3.2)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from pinfm_jax.config import ColdStartConfig, PinFMConfig, RankerConfig
+from pinfm_jax.model.cold_start import age_dropout
+from pinfm_jax.model.dcat import LayerKV
+from pinfm_jax.model.interaction import CrossNetwork
+from pinfm_jax.model.pinfm import EventBatch, PinFM, l2_normalise
+from pinfm_jax.model.transformer import dense
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+  """Shapes of a ranking request's features: what the ranker's layers are sized by."""
+
+  num_dense: int
+  sparse_sizes: tuple[int, ...]
+  embedding_widths: tuple[int, ...]
+  num_labels: int
+
+
+class CandidateBatch(NamedTuple):
+  """C candidates of each of U users, padded.
+
+  Attributes:
+    item_UC2: uint32 id words.
+    mask_UC: True on real candidates.
+    age_hours_UC: item age at the request, NaN if unknown.
+    dense_UCF: raw dense features, NaN = missing.
+    sparse_UCF: int32 indices, 0 = missing.
+    embedding_UCF: the embedding features, one after another.
+  """
+
+  item_UC2: Array
+  mask_UC: Array
+  age_hours_UC: Array
+  dense_UCF: Array
+  sparse_UCF: Array
+  embedding_UCF: Array
+
+
+class RankingBatch(NamedTuple):
+  """Request-grouped training batch: histories once a user, candidates behind them, 0/1 labels [U, C, T]."""
+
+  events: EventBatch
+  candidates: CandidateBatch
+  labels_UCT: Array
+  index_U: Array  # int32 place of each request in the epochs' global order: seeds randomisation and dropout
+
+
+class RankingOutput(NamedTuple):
+  """Logits of the ranker, and of the module's own head with the sequence outputs (None without a module)."""
+
+  logits_UCT: Array
+  module_logits_UCT: Array | None
+  h_ULO: Array | None
+
+
+@flax.struct.dataclass
+class DenseStats:
+  """Clip, log and normalisation constants of the dense features, taken from training data ([F] each)."""
+
+  low: Array
+  high: Array
+  mean: Array
+  scale: Array
+
+  def apply(self, dense_F: Array) -> Array:
+    """Normalises [..., F]; a missing value (NaN) becomes 0, the mean; a constant feature becomes 0."""
+    x = jnp.clip(dense_F, self.low, self.high) - self.low
+    x = jnp.where(self.high - self.low > 2, jnp.log1p(x), x)
+    return jnp.nan_to_num((x - self.mean) * self.scale, nan=0.0)
+
+
+class FeatureLayer(nn.Module):
+  """Dense, sparse and embedding features to one vector x0 per candidate."""
+
+  spec: FeatureSpec
+  config: RankerConfig
+
+  @nn.compact
+  def __call__(self, candidates: CandidateBatch, stats: DenseStats) -> Array:
+    """CandidateBatch -> [U, C, width of x0]."""
+    parts = [stats.apply(candidates.dense_UCF)] if self.spec.num_dense else []
+    for i, size in enumerate(self.spec.sparse_sizes):
+      width = sparse_width(size, self.config.max_sparse_width)
+      table = self.param(f'sparse_{i}', nn.initializers.normal(0.05), (size, width))
+      parts.append(l2_normalise(table[candidates.sparse_UCF[..., i]]))
+    start = 0
+    for i, width in enumerate(self.spec.embedding_widths):
+      x = l2_normalise(candidates.embedding_UCF[..., start : start + width])
+      parts.append(l2_normalise(dense(self.config.embedding_width, (None, None), name=f'embedding_{i}')(x)))
+      start += width
+    return jnp.concatenate(parts, axis=-1)
+
+
+class Ranker(nn.Module):
+  """x0 -> DCNv2 -> [x0, crossed] -> shared MLP -> one logit a label."""
+
+  spec: FeatureSpec
+  config: RankerConfig
+
+  @nn.compact
+  def __call__(
+    self, candidates: CandidateBatch, stats: DenseStats, module_UCM: Array | None, train: bool = False
+  ) -> Array:
+    """Scores candidates.
+
+    Args:
+      candidates: their features.
+      stats: normalisation of the dense features.
+      module_UCM: outputs of the user-sequence module, or None without one.
+      train: dropout on.
+
+    Returns:
+      Logits [U, C, T].
+    """
+    x0 = FeatureLayer(self.spec, self.config, name='features')(candidates, stats)
+    if module_UCM is not None:
+      x0 = jnp.concatenate([x0, module_UCM], axis=-1)
+    x = jnp.concatenate([x0, CrossNetwork(self.config.cross_layers, name='cross')(x0)], axis=-1)
+    for i, width in enumerate(self.config.mlp):
+      x = jax.nn.relu(dense(width, (None, 'mlp'), scale=2.0, name=f'mlp_{i}')(x))
+      x = nn.Dropout(self.config.dropout)(x, deterministic=not train)
+    return dense(self.spec.num_labels, (None, None), name='heads')(x)
+
+
+class RankingModel(nn.Module):
+  """The ranker with its user-sequence module; `context` then `score` is the serving path, `__call__` the training path."""
+
+  pinfm_config: PinFMConfig
+  config: RankerConfig
+  spec: FeatureSpec
+  cold_start: ColdStartConfig = ColdStartConfig(randomise=0.0, age_dropout=(0.0, 0.0))
+
+  def setup(self) -> None:
+    """Declares the module and the ranker."""
+    self.ranker = Ranker(self.spec, self.config)
+    if self.config.sequence not in ('pinfm', 'none'):
+      raise ValueError(f"ranker.sequence is '{self.config.sequence}'; expected 'pinfm' or 'none'")
+    if self.config.sequence == 'pinfm':
+      self.pinfm = PinFM(self.pinfm_config)
+      self.project_output = dense(self.config.module_width, (None, None))
+      self.project_item = dense(self.config.module_width, (None, None))
+      self.module_head = dense(self.spec.num_labels, (None, None))
+
+  def __call__(
+    self,
+    vectors_ULV: Array | None,
+    vectors_UCV: Array | None,
+    batch: RankingBatch,
+    stats: DenseStats,
+    step: Array | int = 0,
+    train: bool = False,
+    need_history_output: bool = False,
+  ) -> RankingOutput:
+    """The training path.
+
+    Args:
+      vectors_ULV: item vectors of the histories (None without a module).
+      vectors_UCV: item vectors of the candidates.
+      batch: histories, candidates.
+      stats: normalisation of the dense features.
+      step: training step: seeds the age-dependent dropout.
+      train: dropouts on.
+      need_history_output: also return H over the histories, for the next-token loss.
+    """
+    if self.config.sequence == 'none':
+      return RankingOutput(self.ranker(batch.candidates, stats, None, train), None, None)
+    h_ULO, context = self.pinfm.encode(vectors_ULV, batch.events, train, need_history_output)
+    output_UCO = self.pinfm.cross(vectors_UCV, context, batch.events.mask_UL, train)
+    module_UCM = self._module(output_UCO, vectors_UCV)
+    if train:
+      candidates = batch.candidates.mask_UC.shape[1]
+      place_UC = batch.index_U[:, None] * candidates + jnp.arange(candidates)
+      module_UCM = age_dropout(module_UCM, batch.candidates.age_hours_UC, place_UC, step, self.cold_start)
+    logits_UCT = self.ranker(batch.candidates, stats, module_UCM, train)
+    return RankingOutput(logits_UCT, self.module_head(output_UCO), h_ULO)
+
+  def context(self, vectors_ULV: Array, events: EventBatch) -> LayerKV:
+    """The context pass of serving: every layer's keys and values, once a user."""
+    return self.pinfm.encode(vectors_ULV, events, need_output=False)[1]
+
+  def score(
+    self, vectors_UCV: Array, context: LayerKV, mask_UL: Array, candidates: CandidateBatch, stats: DenseStats
+  ) -> Array:
+    """The crossing pass and the ranker: probabilities [U, C, T]."""
+    output_UCO = self.pinfm.cross(vectors_UCV, context, mask_UL)
+    return jax.nn.sigmoid(self.ranker(candidates, stats, self._module(output_UCO, vectors_UCV)))
+
+  def targets(self, vectors: Array) -> Array:
+    """z of items, for the next-token loss."""
+    return self.pinfm.targets(vectors)
+
+  def _module(self, output_UCO: Array, vectors_UCV: Array) -> Array:
+    """What the ranker sees of PinFM: the candidate-position output and the candidate's own id vector."""
+    return jnp.concatenate([self.project_output(output_UCO), l2_normalise(self.project_item(vectors_UCV))], axis=-1)
+
+
+def sparse_width(size: int, most: int) -> int:
+  """Embedding width by cardinality: 2 * size^(1/4), rounded up to 4, at most `most`."""
+  return min(most, 4 * max(1, round(2 * size**0.25 / 4)))

@@ -1,0 +1,122 @@
+"""The decoder M of PinFM: GPT-2 pre-LN blocks that run as a context pass over histories or a crossing pass over candidates."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pinfm_jax.config import TowerConfig
+from pinfm_jax.model.dcat import LayerKV, attend_causal, attend_context
+
+Array = jax.Array
+
+
+def dense(features: int, axes: tuple[str | None, ...], scale: float = 1.0, **kwargs: Any) -> nn.Dense:
+  """A Dense layer whose kernel carries logical axis names for `train.sharding`."""
+  init = nn.initializers.variance_scaling(scale, 'fan_in', 'truncated_normal')
+  return nn.Dense(features, kernel_init=nn.with_logical_partitioning(init, axes), **kwargs)
+
+
+class Block(nn.Module):
+  """One pre-LN decoder block: attention, then a GELU MLP, each with a residual."""
+
+  config: TowerConfig
+
+  def setup(self) -> None:
+    """Declares the layers."""
+    width, dtype = self.config.width, jnp.dtype(self.config.dtype)
+    residual_scale = 1 / (2 * self.config.layers)  # GPT-2: residual branches start small, by depth
+    self.norm_attention = nn.LayerNorm(dtype=dtype)
+    self.query_key_value = dense(3 * width, ('embed', 'heads'), dtype=dtype)
+    self.attention_out = dense(width, ('heads', 'embed'), residual_scale, dtype=dtype)
+    self.norm_mlp = nn.LayerNorm(dtype=dtype)
+    self.mlp_in = dense(self.config.mlp_ratio * width, ('embed', 'mlp'), dtype=dtype)
+    self.mlp_out = dense(width, ('mlp', 'embed'), residual_scale, dtype=dtype)
+    self.dropout = nn.Dropout(self.config.dropout)
+
+  def __call__(self, x: Array, context: LayerKV | None, mask_UL: Array, train: bool) -> tuple[Array, LayerKV | None]:
+    """Runs the block.
+
+    Args:
+      x: [U, L, D] histories (context pass) or [U, C, D] candidates (crossing pass).
+      context: None for the context pass; the history's keys and values for the crossing pass.
+      mask_UL: True on the history's real events.
+      train: dropout on.
+
+    Returns:
+      The block's output, like x, and the keys and values to keep (None in the crossing pass).
+    """
+    query, own = self._project(x)
+    if context is None:
+      attended, kept = attend_causal(query, own, mask_UL), own
+    else:
+      attended, kept = attend_context(query, context, mask_UL, own), None
+    attended = attended.reshape(x.shape)
+    x = x + self.dropout(self.attention_out(attended), deterministic=not train)
+    hidden = jax.nn.gelu(self.mlp_in(self.norm_mlp(x)))
+    return x + self.dropout(self.mlp_out(hidden), deterministic=not train), kept
+
+  def keys_values(self, x: Array) -> LayerKV:
+    """Just the keys and values: all that the crossing pass needs of the context's last layer (PinFM section 6)."""
+    return self._project(x)[1]
+
+  def _project(self, x: Array) -> tuple[Array, LayerKV]:
+    heads = (self.config.heads, self.config.width // self.config.heads)
+    query, key, value = jnp.split(self.query_key_value(self.norm_attention(x)), 3, axis=-1)
+    split = lambda y: y.reshape(*x.shape[:-1], *heads)
+    return split(query), LayerKV(split(key), split(value))
+
+
+class Decoder(nn.Module):
+  """N pre-LN blocks and a final LayerNorm; the last block stands apart so that its context output can be skipped."""
+
+  config: TowerConfig
+
+  def setup(self) -> None:
+    """Declares the scanned blocks and the last one."""
+    if self.config.width % self.config.heads:
+      raise ValueError(f'tower.width {self.config.width} is not a multiple of tower.heads {self.config.heads}')
+    scanned = nn.scan(
+      Block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=(0, nn.broadcast, nn.broadcast),
+      length=self.config.layers - 1,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    self.blocks = scanned(self.config) if self.config.layers > 1 else None
+    self.last = Block(self.config)
+    self.norm = nn.LayerNorm(dtype=jnp.dtype(self.config.dtype))
+
+  def context(
+    self, x_ULD: Array, mask_UL: Array, train: bool = False, need_output: bool = True
+  ) -> tuple[Array | None, LayerKV]:
+    """The context pass (PinFM Eq. 3).
+
+    Args:
+      x_ULD: embedded histories.
+      mask_UL: True on real events.
+      train: dropout on.
+      need_output: False skips the last layer's attention and MLP: only its keys and values are used.
+
+    Returns:
+      [U, L, D] outputs (None if not needed), and every layer's keys and values [N, U, L, H, K].
+    """
+    stacked = None
+    if self.blocks is not None:
+      x_ULD, stacked = self.blocks(x_ULD, None, mask_UL, train)
+    if need_output:
+      x_ULD, last = self.last(x_ULD, None, mask_UL, train)
+      output_ULD = self.norm(x_ULD)
+    else:
+      output_ULD, last = None, self.last.keys_values(x_ULD)
+    last = jax.tree.map(lambda y: y[None], last)
+    return output_ULD, last if stacked is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacked, last)
+
+  def crossing(self, x_UCD: Array, context: LayerKV, mask_UL: Array, train: bool = False) -> Array:
+    """The crossing pass (PinFM Eq. 4) of U x C candidate tokens over their users' kept keys and values."""
+    if self.blocks is not None:
+      x_UCD, _ = self.blocks(x_UCD, jax.tree.map(lambda y: y[:-1], context), mask_UL, train)
+    x_UCD, _ = self.last(x_UCD, jax.tree.map(lambda y: y[-1], context), mask_UL, train)
+    return self.norm(x_UCD)

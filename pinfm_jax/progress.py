@@ -1,0 +1,79 @@
+"""Progress lines with an ETA for work that takes longer than a few seconds."""
+
+import sys
+import time
+from typing import TextIO
+
+
+class Progress:
+  """Prints `label  42 %  1.2 k rows/s  ETA 0:12` at most once every `every_s` seconds.
+
+  On a terminal the line is redrawn in place; in a log file each line stands alone. Work that ends within `every_s`
+  prints nothing but its closing line.
+  """
+
+  def __init__(self, label: str, total: float | None, unit: str, every_s: float = 2.0, stream: TextIO | None = None):
+    """Starts the clock.
+
+    Args:
+      label: what is being done.
+      total: how many units there are, or None when that is not known.
+      unit: what is counted, in the plural ("rows").
+      every_s: seconds between lines.
+      stream: where to print (default: standard error).
+    """
+    self._label, self._total, self._unit, self._every_s = label, total, unit, every_s
+    self._stream = stream or sys.stderr
+    self._start = self._last = time.monotonic()
+    self._done = self._first = 0.0
+
+  def start_at(self, done: float) -> None:
+    """Counts `done` units as finished before this run (a resumed run's rate leaves them out)."""
+    self._done = self._first = done
+
+  def update(self, done: float, note: str = '') -> None:
+    """Says that `done` units in all are finished; `note` is appended to the line."""
+    self._done = done
+    now = time.monotonic()
+    if now - self._last >= self._every_s:
+      self._last = now
+      self._print(self._line(now, note), end='\r' if self._stream.isatty() else '\n')
+
+  def close(self, note: str = '') -> float:
+    """Prints the closing line and returns the seconds since the start."""
+    seconds = time.monotonic() - self._start
+    rate = (self._done - self._first) / max(seconds, 1e-9)
+    text = f'{self._label}: {_count(self._done)} {self._unit} in {duration(seconds)} ({_count(rate)} {self._unit}/s)'
+    self._print(text + (f'  {note}' if note else ''), end='\n')
+    return seconds
+
+  def _line(self, now: float, note: str) -> str:
+    rate = (self._done - self._first) / max(now - self._start, 1e-9)
+    parts = [self._label]
+    if self._total:
+      parts.append(f'{100 * self._done / self._total:3.0f} %')
+    parts.append(f'{_count(rate)} {self._unit}/s')
+    if self._total and rate > 0:
+      parts.append(f'ETA {duration((self._total - self._done) / rate)}')
+    return '  '.join(parts + ([note] if note else []))
+
+  def _print(self, text: str, end: str) -> None:
+    clear = '\x1b[2K' if self._stream.isatty() else ''
+    self._stream.write(clear + text + end)
+    self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+  """Seconds as `h:mm:ss` or `m:ss`; under ten seconds with one decimal (`4.2 s`)."""
+  if seconds < 10:
+    return f'{seconds:.1f} s'
+  minutes, rest = divmod(int(round(seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{rest:02}' if hours else f'{minutes}:{rest:02}'
+
+
+def _count(value: float) -> str:
+  for scale, suffix in ((1e9, ' G'), (1e6, ' M'), (1e3, ' k')):
+    if value >= 10 * scale:
+      return f'{value / scale:.1f}{suffix}'
+  return f'{value:.0f}' if value >= 100 else f'{value:.3g}'

@@ -1,0 +1,262 @@
+"""A serving bundle: a directory that scores requests without the model's source, written at once or not at all.
+
+manifest.json         what the bundle is (`serve.manifest`)
+parameters.npz        parameters ('params/a/b') and dense-feature constants ('stats/low'), no pickle
+programs/context.bin  `jax.export` programs (`serve.programs`); a ranker without PinFM has crossing.bin alone,
+programs/crossing.bin   and none of the files below
+tables.bin            packed rows of the item tables (`serve.quantize`), memory-mapped at serving
+checksums.bin         8 bytes of BLAKE2b for each MiB of tables.bin
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax import export
+
+from pinfm_jax.config import PinFMConfig, RankerConfig
+from pinfm_jax.data.featurize import FeatureSchema
+from pinfm_jax.data.info import IdTypes
+from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import to_dict
+from pinfm_jax.serve import checksums
+from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
+from pinfm_jax.serve.manifest import MANIFEST, FileEntry, JaxRange, Manifest, TableLayout, golden_ids
+from pinfm_jax.serve.quantize import quantise_parts, row_bytes
+from pinfm_jax.serve.rows import MappedRows, RowSource
+
+if TYPE_CHECKING:
+  from pinfm_jax.model.ranker import DenseStats, FeatureSpec
+
+TABLES = 'tables.bin'
+CHECKSUMS = 'checksums.bin'
+PARAMETERS = 'parameters.npz'
+STATS = ('low', 'high', 'mean', 'scale')
+_WHOLE_BELOW = 2 << 30
+# An exported program is promised to run for 6 months of JAX releases, and a minor version takes two months or more.
+_JAX_MINORS = 3
+
+
+@dataclass(frozen=True)
+class Bundle:
+  """A bundle opened and checked; `rows` and `context` are None for a ranker without PinFM."""
+
+  path: Path
+  manifest: Manifest
+  params: dict[str, Any]
+  stats: dict[str, np.ndarray]
+  rows: RowSource | None
+  context: export.Exported | None
+  crossing: export.Exported
+
+
+def export_bundle(
+  out: str | Path,
+  *,
+  model_config: PinFMConfig,
+  ranker_config: RankerConfig,
+  schema: FeatureSchema,
+  spec: 'FeatureSpec',
+  params: Any,
+  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | None,
+  stats: 'DenseStats',
+  actions: Sequence[str],
+  surfaces: Sequence[str],
+  id_type: IdTypes,
+  history_length: int,
+  history_block: int,
+  utility: Mapping[str, float] | None = None,
+  storage: str = 'int4',
+  run: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+) -> Path:
+  """Writes a bundle; `out` appears only when it is complete.
+
+  Args:
+    out: directory to make.
+    model_config: the configuration of PinFM, vocabulary sizes filled in.
+    ranker_config: the configuration of the ranking model.
+    schema: the candidates' features and labels.
+    spec: their shapes.
+    params: parameters of the ranking model; others beside them are kept and not used.
+    rows_GE: the item tables, sub-tables one after another, or their consecutive parts; None without PinFM.
+    stats: constants of the dense features.
+    actions: names of the actions.
+    surfaces: names of the surfaces.
+    id_type: how ids are spelled.
+    history_length: most events that the model reads.
+    history_block: the window slides in blocks of this many events.
+    utility: weight of each label in the score that orders a request.
+    storage: of the tables: 'int4', 'int8' or 'float32'.
+    run: where the parameters came from (JSON values).
+    overwrite: replace a bundle that is there.
+
+  Returns:
+    The directory.
+
+  Raises:
+    UserError: the directory exists, rows that cannot be stored, or a utility weight of no label.
+  """
+  # Here, so that scoring loads neither Flax nor the model's source.
+  from flax.core import meta
+
+  from pinfm_jax.serve.programs import PLATFORMS, ServingModel, export_programs
+
+  unknown = sorted(set(utility or {}) - set(schema.labels))
+  if unknown:
+    raise UserError(f'got utility weights for {unknown}, expected labels among {list(schema.labels)}')
+  layout = _table_layout(model_config, storage) if ranker_config.sequence != 'none' else None
+  arrays = {
+    'params': plain_arrays(meta.unbox(params)),
+    'stats': {name: np.asarray(getattr(stats, name)) for name in STATS},
+  }
+  with _complete_directory(Path(out), overwrite) as directory:
+    model = ServingModel(model_config, ranker_config, spec, layout)
+    programs = export_programs(model, arrays['params'], arrays['stats'], history_length)
+    files = _write_files(directory, programs, arrays, rows_GE, layout)
+    Manifest(
+      created=datetime.now(UTC).isoformat(timespec='seconds'),
+      jax=_jax_range(jax.__version__),
+      platforms=PLATFORMS,
+      id_type=id_type,
+      actions=tuple(actions),
+      surfaces=tuple(surfaces),
+      schema=schema,
+      history_length=history_length,
+      history_block=history_block,
+      utility=dict(utility or {}),
+      tables=layout,
+      golden=golden_ids(id_type.item, layout),
+      model=to_dict(model_config),
+      ranker=to_dict(ranker_config),
+      run=dict(run or {}),
+      files=files,
+    ).write(directory)
+  return Path(out)
+
+
+def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
+  """Opens a bundle and checks it: versions, hash, and the checksums of every file.
+
+  Args:
+    path: the directory.
+    whole_below: tables of more bytes are sampled, other blocks at each call; everything else is read whole.
+
+  Raises:
+    UserError: no bundle there, a missing, truncated or damaged file, or a version that this program cannot run.
+  """
+  path = Path(path)
+  manifest = Manifest.read(path)
+  _check_jax(path, manifest.jax, jax.__version__)
+  for entry in manifest.files:
+    checksums.check_size(path, entry)
+  tables = next((entry for entry in manifest.files if entry.name == TABLES), None)
+  sampled = tables is not None and tables.bytes > whole_below
+  for entry in manifest.files:
+    if not (sampled and entry is tables):
+      checksums.check_whole(path, entry)
+  if sampled:
+    checksums.check_sample(path, tables, (path / CHECKSUMS).read_bytes())
+  arrays = load_arrays(path / PARAMETERS)
+  return Bundle(
+    path=path,
+    manifest=manifest,
+    params=arrays['params'],
+    stats=arrays['stats'],
+    rows=MappedRows(path / TABLES, manifest.tables) if manifest.tables else None,
+    context=_load_program(path, 'context') if manifest.tables else None,
+    crossing=_load_program(path, 'crossing'),
+  )
+
+
+def _write_files(
+  directory: Path, programs: Mapping[str, bytes], arrays: Mapping[str, Any], rows_GE: Any, layout: TableLayout | None
+) -> tuple[FileEntry, ...]:
+  names = [PARAMETERS]
+  save_arrays(directory / PARAMETERS, arrays)
+  (directory / 'programs').mkdir()
+  for name, program in programs.items():
+    names.append(_program(name))
+    (directory / names[-1]).write_bytes(program)
+  entries = []
+  if layout is not None:
+    _write_tables(directory / TABLES, rows_GE, layout)
+    entry, digests = checksums.describe(directory, TABLES)
+    entries.append(entry)
+    (directory / CHECKSUMS).write_bytes(digests)
+    names.append(CHECKSUMS)
+  return tuple(entries + [checksums.describe(directory, name)[0] for name in names])
+
+
+def _table_layout(config: PinFMConfig, storage: str) -> TableLayout:
+  tables = config.tables
+  size = row_bytes(tables.width, storage)
+  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed)
+
+
+def _write_tables(path: Path, rows_GE: Any, layout: TableLayout) -> None:
+  written = 0
+  with open(path, 'wb') as file:
+    for packed in quantise_parts(rows_GE, layout.storage):
+      if packed.shape[1] != layout.row_bytes:
+        raise ValueError(f'got packed rows of {packed.shape[1]} bytes, expected {layout.row_bytes}')
+      written += len(packed)
+      file.write(packed.data)
+  if written != layout.sub_tables * layout.rows:
+    raise ValueError(f'got {written} table rows, expected {layout.sub_tables} x {layout.rows}')
+
+
+@contextmanager
+def _complete_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+  """A new directory beside `out` that takes its place when the block ends without an error."""
+  out = out.absolute()
+  occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+  if occupied and not overwrite:
+    raise UserError(f'{out} exists already; give another --out, or remove it first')
+  if occupied and not (out / MANIFEST).is_file():
+    raise UserError(f'{out} exists and is no bundle, so it is not replaced; give another --out')
+  partial, replaced = (out.with_name(f'{out.name}.{word}-{os.getpid()}') for word in ('partial', 'replaced'))
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+    if occupied:
+      os.rename(out, replaced)
+    os.rename(partial, out)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _jax_range(version: str) -> JaxRange:
+  major, minor = _numbers(version)[:2]
+  return JaxRange(version, f'{major}.{minor}', f'{major}.{minor + _JAX_MINORS}')
+
+
+def _check_jax(path: Path, known: JaxRange, version: str) -> None:
+  if not _numbers(known.at_least) <= _numbers(version) < _numbers(known.below):
+    raise UserError(
+      f'{path} was exported with JAX {known.exported_with} and runs on JAX >= {known.at_least}, < {known.below}; '
+      f'this is JAX {version}: install one of that range, or export the bundle again with this one'
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+  return tuple(int(part) for part in re.match(r'[0-9.]*[0-9]', version)[0].split('.'))
+
+
+def _program(name: str) -> str:
+  return f'programs/{name}.bin'
+
+
+def _load_program(path: Path, name: str) -> export.Exported:
+  return export.deserialize(bytearray((path / _program(name)).read_bytes()))

@@ -1,0 +1,289 @@
+"""Reads and checks ranking requests in JSON, and turns them into the records that training featurizes.
+
+  {"request_id": "r1", "timestamp": 1700000000000, "surface": "feed",
+   "history": [{"timestamp": 1699990000000, "item_id": 7, "surface": "feed", "actions": ["click"]}, ...],
+   "candidates": [{"item_id": 9, "item_created_at": 1699900000000, "price": 3.5, "country": "fr", ...}, ...]}
+
+Times are milliseconds since 1970 or ISO 8601 (UTC unless said otherwise). Only request_id, history, candidates and
+their item_ids are required; a feature, surface or time that is not given counts as missing. A candidate may carry its
+own timestamp and surface, and "content" if the model has content vectors. A client that sends just a user's newest
+events adds "history_events", how many the user has in all, and gets the same scores. "user_id" is allowed and unused.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from pinfm_jax.data.events import MAX_TIME_MS, NO_SURFACE, id_key
+from pinfm_jax.data.features import encode_sparse
+from pinfm_jax.data.featurize import window_start
+from pinfm_jax.data.info import SparseFeature
+from pinfm_jax.data.records import History, Request
+from pinfm_jax.errors import UserError
+from pinfm_jax.serve.manifest import Manifest
+
+_REQUEST_FIELDS = ('request_id', 'user_id', 'timestamp', 'surface', 'history', 'history_events', 'candidates')
+_EVENT_FIELDS = ('timestamp', 'item_id', 'surface', 'actions')
+_CANDIDATE_FIELDS = ('item_id', 'item_created_at', 'timestamp', 'surface')
+_MISSING_SURFACE = -1  # featurize adds 1: index 0 is the missing value
+_DIGITS = re.compile(r'-?[0-9]+')
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+  """A request, checked.
+
+  Attributes:
+    request_id: as given.
+    item_ids: of the candidates, as given.
+    history: the events given, oldest first.
+    window: the events of `history` that the model reads.
+    candidates: their features; `history_end` counts all the user's events.
+    content: [C, content width], None if the model has none.
+  """
+
+  request_id: int | str
+  item_ids: tuple[int | str, ...]
+  history: History
+  window: slice
+  candidates: Request
+  content: np.ndarray | None
+
+
+class RequestParser:
+  """Checks requests against a bundle's vocabularies and features."""
+
+  def __init__(self, manifest: Manifest):
+    """Takes what the manifest says of inputs."""
+    self._length, self._block = manifest.history_length, manifest.history_block
+    self._id_type = manifest.id_type.item
+    self._actions = {name: 1 << bit for bit, name in enumerate(manifest.actions)}
+    self._surfaces = {name: code for code, name in enumerate(manifest.surfaces)}
+    self._schema, features = manifest.schema, manifest.schema.features
+    vectors = [(feature.name, feature.width) for feature in features.embedding]
+    content = ['content'] if self._schema.content_width else []
+    names = (*features.dense, *(f.name for f in features.sparse), *(name for name, _ in vectors), *content)
+    self._candidate_fields = dict.fromkeys((*_CANDIDATE_FIELDS, *names))
+    self._vectors = vectors
+
+  def parse(self, document: Any) -> ScoringRequest:
+    """Checks one request.
+
+    Args:
+      document: the decoded JSON object.
+
+    Raises:
+      UserError: anything wrong with it; the message says where in the request, not which request.
+    """
+    _check_fields(document, _REQUEST_FIELDS, 'a request')
+    request_id = document.get('request_id')
+    if isinstance(request_id, bool) or not isinstance(request_id, int | str):
+      raise UserError(f'got request_id {_show(request_id)}, expected a string or an integer')
+    history = self._history(_list(document, 'history'))
+    total = document.get('history_events', len(history))
+    if isinstance(total, bool) or not isinstance(total, int) or total < len(history):
+      raise UserError(
+        f'got history_events {_show(total)}, expected the number of all events of the user, '
+        f'at least the {len(history)} distinct ones given'
+      )
+    listed = _list(document, 'candidates')
+    skipped = total - len(history)  # older events that the client did not send
+    return ScoringRequest(
+      request_id=request_id,
+      item_ids=tuple(c.get('item_id') if isinstance(c, Mapping) else None for c in listed),
+      history=history,
+      window=slice(max(window_start(total, self._length, self._block) - skipped, 0), len(history)),
+      candidates=self._candidates(document, listed, total),
+      content=self._content(listed),
+    )
+
+  def _history(self, listed: list) -> History:
+    """Events sorted by time, stably; those that agree in time, item and surface are one event, as in preparation."""
+    events = [_at('history event', i, self._event, event) for i, event in enumerate(listed)]
+    timed = [time is not None for time, *_ in events]
+    if any(timed) and not all(timed):
+      raise UserError(f'history event {timed.index(False)} has no timestamp but others have; give all or none')
+    if all(timed):
+      events.sort(key=lambda event: event[0])
+    else:  # in the order given; the ordinal keeps repeats apart
+      events = [(i, *rest) for i, (_, *rest) in enumerate(events)]
+    merged: dict[tuple, int] = {}
+    for *key, actions in events:
+      merged[tuple(key)] = merged.get(tuple(key), 0) | actions
+    time, item, surface = zip(*merged, strict=True) if merged else ((), (), ())
+    return History(
+      np.array(time, np.int64),
+      np.array(item, np.uint64),
+      np.array(surface, np.uint16),
+      np.array(list(merged.values()), np.uint32),
+    )
+
+  def _event(self, event: Any) -> tuple[int | None, int, int, int]:
+    _check_fields(event, _EVENT_FIELDS, 'an event')
+    surface = self._surface(event.get('surface'))
+    if surface == _MISSING_SURFACE:
+      raise UserError(f'got no surface, expected one of {_some(self._surfaces)}')
+    bits = 0
+    for name in _list(event, 'actions'):
+      if not isinstance(name, str) or name not in self._actions:
+        raise UserError(f'got the action {_show(name)}, expected some of {_some(self._actions)}')
+      bits |= self._actions[name]
+    return _time(event.get('timestamp'), 'timestamp'), self._key(event), surface, bits
+
+  def _candidates(self, document: Mapping, listed: list, history_events: int) -> Request:
+    time = _time(document.get('timestamp'), 'timestamp')
+    surface = self._surface(document.get('surface'))
+    rows = [_at('candidate', i, self._candidate, c, time, surface) for i, c in enumerate(listed)]
+    times, items, created, surfaces, dense, sparse, embedding = zip(*rows, strict=True) if rows else [()] * 7
+    features, count = self._schema.features, len(rows)
+    return Request(
+      user_row=0,
+      history_end=history_events,
+      timestamp=np.array(times, np.int64),
+      item=np.array(items, np.uint64),
+      created_at=np.array(created, np.int64),
+      surface=np.array(surfaces, np.int32),
+      labels=np.zeros((count, len(self._schema.labels)), np.uint8),
+      dense=np.array(dense, np.float32).reshape(count, len(features.dense)),
+      sparse=np.array(sparse, np.int32).reshape(count, len(features.sparse)),
+      embedding=np.array(embedding, np.float32).reshape(count, features.embedding_width),
+      reference=None,
+    )
+
+  def _candidate(self, candidate: Any, time: int | None, surface: int) -> tuple:
+    """One candidate's columns; `time` and `surface` are the request's."""
+    _check_fields(candidate, self._candidate_fields, 'a candidate')
+    time = _time(candidate.get('timestamp', time), 'timestamp')
+    created = _time(candidate.get('item_created_at'), 'item_created_at')
+    if created is not None and time is None:
+      raise UserError('got item_created_at, but the age needs the time of the request too: give its timestamp')
+    features = self._schema.features
+    return (
+      time or 0,
+      self._key(candidate),
+      -1 if created is None else created,
+      self._surface(candidate['surface']) if candidate.get('surface') is not None else surface,
+      [_number(candidate.get(name), name) for name in features.dense],
+      [_sparse_index(feature, candidate.get(feature.name)) for feature in features.sparse],
+      [x for name, width in self._vectors for x in _vector(candidate.get(name), name, width)],
+    )
+
+  def _content(self, listed: list) -> np.ndarray | None:
+    width = self._schema.content_width
+    if not width:
+      return None
+    rows = [_at('candidate', i, _vector, c.get('content'), 'content', width) for i, c in enumerate(listed)]
+    return np.array(rows, np.float32).reshape(len(listed), width)
+
+  def _surface(self, name: Any) -> int:
+    if name is None:
+      return self._surfaces.get(NO_SURFACE, _MISSING_SURFACE)
+    if not isinstance(name, str) or name not in self._surfaces:
+      raise UserError(f'got the surface {_show(name)}, expected one of {_some(self._surfaces)}')
+    return self._surfaces[name]
+
+  def _key(self, holder: Mapping) -> int:
+    value = holder.get('item_id')
+    if self._id_type == 'integer':
+      fits = isinstance(value, int) and not isinstance(value, bool) or isinstance(value, str) and _is_integer(value)
+    else:
+      fits = isinstance(value, str)
+    if not fits:
+      raise UserError(f'got item_id {_show(value)}, expected {_ID_EXPECTED[self._id_type]}')
+    return id_key(value, self._id_type)
+
+
+_ID_EXPECTED = {'integer': 'an integer (the model was trained on integer ids)', 'string': 'a string'}
+
+
+def _is_integer(text: str) -> bool:
+  return _DIGITS.fullmatch(text) is not None
+
+
+def _at(what: str, place: int, function: Any, *arguments: Any) -> Any:
+  """Calls the function; an error says which element it concerns."""
+  try:
+    return function(*arguments)
+  except UserError as error:
+    raise UserError(f'{what} {place}: {error}') from None
+
+
+def _check_fields(value: Any, known: Iterable[str], what: str) -> None:
+  if not isinstance(value, Mapping):
+    raise UserError(f'got {_show(value)}, expected {what} (a JSON object)')
+  for name in value:
+    if name not in known:
+      near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+      raise UserError(f"got the field '{name}', which {what} does not have; the nearest is '{near[0]}'")
+
+
+def _list(document: Mapping, name: str) -> list:
+  value = document.get(name, [] if name == 'actions' else None)
+  if not isinstance(value, list):
+    raise UserError(f'got {name} {_show(value)}, expected a list')
+  return value
+
+
+def _time(value: Any, name: str) -> int | None:
+  """Milliseconds since 1970."""
+  if value is None:
+    return None
+  time = value
+  if isinstance(value, str):
+    try:
+      moment = datetime.fromisoformat(value)
+    except ValueError:
+      raise UserError(f'got {name} {_show(value)}, expected milliseconds since 1970 or an ISO time') from None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    time = round(moment.timestamp() * 1000)
+  if isinstance(time, bool) or not isinstance(time, int) or not 0 <= time <= MAX_TIME_MS:
+    raise UserError(f'got {name} {_show(value)}, expected milliseconds from 1970 to the year 9999, or an ISO time')
+  return time
+
+
+def _number(value: Any, name: str) -> float:
+  """A dense feature; None (or NaN) is a missing value."""
+  if value is None:
+    return math.nan
+  if not isinstance(value, int | float) or (math.isinf(value) or abs(value) > 3.4e38):
+    raise UserError(f'got {name} {_show(value)}, expected a finite number')
+  return float(value)
+
+
+def _sparse_index(feature: SparseFeature, value: Any) -> int:
+  """A sparse feature's value, or {"index": i}: the stored index (a data set keeps no values of hashed features)."""
+  if isinstance(value, Mapping) and list(value) == ['index']:
+    index = value['index']
+    if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < feature.size:
+      return index
+    raise UserError(f'got {feature.name} index {_show(index)}, expected an integer from 0 to {feature.size - 1}')
+  if value is not None and not isinstance(value, str | int | float):
+    raise UserError(f'got {feature.name} {_show(value)}, expected a string, a number or {{"index": i}}')
+  return encode_sparse(feature, value)
+
+
+def _vector(value: Any, name: str, width: int) -> list[float]:
+  """An embedding feature; None is a missing value, a zero vector."""
+  if value is None:
+    return [0.0] * width
+  if not isinstance(value, list) or len(value) != width or not all(type(x) in (int, float) for x in value):
+    raise UserError(f'got {name} {_show(value)}, expected a list of {width} numbers')
+  if not all(math.isfinite(x) for x in value):
+    raise UserError(f'got {name} with a value that is not finite, expected {width} finite numbers')
+  return value
+
+
+def _show(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else text[:57] + '...'
+
+
+def _some(names: Iterable[str]) -> str:
+  names = list(names)
+  return ', '.join(names[:20]) + (f' and {len(names) - 20} more' if len(names) > 20 else '')

@@ -1,0 +1,241 @@
+"""The fine-tuning task: PinFM inside the multi-task ranking model, over request-grouped batches (PinFM section 3.2)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pinfm_jax.config import FinetuneConfig, PinFMConfig, PretrainConfig, RankerConfig, TableConfig
+from pinfm_jax.data.featurize import FeatureSchema
+from pinfm_jax.data.pipeline import Requests, training_batches
+from pinfm_jax.errors import UserError
+from pinfm_jax.model.cold_start import randomise_candidates
+from pinfm_jax.model.pinfm import EventBatch
+from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
+from pinfm_jax.model.tables import Tables
+from pinfm_jax.train.checkpoint import load_arrays
+from pinfm_jax.train.loop import LoopConfig, train
+from pinfm_jax.train.losses import sequence_losses
+from pinfm_jax.train.optimizer import Update
+from pinfm_jax.train.step import Batch, TrainState
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class FinetuneTask:
+  """Implements `train.step.Task` for the ranker's losses, the module's own, their tie, and L_ntl."""
+
+  model: PinFMConfig
+  ranker: RankerConfig
+  config: FinetuneConfig
+  schema: FeatureSchema
+  steps: int
+  action_bits: int = 0  # A_pos of the next-token loss
+
+  @property
+  def tables(self) -> TableConfig | None:
+    """Sizes of the item tables; None for a ranker without PinFM."""
+    return self.model.tables if self.ranker.sequence == 'pinfm' else None
+
+  @property
+  def update(self) -> Update:
+    """The update rule: the pretrained part and the tables learn at a fraction of the ranker's rate."""
+    return Update(self.config.update, self.steps, pretrained=('pinfm', 'log_temperature'))
+
+  @property
+  def module(self) -> RankingModel:
+    """The Flax module."""
+    return RankingModel(self.model, self.ranker, feature_spec(self.schema), self.config.cold_start)
+
+  def init(self, key: Array) -> Any:
+    """Fresh parameters."""
+    schema, candidates = self.schema, self.config.candidates
+    widths = (len(schema.dense_names), len(schema.sparse_sizes), sum(schema.embedding_widths))
+    batch = RankingBatch(
+      EventBatch(
+        jnp.zeros((1, 2, 2), jnp.uint32), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.uint32),
+        jnp.ones((1, 2), bool), jnp.zeros(1, jnp.uint32),
+      ),
+      CandidateBatch(
+        jnp.zeros((1, candidates, 2), jnp.uint32), jnp.ones((1, candidates), bool), jnp.zeros((1, candidates)),
+        jnp.zeros((1, candidates, widths[0])), jnp.zeros((1, candidates, widths[1]), jnp.int32),
+        jnp.zeros((1, candidates, widths[2])),
+      ),
+      jnp.zeros((1, candidates, len(schema.labels))),
+      jnp.zeros(1, jnp.int32),
+    )  # fmt: skip
+    width = self.model.tables.item_width
+    vectors = (jnp.zeros((1, 2, width)), jnp.zeros((1, candidates, width))) if self.tables else (None, None)
+    zeros = jnp.zeros(widths[0])
+    stats = DenseStats(zeros, zeros, zeros, zeros)
+
+    def everything(model: RankingModel) -> None:
+      model(*vectors, batch, stats, need_history_output=True)
+      if self.tables:
+        model.targets(vectors[0])
+
+    params = jax.tree.map(lambda x: x, self.module.init(key, method=everything)['params'])
+    if self.tables:
+      params['log_temperature'] = jnp.log(jnp.float32(0.05))
+    return params
+
+  def ids(self, batch: Batch, step: Array) -> Array:
+    """Ids of the histories, then those of the candidates, some of which are randomised (CIR)."""
+    candidate = batch['candidate_item']
+    users, candidates = candidate.shape[:2]
+    place_UC = jnp.arange(users * candidates, dtype=jnp.int32).reshape(users, candidates)
+    candidate = randomise_candidates(candidate, place_UC, step, self.config.cold_start.randomise)
+    return jnp.concatenate([batch['history_item'].reshape(-1, 2), candidate.reshape(-1, 2)])
+
+  def loss(
+    self, params: Any, vectors_MV: Array | None, batch: Batch, step: Array, key: Array, constants: DenseStats
+  ) -> tuple[Array, dict[str, Array]]:
+    """Ranking losses on the final prediction and on the module's own, their squared difference, and L_ntl."""
+    inputs = ranking_batch(batch)
+    vectors = split_vectors(vectors_MV, inputs)
+    weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
+    need_ntl = self.tables is not None and self.config.ntl_weight > 0
+    output = self.module.apply(
+      weights, *vectors, inputs, constants, step, train=True, need_history_output=need_ntl, rngs={'dropout': key}
+    )
+    mask_UC, labels_UCT = inputs.candidates.mask_UC, inputs.labels_UCT
+    weight_T = jnp.array([self.config.label_weights.get(name, 1.0) for name in self.schema.labels])
+    figures = {'ranking': ranking_loss(output.logits_UCT, labels_UCT, mask_UC, weight_T)}
+    total = figures['ranking']
+    if output.module_logits_UCT is not None:
+      figures['module'] = ranking_loss(output.module_logits_UCT, labels_UCT, mask_UC, weight_T)
+      target_UCT = jax.lax.stop_gradient(jax.nn.sigmoid(output.logits_UCT))
+      difference_UCT = jnp.square(jax.nn.sigmoid(output.module_logits_UCT) - target_UCT)
+      figures['tie'] = jnp.sum(difference_UCT * mask_UC[..., None]) / jnp.maximum(jnp.sum(mask_UC), 1)
+      total += self.config.module_weight * figures['module'] + self.config.tie_weight * figures['tie']
+    if need_ntl:
+      z_ULO = self.module.apply(weights, vectors[0], method='targets')
+      sequence = PretrainConfig(mtl_weight=0, ftl_weight=0, max_columns=self.config.ntl_columns)
+      ntl, _ = sequence_losses(
+        output.h_ULO, z_ULO, params['log_temperature'], inputs.events, sequence, self.action_bits, step, inputs.index_U
+      )
+      figures['ntl'] = ntl
+      total += self.config.ntl_weight * ntl
+    return total, figures
+
+
+def feature_spec(schema: FeatureSchema) -> FeatureSpec:
+  """Shapes of the schema's features."""
+  return FeatureSpec(len(schema.dense_names), schema.sparse_sizes, schema.embedding_widths, len(schema.labels))
+
+
+def ranking_batch(batch: Batch) -> RankingBatch:
+  """The pipeline's columns as the model's input."""
+  events = EventBatch(*(batch[f'history_{name}'] for name in ('item', 'surface', 'actions', 'mask')), batch['user'])
+  names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding')
+  candidates = CandidateBatch(*(batch[f'candidate_{name}'] for name in names))
+  index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
+  return RankingBatch(events, candidates, batch['candidate_labels'], index_U)
+
+
+def split_vectors(vectors_MV: Array | None, batch: RankingBatch) -> tuple[Array | None, Array | None]:
+  """Undoes the concatenation of `FinetuneTask.ids`: vectors of the histories, vectors of the candidates."""
+  if vectors_MV is None:
+    return None, None
+  users, length = batch.events.mask_UL.shape
+  history, candidate = vectors_MV[: users * length], vectors_MV[users * length :]
+  return history.reshape(users, length, -1), candidate.reshape(users, -1, history.shape[-1])
+
+
+def ranking_loss(logits_UCT: Array, labels_UCT: Array, mask_UC: Array, weight_T: Array) -> Array:
+  """Weighted binary cross-entropy, summed over labels, averaged over real candidates."""
+  loss_UCT = jnp.logaddexp(0.0, logits_UCT) - labels_UCT * logits_UCT
+  return jnp.sum(loss_UCT * weight_T * mask_UC[..., None]) / jnp.maximum(jnp.sum(mask_UC), 1)
+
+
+def dense_stats(requests: Requests, sample: int = 20_000) -> DenseStats:
+  """Clipping range (0.1 % and 99.9 %), mean and scale of the dense features over training requests.
+
+  A feature that does not vary gets scale 0 and so drops out.
+  """
+  count = len(requests)
+  rows = np.linspace(0, count - 1, min(count, sample)).astype(np.int64)
+  examples = [requests[row] for row in rows]
+  dense_MF = np.concatenate([e['candidate_dense'][e['candidate_mask']] for e in examples]).astype(np.float64)
+  dense_MF[~np.isfinite(dense_MF)] = np.nan
+  missing = np.all(np.isnan(dense_MF), axis=0)
+  dense_MF[:, missing] = 0
+  low, high = np.nanquantile(dense_MF, [0.001, 0.999], axis=0)
+  x = np.clip(dense_MF, low, high) - low
+  x = np.where(high - low > 2, np.log1p(x), x)
+  mean, std = np.nanmean(x, axis=0), np.nanstd(x, axis=0)
+  scale = np.where(std > 1e-6, 1 / np.maximum(std, 1e-6), 0)
+  return DenseStats(*(jnp.asarray(v, jnp.float32) for v in (low, high, mean, scale)))
+
+
+def warm_started(state: TrainState, pretrained: Path) -> TrainState:
+  """Puts the pretrained tower, temperature, tables and their accumulators into a fresh state.
+
+  Raises:
+    UserError: the checkpoint's shapes differ from the model's.
+  """
+  source = load_arrays(pretrained / 'checkpoints')
+
+  def place(new: Any, old: Array) -> Array:
+    if new.shape != old.shape:
+      raise UserError(
+        f'{pretrained} holds an array of shape {new.shape} where the model has {old.shape}; '
+        'fine-tune with the model settings it was pretrained with, or set finetune.init=scratch'
+      )
+    return jax.device_put(new, old.sharding)
+
+  names = ('pinfm', 'log_temperature')
+  params = {**state.params, **{n: jax.tree.map(place, source['params'][n], state.params[n]) for n in names}}
+  tables = Tables(
+    place(source['tables']['rows'], state.tables.rows_GE),
+    place(source['tables']['accumulator'], state.tables.accumulator_G),
+  )
+  return state.replace(params=params, tables=tables)
+
+
+def finetune(
+  task: FinetuneTask, requests: Requests, mesh: Mesh, directory: Path, seed: int, pretrained: Path | None
+) -> TrainState:
+  """Runs (or resumes) fine-tuning.
+
+  Args:
+    task: the task; its `steps` bound the run.
+    requests: training requests.
+    mesh: the devices.
+    directory: of the arm.
+    seed: of initialisation and order.
+    pretrained: directory of the pretraining run to warm-start from, or None.
+  """
+  config = task.config
+  info = requests.dataset.info
+  loop = LoopConfig(
+    label=f'{directory.name} (seed {seed})',
+    steps=task.steps,
+    seed=seed,
+    examples=config.batch_requests,
+    checkpoint_every=config.checkpoint_every,
+    log_every=config.log_every,
+    position={'seed': seed, 'data': info.checksum, 'batch': config.batch_requests, 'examples': len(requests)},
+  )
+
+  def batches(first_step: int):
+    return training_batches(requests, config.batch_requests, seed, first_step, jax.process_index(), jax.process_count())
+
+  warm = (lambda state: warm_started(state, pretrained)) if pretrained and task.tables else None
+  return train(task, mesh, directory, loop, batches, dense_stats(requests), warm)
+
+
+def training_steps(config: FinetuneConfig, examples: int) -> int:
+  """Steps of the configured number of epochs."""
+  return max(1, round(config.epochs * examples / config.batch_requests))
+
+
+def without_randomness(config: FinetuneConfig) -> FinetuneConfig:
+  """The configuration with every cold-start technique off."""
+  off = replace(config.cold_start, randomise=0.0, age_dropout=tuple(0.0 for _ in config.cold_start.age_dropout))
+  return replace(config, cold_start=off)

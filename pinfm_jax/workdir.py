@@ -1,0 +1,81 @@
+"""A run's directory: which stage's results stand where, and with which settings they were made."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pinfm_jax.errors import UserError
+
+RESULTS = 'results.json'
+SETTINGS = 'settings.json'
+
+
+def claim(directory: Path, settings: Mapping[str, Any]) -> None:
+  """Makes a stage's directory, or checks that what it holds was made with the same settings.
+
+  Args:
+    directory: of the stage.
+    settings: everything that the stage's result depends on.
+
+  Raises:
+    UserError: it was made with other settings; the first differing one is named.
+  """
+  path = directory / SETTINGS
+  settings = json.loads(json.dumps(settings))
+  if path.exists():
+    found = _read(path)
+    for name, expected in _flat(settings).items():
+      if _flat(found).get(name) != expected:
+        raise UserError(
+          f'{directory} was made with {name}={_flat(found).get(name)!r}, now it is {expected!r}; '
+          f'use another --workdir, the old setting, or delete {directory}'
+        )
+  directory.mkdir(parents=True, exist_ok=True)
+  write_json(path, settings)
+
+
+def is_done(directory: Path) -> bool:
+  """Whether the stage in this directory has finished."""
+  return (directory / RESULTS).exists()
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file that appears only when it is complete."""
+  write_text(path, json.dumps(value, indent=1, sort_keys=False) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a text file that appears only when it is complete."""
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(text, encoding='utf-8')
+  os.replace(partial, path)
+
+
+def read_results(directory: Path) -> dict[str, float]:
+  """A finished stage's named figures.
+
+  Raises:
+    UserError: the stage has not finished.
+  """
+  if not is_done(directory):
+    raise UserError(f'{directory} has no {RESULTS}: run that stage first (pinfm run FILE)')
+  return _read(directory / RESULTS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise UserError(f'{path} is not valid JSON ({error}); delete {path.parent} and run again') from error
+
+
+def _flat(value: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for name, item in value.items():
+    if isinstance(item, Mapping) and item:
+      flat |= _flat(item, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = item
+  return flat

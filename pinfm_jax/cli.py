@@ -69,19 +69,140 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _add_prepare(commands) -> None:
-  pass
+  command = commands.add_parser(
+    'prepare',
+    help='prepare raw activity logs',
+    description='Reads CSV, JSONL (also .gz) and Parquet logs and writes a prepared data set. Malformed rows go to '
+    'rejected.jsonl with their reason.',
+  )
+  command.add_argument('logs', metavar='LOG', nargs='+', help='event files; with --source the folder as published')
+  command.add_argument('--out', metavar='DIR', required=True, help='the data set to make')
+  command.add_argument('--source', metavar='NAME', help='a public set: kuairand, globo, movielens or amazon')
+  command.add_argument('--option', metavar='KEY=VALUE', nargs='+', action='extend', default=[],
+                       help='an option of --source, for example category=Beauty')  # fmt: skip
+  for name, text in (
+    ('columns', 'user_id=uid,timestamp=ts,...: names of the log; canonical: user_id timestamp item_id surface actions'),
+    ('action-columns', 'is_click=click,...: 0/1 columns of the log that are actions'),
+    ('impression-columns', 'names of the impressions: request_id, user_id, timestamp, item_id, surface, labels, ...'),
+    ('item-columns', 'names of the item file: item_id, created_at, content, features'),
+    ('user-columns', 'names of the user file: user_id, features'),
+    ('reference-columns', 'save=true_save,...: true probabilities, of simulated logs'),
+  ):
+    command.add_argument(f'--{name}', metavar='A=B,...', help=text)
+  for name, text in (
+    ('impressions', 'files of impressions: ranking requests with labels and features'),
+    ('labels', '0/1 columns of the impressions that are predicted'),
+    ('dense', 'numeric features'),
+    ('sparse', 'categorical features'),
+    ('embedding', 'vector features'),
+    ('actions', 'a fixed action vocabulary: other names are malformed'),
+    ('surfaces', 'a fixed surface vocabulary'),
+  ):
+    command.add_argument(f'--{name}', metavar='A,B', help=text)
+  command.add_argument('--items', metavar='FILE', help='item file: item_id, created_at, content, item features')
+  command.add_argument('--users', metavar='FILE', help='user file: user_id, user features')
+  command.add_argument('--request-by', choices=('request_id', 'user_day'), help="a request's impressions share this")
+  units = ('auto', 's', 'ms', 'iso', 'order')
+  command.add_argument('--time-unit', choices=units, help='of the log (default: auto)')
+  command.add_argument('--impression-time-unit', choices=units, help='of the impressions (default: auto)')
+  command.add_argument('--user-id-type', choices=('auto', 'integer', 'string'))
+  command.add_argument('--item-id-type', choices=('auto', 'integer', 'string'))
+  command.add_argument('--cap', type=int, help='newest events kept of a user (default: 16000)')
+  command.add_argument('--max-rejected-share', type=float, help='more malformed rows stop it (default: 0.01)')
+  command.add_argument('--shards', type=int, help='record files (default: by size)')
+  command.add_argument('--partitions', type=int, help='parts the users are processed in (default: by size)')
+  command.add_argument('--overwrite', action='store_true', default=None, help='replace a data set at DIR')
+  command.set_defaults(function=_prepare)
+
+
+_MAPPINGS = (
+  'columns', 'action_columns', 'impression_columns', 'item_columns', 'user_columns', 'reference_columns',
+)  # fmt: skip
+_LISTS = ('impressions', 'labels', 'dense', 'sparse', 'embedding', 'actions', 'surfaces')
+_COMMAND_ONLY = ('command', 'function', 'logs', 'out', 'source', 'option')
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.data.prepare import PrepareConfig, prepare
+  from pinfm_jax.data.sources import prepare_source
+  from pinfm_jax.overrides import parse_assignments
+
+  settings = {k: v for k, v in vars(arguments).items() if v is not None and k not in _COMMAND_ONLY}
+  for name in _MAPPINGS:
+    if name in settings:
+      settings[name] = parse_assignments(settings[name].split(','), f'--{name.replace("_", "-")}')
+  for name in _LISTS:
+    if name in settings:
+      settings[name] = tuple(settings[name].split(','))
+  if arguments.source:
+    if len(arguments.logs) > 1:
+      raise UserError(f'--source takes one folder or file, got {len(arguments.logs)}')
+    options = parse_assignments(arguments.option, '--option')
+    info = prepare_source(arguments.source, arguments.logs[0], arguments.out, **settings, **options).info
+  else:
+    if arguments.option:
+      raise UserError('--option belongs to --source; name the public set, or drop it')
+    info = prepare(PrepareConfig(logs=tuple(arguments.logs), out=arguments.out, **settings))
+  counts = info.counts
+  print(f'{arguments.out}: {counts.users} users, {counts.items} items, {counts.requests} requests')
+  for kind in ('events', 'impressions'):
+    rows = getattr(counts, kind)
+    if rows.read:
+      print(f'  {kind}: {rows.read} read = {rows.kept} kept + {rows.rejected} rejected + {rows.merged} merged + '
+            f'{rows.duplicates} duplicates + {rows.cut} cut by the cap')  # fmt: skip
 
 
 def _add_download(commands) -> None:
-  pass
+  command = commands.add_parser('download', help='fetch a public data set, with checksum and resume')
+  command.add_argument('name', metavar='NAME', help='for example movielens-1m or kuairand-pure; "list" names all')
+  command.add_argument('--out', metavar='DIR', help='where to put it (default: data/NAME)')
+  command.add_argument('--base-url', metavar='URL', help='a mirror of the files')
+  command.set_defaults(function=_download)
+
+
+def _download(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.data.download import DATASETS, download
+
+  if arguments.name == 'list':
+    for dataset in DATASETS:
+      print(f'{dataset.name:24} pinfm prepare --source {dataset.source:10} {dataset.terms}')
+    return
+  print(download(arguments.name, arguments.out or Path('data') / arguments.name, arguments.base_url))
 
 
 def _add_export(commands) -> None:
-  pass
+  command = commands.add_parser('export', help='convert a fine-tuned ranker to a serving bundle')
+  command.add_argument('workdir', metavar='WORKDIR', help='of a finished run')
+  command.add_argument('--out', metavar='BUNDLE', required=True)
+  command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
+  command.add_argument('--seed', type=int, help='of which seed (default: the first)')
+  command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
+  command.add_argument('--overwrite', action='store_true', help='replace a bundle at BUNDLE')
+  command.set_defaults(function=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.launch import saved_experiment
+  from pinfm_jax.stages.context import Run
+  from pinfm_jax.stages.export import export_arm
+
+  run = Run(saved_experiment(arguments.workdir), Path(arguments.workdir))
+  path = export_arm(run, arguments.out, arguments.arm, arguments.seed, arguments.storage, arguments.overwrite)
+  print(path)
 
 
 def _add_score(commands) -> None:
-  pass
+  command = commands.add_parser('score', help='score ranking requests with a bundle')
+  command.add_argument('bundle', metavar='BUNDLE')
+  command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line')
+  command.add_argument('--out', metavar='SCORES.jsonl', required=True)
+  command.set_defaults(function=_score)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.serve.scorer import score_file
+
+  print(f'{arguments.out}: {score_file(arguments.bundle, arguments.requests, arguments.out)} requests scored')
 
 
 if __name__ == '__main__':

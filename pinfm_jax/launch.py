@@ -1,5 +1,6 @@
 """Loads a launch file: a Python file that defines `experiment = Experiment(...)` and says in its docstring what it does."""
 
+import json
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from pinfm_jax.config import Experiment
 from pinfm_jax.errors import UserError
-from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.overrides import apply_overrides, from_dict
 
 
 def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
@@ -31,6 +32,21 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
   experiment = apply_overrides(experiment, overrides or {})
   _check_arms(experiment)
   return experiment
+
+
+def saved_experiment(workdir: str | Path) -> Experiment:
+  """The experiment of a run, as it stands in the run's directory.
+
+  Raises:
+    UserError: the directory holds no run.
+  """
+  path = Path(workdir) / 'experiment.json'
+  if not path.is_file():
+    raise UserError(f'{workdir} holds no run (no experiment.json); give the --workdir of `pinfm run`')
+  try:
+    return from_dict(Experiment, json.loads(path.read_text(encoding='utf-8')))
+  except ValueError as error:
+    raise UserError(f'{path} is not valid JSON ({error}); run the experiment again') from error
 
 
 def _check_arms(experiment: Experiment) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pinfm_jax.errors import UserError
@@ -28,8 +28,8 @@ def apply_overrides(config: T, overrides: Mapping[str, Any]) -> T:
   return config
 
 
-def parse_assignments(assignments: list[str]) -> dict[str, str]:
-  """Splits command line words `a.b=c` into a mapping.
+def parse_assignments(assignments: Iterable[str], option: str = '--set') -> dict[str, str]:
+  """Splits command line words `a.b=c` into a mapping; `option` names where they came from.
 
   Raises:
     UserError: a word without '='.
@@ -38,7 +38,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
   for word in assignments:
     key, equals, value = word.partition('=')
     if not equals or not key:
-      raise UserError(f"--set got '{word}'; expected KEY=VALUE, for example --set pretrain.steps=100")
+      raise UserError(f"{option} got '{word}'; expected KEY=VALUE")
     result[key.strip()] = value.strip()
   return result
 

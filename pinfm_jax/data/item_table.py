@@ -54,7 +54,7 @@ class ItemTable:
       content = load_content(Path(config.items), id_type, config.item_columns, items['item_key'])
       if content is not None:
         items = items.join(content, on='item_key', how='left')
-        width = content.schema['content'].width
+        width = content.schema['content'].size
         names.append('content')
     events = pl.col('events').fill_null(0).cast(pl.UInt64)
     return items.with_columns(events).select(names).sort('item_key'), width

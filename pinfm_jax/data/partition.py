@@ -67,17 +67,20 @@ def merge_events(rows: pl.DataFrame, order_only: bool) -> tuple[pl.DataFrame, in
   """
   if order_only:
     rows = rows.sort('mixed', 'order')
-    first = _starts(rows['mixed'].to_numpy())
-    rank = np.arange(rows.height) - np.repeat(first, np.diff(np.append(first, rows.height)))
+    bounds = _bounds(rows['mixed'].to_numpy())
+    rank = np.arange(rows.height) - np.repeat(bounds[:-1], np.diff(bounds))
     return rows.with_columns(pl.Series('timestamp', rank, pl.Int64)), 0, 0
+  rows = rows.sort('mixed', 'timestamp', 'order')
+  # Only rows of one user at one time can merge; they are few, and hashing all rows would take longer than sorting.
+  sizes = np.diff(_bounds(rows['mixed'].to_numpy(), rows['timestamp'].to_numpy()))
+  tied = pl.Series(np.repeat(sizes > 1, sizes))
+  ties = rows.filter(tied)
   keys = ['mixed', 'timestamp', 'item_key', 'surface']
-  distinct = rows.group_by([*keys, 'actions']).agg(pl.col('order').min())
+  distinct = ties.group_by([*keys, 'actions']).agg(pl.col('order').min())
   merged = distinct.group_by(keys).agg(pl.col('order').min(), pl.col('actions').bitwise_or())
-  return (
-    merged.sort('mixed', 'timestamp', 'order'),
-    distinct.height - merged.height,
-    rows.height - distinct.height,
-  )
+  if merged.height < ties.height:
+    rows = pl.concat([rows.filter(~tied), merged.select(rows.columns)]).sort('mixed', 'timestamp', 'order')
+  return rows, distinct.height - merged.height, ties.height - distinct.height
 
 
 def event_part(
@@ -98,22 +101,22 @@ def event_part(
     action_code: stored bit of every provisional action.
     surface_code: stored code of every provisional surface.
   """
-  merged, num_merged, num_duplicates = merge_events(rows, order_only)
-  mixed = merged['mixed'].to_numpy()
-  first = _starts(mixed)
-  end = np.append(first[1:], len(mixed))
-  kept = np.arange(len(mixed)) >= np.repeat(end - cap, end - first)
-  cut = int(len(mixed) - kept.sum())
-  first_seen = merged.group_by('item_key').agg(pl.col('timestamp').min().alias('first_seen'))
-  stored = merged.filter(pl.Series(kept)) if cut else merged
-  counts = stored.group_by('item_key').agg(pl.len().cast(pl.UInt64).alias('events'))
-  items = first_seen.join(counts, on='item_key', how='left').with_columns(pl.col('events').fill_null(0))
-  if 'item_id' in rows.columns:
+  ids = [name for name in ('user_key', 'user_id', 'item_id') if name in rows.columns]
+  merged, num_merged, num_duplicates = merge_events(rows.drop(ids), order_only)
+  bounds = _bounds(merged['mixed'].to_numpy())
+  kept = np.arange(merged.height) >= np.repeat(bounds[1:] - cap, np.diff(bounds))
+  items = (
+    merged.select('item_key', 'timestamp', pl.Series('kept', kept))
+    .group_by('item_key')
+    .agg(pl.col('timestamp').min().alias('first_seen'), pl.col('kept').sum().cast(pl.UInt64).alias('events'))
+  )
+  if 'item_id' in ids:
     items = items.join(rows.select('item_key', 'item_id').unique('item_key'), on='item_key', how='left')
-  users = rows.select(name for name in ('mixed', 'user_key', 'user_id') if name in rows.columns)
+  stored = merged if kept.all() else merged.filter(pl.Series(kept))
+  users = rows.select(name for name in ('mixed', 'user_key', 'user_id') if name in rows.columns).unique('mixed')
   if extra_users is not None:
-    users = pl.concat([users, extra_users.select(users.columns)])
-  users = users.unique('mixed').sort('mixed')
+    users = pl.concat([users, extra_users.select(users.columns)]).unique('mixed')
+  users = users.sort('mixed')
   ends = np.searchsorted(stored['mixed'].to_numpy(), users['mixed'].to_numpy(), side='right')
   offsets = np.concatenate([[0], ends]).astype(np.int64)
   events = History(
@@ -123,7 +126,7 @@ def event_part(
     permute_bits(stored['actions'].to_numpy(), action_code),
   )
   users = users.with_columns(pl.Series('events', np.diff(offsets), pl.UInt32))
-  return EventPart(users, offsets, events, items, num_merged, num_duplicates, cut)
+  return EventPart(users, offsets, events, items, num_merged, num_duplicates, merged.height - stored.height)
 
 
 def request_part(
@@ -155,10 +158,9 @@ def request_part(
     shown = shown.join(side.frame.rename({name: f'{name}:side' for name in overlap}), on=side.key, how='left')
   created = [name for name in ('created_at', 'created_at:side') if name in shown.columns]
   shown = shown.with_columns(pl.coalesce(*created, pl.lit(None, pl.Int64)).alias('created_at')).sort('row')
-  first = _request_starts(shown)
-  offsets = np.append(first, shown.height)
+  offsets = _bounds(shown['mixed'].to_numpy(), shown['request_key'].to_numpy())
   ids = [name for name in ('request_id', 'user_id') if name in shown.columns]
-  requests = shown[first].select('mixed', 'user_key', 'request_key', 'timestamp', 'order', *ids)
+  requests = shown[offsets[:-1]].select('mixed', 'user_key', 'request_key', 'timestamp', 'order', *ids)
   requests = requests.with_columns(pl.Series('candidates', np.diff(offsets), pl.UInt32))
   items = rows.group_by('item_key').agg(
     pl.col('timestamp').min().alias('first_seen'),
@@ -237,15 +239,9 @@ def _vectors(column: pl.Series, width: int) -> np.ndarray:
   return made
 
 
-def _starts(groups: np.ndarray) -> np.ndarray:
-  """Where each run of equal values starts."""
-  if not len(groups):
-    return np.zeros(0, np.int64)
-  return np.concatenate([[0], np.flatnonzero(groups[1:] != groups[:-1]) + 1])
-
-
-def _request_starts(shown: pl.DataFrame) -> np.ndarray:
-  user, request = shown['mixed'].to_numpy(), shown['request_key'].to_numpy()
-  if not len(user):
-    return np.zeros(0, np.int64)
-  return np.concatenate([[0], np.flatnonzero((user[1:] != user[:-1]) | (request[1:] != request[:-1])) + 1])
+def _bounds(*groups: np.ndarray) -> np.ndarray:
+  """Where each run of rows with equal values starts, and at last the number of rows."""
+  changes = [group[1:] != group[:-1] for group in groups]
+  rows = len(groups[0])
+  inner = np.flatnonzero(np.logical_or.reduce(changes)) + 1
+  return np.concatenate([[0], inner, [rows]]) if rows else np.zeros(1, np.int64)

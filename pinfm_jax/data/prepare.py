@@ -26,7 +26,8 @@ def prepare(config: PrepareConfig) -> DatasetInfo:
   """Prepares logs into a data set directory, which appears only when it is complete.
 
   The log is read once, in batches that are spilled to disk by user, then merged, capped and encoded part by part:
-  memory is bounded by the batches and parts, and otherwise grows only with the distinct users, items and requests.
+  memory is bounded by the batches, the parts and the largest single user, and otherwise grows only with the number
+  of distinct users, items and requests.
 
   Args:
     config: files, columns and limits.
@@ -45,10 +46,9 @@ def prepare(config: PrepareConfig) -> DatasetInfo:
     spill = folder / 'spill'
     spill.mkdir()
     beside = out.with_name(f'{out.name}.rejected.jsonl')
-    rejects = RejectLog(folder / 'rejected.jsonl', beside, config.max_rejected_share)
-    ingested = _ingest(config, spill, rejects)
+    with RejectLog(folder / 'rejected.jsonl', beside, config.max_rejected_share) as rejects:
+      ingested = _ingest(config, spill, rejects)
     assembled = Assembler(ingested, folder, spill).run()
-    rejects.close()
     for file in spill.iterdir():
       file.unlink()
     spill.rmdir()

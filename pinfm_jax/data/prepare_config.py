@@ -110,6 +110,10 @@ class PrepareConfig:
       raise UserError(
         f'cap, shards and partitions must be at least 1, got {self.cap}, {self.shards}, {self.partitions}'
       )
+    if self.request_by == 'user_day' and self.impression_time_unit == 'order':
+      raise UserError(
+        "request_by 'user_day' needs times, but impression_time_unit is 'order': give a request_id column"
+      )
     if not 0 <= self.max_rejected_share <= 1:
       raise UserError(f'max_rejected_share must lie between 0 and 1, got {self.max_rejected_share}')
     self._check_features()

@@ -209,7 +209,7 @@ def _parse_csv(
     '\n'.join(good.to_list()).encode(),
     has_header=False,
     schema=dict.fromkeys(header, pl.String),
-    columns=columns,
+    columns=sorted(header.index(name) for name in columns),
     separator=separator,
     quote_char=None,
   )

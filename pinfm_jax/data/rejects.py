@@ -40,15 +40,15 @@ class RejectLog:
     """
     counter = self._reasons.setdefault(kind, Counter())
     self.read[kind] += batch.rows
-    for line, reason, text in batch.broken:
-      counter[reason] += 1
-      self._write(batch.file, line, reason, {'text': text})
+    entries = [(line, reason, {'text': text}) for line, reason, text in batch.broken]
     if reasons.null_count() < len(reasons):
       wrong = np.flatnonzero(reasons.is_not_null().to_numpy())
       rows = batch.frame[wrong].iter_rows(named=True)
-      for line, reason, row in zip(batch.line[wrong].tolist(), reasons[wrong].to_list(), rows, strict=True):
-        counter[reason] += 1
-        self._write(batch.file, line, reason, row)
+      entries += zip(batch.line[wrong].tolist(), reasons[wrong].to_list(), rows, strict=True)
+    for line, reason, row in sorted(entries, key=lambda entry: entry[0]):
+      counter[reason] += 1
+      entry = {'file': batch.file, 'line': line, 'reason': reason, 'row': row}
+      self._file.write(json.dumps(entry, ensure_ascii=False, default=str) + '\n')
     if counter.total() > _EARLY_STOP_ROWS:
       self.check(kind)
 
@@ -79,10 +79,8 @@ class RejectLog:
     total = sum(self._reasons.values(), Counter())
     return dict(sorted(total.items(), key=lambda pair: (-pair[1], pair[0])))
 
-  def close(self) -> None:
-    """Closes the file."""
-    self._file.close()
+  def __enter__(self) -> 'RejectLog':
+    return self
 
-  def _write(self, file: str, line: int, reason: str, row: dict) -> None:
-    entry = {'file': file, 'line': line, 'reason': reason, 'row': row}
-    self._file.write(json.dumps(entry, ensure_ascii=False, default=str) + '\n')
+  def __exit__(self, *error: object) -> None:
+    self._file.close()

@@ -76,7 +76,10 @@ class SimulatorConfig:
 
   @classmethod
   def preset(cls, size: str, **changes) -> 'SimulatorConfig':
-    """A configuration by name: tiny (tests), quickstart (seconds), medium (a minute), large (many minutes).
+    """A configuration by name.
+
+    tiny is for tests; quickstart takes a second (246,000 events, 221,000 impressions); medium 20 seconds and 3 GB of
+    memory (4 million of each); large five times that.
 
     Args:
       size: the name.
@@ -97,5 +100,5 @@ _PRESETS = {
   'tiny': {'users': 150, 'items': 400, 'days': 6, 'topics': 8, 'content_width': 8},
   'quickstart': {},
   'medium': {'users': 20_000, 'items': 30_000, 'days': 30, 'topics': 48, 'content_width': 64},
-  'large': {'users': 200_000, 'items': 300_000, 'days': 60, 'topics': 96, 'content_width': 64},
+  'large': {'users': 100_000, 'items': 200_000, 'days': 30, 'topics': 96, 'content_width': 64},
 }

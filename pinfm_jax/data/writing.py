@@ -58,18 +58,17 @@ class RecordSpool:
   def __init__(self, path: Path):
     """Records are kept in the file `path`."""
     self._path = path
-    self._file = path.open('wb')
     self._sizes: list[int] = []
 
   def append(self, records: Iterable[bytes]) -> None:
     """Adds records."""
-    for record in records:
-      self._file.write(record)
-      self._sizes.append(len(record))
+    with self._path.open('ab') as file:
+      for record in records:
+        file.write(record)
+        self._sizes.append(len(record))
 
   def read(self, order: np.ndarray) -> Iterator[bytes]:
     """The records in the given order of their numbers."""
-    self._file.close()
     if not len(order):
       return
     ends = np.cumsum(self._sizes)
@@ -98,10 +97,10 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
   Raises:
     UserError: `out` exists and may not be replaced, or is not writable.
   """
-  check_free(out, overwrite)
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out)
+    check_free(out, overwrite)
     partial = out.with_name(f'{out.name}.partial-{uuid.uuid4().hex[:8]}')
     partial.mkdir()
   except OSError as error:
@@ -136,6 +135,9 @@ def check_free(out: Path, overwrite: bool) -> None:
 def _remove_stale(out: Path) -> None:
   for partial in out.parent.glob(f'{out.name}.partial-*'):
     if not partial.is_dir():
+      continue
+    if partial.suffix == '.old' and not out.exists():
+      partial.rename(out)  # that run was killed after moving the old data set away, before the new one took its place
       continue
     lock = os.open(partial, os.O_RDONLY)
     try:

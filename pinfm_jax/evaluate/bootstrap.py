@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pinfm_jax.progress import Progress
+
 # A figure of one resample: called with the users' weights (how often each was drawn), returns a number or NaN.
 Statistic = Callable[[np.ndarray], float]
 
@@ -37,7 +39,13 @@ class Lift:
   difference_high: float
 
 
-def resampled(statistics: Sequence[Statistic], num_users: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+def resampled(
+  statistics: Sequence[Statistic],
+  num_users: int,
+  resamples: int = 1000,
+  seed: int = 0,
+  progress: Progress | None = None,
+) -> np.ndarray:
   """Every statistic on the same resamples of the users.
 
   Resample r draws num_users users with replacement from its own generator (seed, r): the numbers do not depend on
@@ -48,6 +56,7 @@ def resampled(statistics: Sequence[Statistic], num_users: int, resamples: int = 
     num_users: how many users there are.
     resamples: how many draws.
     seed: of the draws.
+    progress: is told of every finished resample.
 
   Returns:
     [resamples, S] float64.
@@ -58,6 +67,8 @@ def resampled(statistics: Sequence[Statistic], num_users: int, resamples: int = 
     drawn = np.random.default_rng((seed, r)).integers(0, num_users, num_users)
     weights_U = np.bincount(drawn, minlength=num_users)
     samples[r] = [statistic(weights_U) for statistic in statistics]
+    if progress:
+      progress.update(r + 1)
   return samples
 
 

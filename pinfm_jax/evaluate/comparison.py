@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate import bootstrap, metrics
 from pinfm_jax.evaluate.bootstrap import Lift
 from pinfm_jax.evaluate.ranking import (
@@ -18,6 +19,7 @@ from pinfm_jax.evaluate.ranking import (
   slices,
 )
 from pinfm_jax.evaluate.tables import Table, mean_std, percent_interval
+from pinfm_jax.progress import Progress
 
 Arms = Mapping[str, Sequence[RankingPredictions]]  # an arm's predictions, one a seed
 LIFTED = {'hit@3': 'HIT@3', 'auc': 'AUC'}  # the metrics that get lifts, and how tables call them
@@ -91,9 +93,10 @@ class RankingComparison:
       cells = []
       for label in self.labels_shown:
         positives = figures[figure_name(label, age, 'positives')][0]
-        cells.append(f'{_lift_text(self.lifts[arm][figure_name(label, age, "auc")])} n={positives:,.0f}')
+        lift = _lift_text(self.lifts[arm][figure_name(label, age, 'auc')], digits=1)
+        cells.append(f'{lift} ({positives:,.0f})')
       rows.append((age.replace('age_unknown', 'unknown').removeprefix('age'), *cells))
-    note = 'n: positives of that age.'
+    note = 'In parentheses: the positives of that age.'
     return Table(f'AUC lift of {arm} by item age', ('age', *self.labels_shown), tuple(rows), note)
 
   def _falls(self, label: str, metric: str) -> bool:
@@ -123,10 +126,15 @@ def compare(
 
   Raises:
     ValueError: the arms do not have the same rows, or the baseline is not among them.
-    UserError: the weights name no label of the data.
+    UserError: a weight or a label to show names no label of the data.
   """
   _check_paired(arms, baseline)
-  first = arms[baseline][0]
+  names = arms[baseline][0].label_names
+  for label in labels_shown:
+    if label not in names:
+      raise UserError(
+        f"got '{label}' among the labels to show; expected some of {', '.join(names)}: set evaluate.labels"
+      )
   by_arm = {
     arm: [ranking_metrics(predictions, weights, age_edges_hours) for predictions in runs] for arm, runs in arms.items()
   }
@@ -135,7 +143,7 @@ def compare(
     baseline=baseline,
     seeds=len(arms[baseline]),
     users=_users(arms).size,
-    labels_shown=tuple(labels_shown) or first.label_names,
+    labels_shown=tuple(labels_shown) or names,
     lower_is_better=frozenset(name for name, weight in weights.items() if weight < 0),
     metrics={arm: _over_seeds(figures) for arm, figures in by_arm.items()},
     best=None if None in best else {name: mean for name, (mean, _) in _over_seeds(best).items()},
@@ -168,7 +176,9 @@ def lifts(
   users = _users(arms)
   statistics = {arm: _statistics(runs, weights, age_edges_hours, users) for arm, runs in arms.items()}
   flat = [statistic for named in statistics.values() for statistic in named.values()]
-  samples = iter(bootstrap.resampled(flat, users.size, resamples).T)
+  progress = Progress('bootstrap', resamples, 'resamples')
+  samples = iter(bootstrap.resampled(flat, users.size, resamples, progress=progress).T)
+  progress.close()
   everyone = np.ones(users.size, np.int64)
   results = {
     arm: {name: (statistic(everyone), next(samples)) for name, statistic in named.items()}
@@ -230,5 +240,5 @@ def _check_paired(arms: Arms, baseline: str) -> None:
         raise ValueError(f"got other rows for '{arm}' than for '{baseline}'; lifts need the same rows in one order")
 
 
-def _lift_text(lift: Lift) -> str:
-  return percent_interval(lift.relative, lift.low, lift.high)
+def _lift_text(lift: Lift, digits: int = 2) -> str:
+  return percent_interval(lift.relative, lift.low, lift.high, digits)

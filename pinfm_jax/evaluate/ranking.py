@@ -74,7 +74,7 @@ class RankingPredictions:
       UserError: the file is missing, damaged or holds something else.
     """
     try:
-      with np.load(path, allow_pickle=False) as archive:
+      with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
         if str(archive['format']) != _FORMAT:
           raise ValueError(f'format {archive["format"]}')
         arrays = {f.name: archive[f.name] for f in dataclasses.fields(cls) if f.name in archive}

@@ -43,12 +43,12 @@ def mean_std(mean: float, std: float, digits: int = 4) -> str:
   return f'{mean:.{digits}f}' + ('' if std != std else f' ± {std:.{digits}f}')
 
 
-def percent_interval(value: float, low: float, high: float) -> str:
+def percent_interval(value: float, low: float, high: float, digits: int = 2) -> str:
   """'+2.31 % [+1.10, +3.52]' of relative values; the interval says so where there is too little data for one."""
   if value != value:
     return '–'
-  interval = '[too few]' if low != low else f'[{100 * low:+.2f}, {100 * high:+.2f}]'
-  return f'{100 * value:+.2f} % {interval}'
+  interval = '[too few]' if low != low else f'[{100 * low:+.{digits}f}, {100 * high:+.{digits}f}]'
+  return f'{100 * value:+.{digits}f} % {interval}'
 
 
 def _markdown_row(cells) -> str:

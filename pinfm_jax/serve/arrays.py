@@ -18,7 +18,7 @@ def plain_arrays(tree: Any) -> Any:
 def save_arrays(path: Path, tree: Mapping[str, Any]) -> None:
   """Writes a tree of NumPy arrays."""
   with open(path, 'wb') as file:
-    np.savez(file, allow_pickle=False, **_flatten(tree))
+    np.savez(file, **_flatten(tree))
 
 
 def load_arrays(path: Path) -> dict[str, Any]:

@@ -71,7 +71,6 @@ def export_bundle(
   actions: Sequence[str],
   surfaces: Sequence[str],
   id_type: IdTypes,
-  history_length: int,
   history_block: int,
   utility: Mapping[str, float] | None = None,
   storage: str = 'int4',
@@ -92,7 +91,6 @@ def export_bundle(
     actions: names of the actions.
     surfaces: names of the surfaces.
     id_type: how ids are spelled.
-    history_length: most events that the model reads.
     history_block: the window slides in blocks of this many events.
     utility: weight of each label in the score that orders a request.
     storage: of the tables: 'int4', 'int8' or 'float32'.
@@ -120,7 +118,7 @@ def export_bundle(
   }
   with _complete_directory(Path(out), overwrite) as directory:
     model = ServingModel(model_config, ranker_config, spec, layout)
-    programs = export_programs(model, arrays['params'], arrays['stats'], history_length)
+    programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
     files = _write_files(directory, programs, arrays, rows_GE, layout)
     Manifest(
       created=datetime.now(UTC).isoformat(timespec='seconds'),
@@ -130,7 +128,6 @@ def export_bundle(
       actions=tuple(actions),
       surfaces=tuple(surfaces),
       schema=schema,
-      history_length=history_length,
       history_block=history_block,
       utility=dict(utility or {}),
       tables=layout,

@@ -1,4 +1,4 @@
-"""Turns requests of a prepared data set into the JSON that a bundle scores: examples for users, and the parity check."""
+"""Turns requests of a prepared data set into the JSON that a bundle scores: examples, and the parity check."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -73,7 +73,7 @@ class _RequestWriter:
     for feature in features.embedding:
       document[feature.name] = request.embedding[c, start : start + feature.width].tolist()
       start += feature.width
-    if self._content is not None:
+    if self._content is not None and not np.isnan(self._content[item]).any():
       document['content'] = self._content[item].tolist()
     return document
 

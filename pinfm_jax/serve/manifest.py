@@ -77,8 +77,7 @@ class Manifest:
     actions: names, bit a of an event's actions is action a.
     surfaces: names, in the order of their codes.
     schema: the candidates' features, in column order, and the labels.
-    history_length: most events that the model reads.
-    history_block: the window over longer histories slides in blocks of this many events.
+    history_block: over histories longer than schema.history_length the window slides in blocks of this many events.
     utility: weight of each label in the score that orders a request; may be empty.
     tables: layout of the item tables, None for a ranker without PinFM.
     golden: ids whose rows are known (rows of the item tables; without tables, the bucket of the ranker's own hash).
@@ -95,7 +94,6 @@ class Manifest:
   actions: tuple[str, ...]
   surfaces: tuple[str, ...]
   schema: FeatureSchema
-  history_length: int
   history_block: int
   utility: Mapping[str, float]
   tables: TableLayout | None

@@ -80,11 +80,12 @@ def export_programs(model: ServingModel, params: Tree, stats: Tree, history_leng
   Returns:
     Serialised programs: 'crossing', and 'context' for a ranker with PinFM.
   """
-  users, candidates, length = export.symbolic_shape('U, C, L', constraints=[f'L <= {history_length}'])
   params, stats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, stats))
-  inputs = _candidate_shapes(model, users, candidates)
   if model.layout is None:
+    inputs = _candidate_shapes(model, *export.symbolic_shape('U, C'))
     return {'crossing': _lower(model.ranker_alone, params, stats, inputs).serialize()}
+  users, candidates, length = export.symbolic_shape('U, C, L', constraints=[f'L <= {history_length}'])
+  inputs = _candidate_shapes(model, users, candidates)
   shape = (users, length)
   mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
   events = {

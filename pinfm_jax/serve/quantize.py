@@ -122,14 +122,20 @@ def dequantise_on_device(packed: jax.Array, width: int, storage: str) -> jax.Arr
   """
   leading = packed.shape[:-1]
   if storage == 'float32':
-    return jax.lax.bitcast_convert_type(packed.reshape(*leading, width, 4), jnp.float32)
+    return _from_bytes(packed.reshape(*leading, width, 4), jnp.uint32, jnp.float32)
   codes = packed[..., :-4]
   if storage == 'int4':
     codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*leading, width)
-  constants = jax.lax.bitcast_convert_type(packed[..., -4:].reshape(*leading, 2, 2), jnp.float16).astype(jnp.float32)
+  constants = _from_bytes(packed[..., -4:].reshape(*leading, 2, 2), jnp.uint16, jnp.float16).astype(jnp.float32)
   return constants[..., 1:] + constants[..., :1] * codes.astype(jnp.float32)
 
 
 def _parts(rows_GE: np.ndarray | jax.Array) -> Iterator[np.ndarray]:
   for start in range(0, rows_GE.shape[0], _CHUNK_ROWS):
     yield rows_GE[start : start + _CHUNK_ROWS]
+
+
+def _from_bytes(octets: jax.Array, word: jnp.dtype, kind: jnp.dtype) -> jax.Array:
+  """Little-endian bytes [..., n] -> numbers [...]; a bitcast that changes the rank cannot have symbolic sizes."""
+  shifts = 8 * jnp.arange(octets.shape[-1], dtype=word)
+  return jax.lax.bitcast_convert_type(jnp.sum(octets.astype(word) << shifts, axis=-1, dtype=word), kind)

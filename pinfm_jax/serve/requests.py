@@ -10,29 +10,33 @@ own timestamp and surface, and "content" if the model has content vectors. A cli
 events adds "history_events", how many the user has in all, and gets the same scores. "user_id" is allowed and unused.
 """
 
-import difflib
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
-from pinfm_jax.data.events import MAX_TIME_MS, NO_SURFACE, id_key
-from pinfm_jax.data.features import encode_sparse
+from pinfm_jax.data.events import NO_SURFACE
 from pinfm_jax.data.featurize import window_start
-from pinfm_jax.data.info import SparseFeature
 from pinfm_jax.data.records import History, Request
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.fields import (
+  check_names,
+  read_key,
+  read_list,
+  read_name,
+  read_number,
+  read_sparse,
+  read_time,
+  read_vector,
+  show,
+)
 from pinfm_jax.serve.manifest import Manifest
 
 _REQUEST_FIELDS = ('request_id', 'user_id', 'timestamp', 'surface', 'history', 'history_events', 'candidates')
 _EVENT_FIELDS = ('timestamp', 'item_id', 'surface', 'actions')
 _CANDIDATE_FIELDS = ('item_id', 'item_created_at', 'timestamp', 'surface')
 _MISSING_SURFACE = -1  # featurize adds 1: index 0 is the missing value
-_DIGITS = re.compile(r'-?[0-9]+')
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class RequestParser:
 
   def __init__(self, manifest: Manifest):
     """Takes what the manifest says of inputs."""
-    self._length, self._block = manifest.history_length, manifest.history_block
+    self._length, self._block = manifest.schema.history_length, manifest.history_block
     self._id_type = manifest.id_type.item
     self._actions = {name: 1 << bit for bit, name in enumerate(manifest.actions)}
     self._surfaces = {name: code for code, name in enumerate(manifest.surfaces)}
@@ -81,18 +85,18 @@ class RequestParser:
     Raises:
       UserError: anything wrong with it; the message says where in the request, not which request.
     """
-    _check_fields(document, _REQUEST_FIELDS, 'a request')
+    check_names(document, _REQUEST_FIELDS, 'a request')
     request_id = document.get('request_id')
     if isinstance(request_id, bool) or not isinstance(request_id, int | str):
-      raise UserError(f'got request_id {_show(request_id)}, expected a string or an integer')
-    history = self._history(_list(document, 'history'))
+      raise UserError(f'got request_id {show(request_id)}, expected a string or an integer')
+    history = self._history(read_list(document, 'history'))
     total = document.get('history_events', len(history))
     if isinstance(total, bool) or not isinstance(total, int) or total < len(history):
       raise UserError(
-        f'got history_events {_show(total)}, expected the number of all events of the user, '
+        f'got history_events {show(total)}, expected the number of all events of the user, '
         f'at least the {len(history)} distinct ones given'
       )
-    listed = _list(document, 'candidates')
+    listed = read_list(document, 'candidates')
     skipped = total - len(history)  # older events that the client did not send
     return ScoringRequest(
       request_id=request_id,
@@ -125,19 +129,16 @@ class RequestParser:
     )
 
   def _event(self, event: Any) -> tuple[int | None, int, int, int]:
-    _check_fields(event, _EVENT_FIELDS, 'an event')
-    surface = self._surface(event.get('surface'))
-    if surface == _MISSING_SURFACE:
-      raise UserError(f'got no surface, expected one of {_some(self._surfaces)}')
+    check_names(event, _EVENT_FIELDS, 'an event')
+    name = event.get('surface', NO_SURFACE if NO_SURFACE in self._surfaces else None)
+    surface = read_name(self._surfaces, name, 'surface')
     bits = 0
-    for name in _list(event, 'actions'):
-      if not isinstance(name, str) or name not in self._actions:
-        raise UserError(f'got the action {_show(name)}, expected some of {_some(self._actions)}')
-      bits |= self._actions[name]
-    return _time(event.get('timestamp'), 'timestamp'), self._key(event), surface, bits
+    for name in read_list(event, 'actions', []):
+      bits |= read_name(self._actions, name, 'action')
+    return read_time(event.get('timestamp'), 'timestamp'), read_key(event.get('item_id'), self._id_type), surface, bits
 
   def _candidates(self, document: Mapping, listed: list, history_events: int) -> Request:
-    time = _time(document.get('timestamp'), 'timestamp')
+    time = read_time(document.get('timestamp'), 'timestamp')
     surface = self._surface(document.get('surface'))
     rows = [_at('candidate', i, self._candidate, c, time, surface) for i, c in enumerate(listed)]
     times, items, created, surfaces, dense, sparse, embedding = zip(*rows, strict=True) if rows else [()] * 7
@@ -158,52 +159,33 @@ class RequestParser:
 
   def _candidate(self, candidate: Any, time: int | None, surface: int) -> tuple:
     """One candidate's columns; `time` and `surface` are the request's."""
-    _check_fields(candidate, self._candidate_fields, 'a candidate')
-    time = _time(candidate.get('timestamp', time), 'timestamp')
-    created = _time(candidate.get('item_created_at'), 'item_created_at')
+    check_names(candidate, self._candidate_fields, 'a candidate')
+    time = read_time(candidate.get('timestamp', time), 'timestamp')
+    created = read_time(candidate.get('item_created_at'), 'item_created_at')
     if created is not None and time is None:
       raise UserError('got item_created_at, but the age needs the time of the request too: give its timestamp')
     features = self._schema.features
     return (
       time or 0,
-      self._key(candidate),
+      read_key(candidate.get('item_id'), self._id_type),
       -1 if created is None else created,
       self._surface(candidate['surface']) if candidate.get('surface') is not None else surface,
-      [_number(candidate.get(name), name) for name in features.dense],
-      [_sparse_index(feature, candidate.get(feature.name)) for feature in features.sparse],
-      [x for name, width in self._vectors for x in _vector(candidate.get(name), name, width)],
+      [read_number(candidate.get(name), name) for name in features.dense],
+      [read_sparse(feature, candidate.get(feature.name)) for feature in features.sparse],
+      [x for name, width in self._vectors for x in read_vector(candidate.get(name), name, width)],
     )
 
   def _content(self, listed: list) -> np.ndarray | None:
     width = self._schema.content_width
     if not width:
       return None
-    rows = [_at('candidate', i, _vector, c.get('content'), 'content', width) for i, c in enumerate(listed)]
+    rows = [_at('candidate', i, read_vector, c.get('content'), 'content', width) for i, c in enumerate(listed)]
     return np.array(rows, np.float32).reshape(len(listed), width)
 
   def _surface(self, name: Any) -> int:
     if name is None:
       return self._surfaces.get(NO_SURFACE, _MISSING_SURFACE)
-    if not isinstance(name, str) or name not in self._surfaces:
-      raise UserError(f'got the surface {_show(name)}, expected one of {_some(self._surfaces)}')
-    return self._surfaces[name]
-
-  def _key(self, holder: Mapping) -> int:
-    value = holder.get('item_id')
-    if self._id_type == 'integer':
-      fits = isinstance(value, int) and not isinstance(value, bool) or isinstance(value, str) and _is_integer(value)
-    else:
-      fits = isinstance(value, str)
-    if not fits:
-      raise UserError(f'got item_id {_show(value)}, expected {_ID_EXPECTED[self._id_type]}')
-    return id_key(value, self._id_type)
-
-
-_ID_EXPECTED = {'integer': 'an integer (the model was trained on integer ids)', 'string': 'a string'}
-
-
-def _is_integer(text: str) -> bool:
-  return _DIGITS.fullmatch(text) is not None
+    return read_name(self._surfaces, name, 'surface')
 
 
 def _at(what: str, place: int, function: Any, *arguments: Any) -> Any:
@@ -212,78 +194,3 @@ def _at(what: str, place: int, function: Any, *arguments: Any) -> Any:
     return function(*arguments)
   except UserError as error:
     raise UserError(f'{what} {place}: {error}') from None
-
-
-def _check_fields(value: Any, known: Iterable[str], what: str) -> None:
-  if not isinstance(value, Mapping):
-    raise UserError(f'got {_show(value)}, expected {what} (a JSON object)')
-  for name in value:
-    if name not in known:
-      near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-      raise UserError(f"got the field '{name}', which {what} does not have; the nearest is '{near[0]}'")
-
-
-def _list(document: Mapping, name: str) -> list:
-  value = document.get(name, [] if name == 'actions' else None)
-  if not isinstance(value, list):
-    raise UserError(f'got {name} {_show(value)}, expected a list')
-  return value
-
-
-def _time(value: Any, name: str) -> int | None:
-  """Milliseconds since 1970."""
-  if value is None:
-    return None
-  time = value
-  if isinstance(value, str):
-    try:
-      moment = datetime.fromisoformat(value)
-    except ValueError:
-      raise UserError(f'got {name} {_show(value)}, expected milliseconds since 1970 or an ISO time') from None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    time = round(moment.timestamp() * 1000)
-  if isinstance(time, bool) or not isinstance(time, int) or not 0 <= time <= MAX_TIME_MS:
-    raise UserError(f'got {name} {_show(value)}, expected milliseconds from 1970 to the year 9999, or an ISO time')
-  return time
-
-
-def _number(value: Any, name: str) -> float:
-  """A dense feature; None (or NaN) is a missing value."""
-  if value is None:
-    return math.nan
-  if not isinstance(value, int | float) or (math.isinf(value) or abs(value) > 3.4e38):
-    raise UserError(f'got {name} {_show(value)}, expected a finite number')
-  return float(value)
-
-
-def _sparse_index(feature: SparseFeature, value: Any) -> int:
-  """A sparse feature's value, or {"index": i}: the stored index (a data set keeps no values of hashed features)."""
-  if isinstance(value, Mapping) and list(value) == ['index']:
-    index = value['index']
-    if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < feature.size:
-      return index
-    raise UserError(f'got {feature.name} index {_show(index)}, expected an integer from 0 to {feature.size - 1}')
-  if value is not None and not isinstance(value, str | int | float):
-    raise UserError(f'got {feature.name} {_show(value)}, expected a string, a number or {{"index": i}}')
-  return encode_sparse(feature, value)
-
-
-def _vector(value: Any, name: str, width: int) -> list[float]:
-  """An embedding feature; None is a missing value, a zero vector."""
-  if value is None:
-    return [0.0] * width
-  if not isinstance(value, list) or len(value) != width or not all(type(x) in (int, float) for x in value):
-    raise UserError(f'got {name} {_show(value)}, expected a list of {width} numbers')
-  if not all(math.isfinite(x) for x in value):
-    raise UserError(f'got {name} with a value that is not finite, expected {width} finite numbers')
-  return value
-
-
-def _show(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + '...'
-
-
-def _some(names: Iterable[str]) -> str:
-  names = list(names)
-  return ', '.join(names[:20]) + (f' and {len(names) - 20} more' if len(names) > 20 else '')

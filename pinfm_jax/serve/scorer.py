@@ -1,4 +1,4 @@
-"""Scores ranking requests with a bundle: exported programs, memory-mapped rows, and the featurizing code of training."""
+"""Scores ranking requests with a bundle: exported programs, mapped rows, and the featurizing code of training."""
 
 import json
 import os
@@ -54,7 +54,7 @@ class Scorer:
       order of the requests and of their candidates; "utility" only if the bundle has utility weights.
 
     Raises:
-      UserError: a malformed request; the message says the how-manieth it is (from 1).
+      UserError: a malformed request; the message has its number, counted from 1.
     """
     return self._score((f'request {i}', request) for i, request in enumerate(requests, 1))
 
@@ -134,7 +134,7 @@ class Scorer:
 
   def _events(self, batch: list[ScoringRequest]) -> Arrays:
     most = max(r.window.stop - r.window.start for r in batch)
-    length = min(_bucket(most, _LEAST_EVENTS), self.bundle.manifest.history_length)
+    length = min(_bucket(most, _LEAST_EVENTS), self.bundle.manifest.schema.history_length)
     return _stack([event_inputs(r.history, r.window, length) for r in batch], _bucket(len(batch), 1))
 
 

@@ -98,9 +98,13 @@ def load_arrays(directory: Path) -> dict[str, Any]:
   checkpointer = ocp.training.Checkpointer(directory)
   if checkpointer.latest is None:
     raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
-  loaded = checkpointer.load_checkpointables(checkpointer.latest.step, {'state': None})
+  step = checkpointer.latest.step
+  layout = checkpointer.checkpointables_metadata(step).metadata['state']
+  # Abstract NumPy arrays ask Orbax for host memory, whatever devices wrote the checkpoint; `empty` touches no page.
+  abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), layout)
+  loaded = checkpointer.load_checkpointables(step, {'state': abstract})
   checkpointer.close()
-  return jax.tree.map(np.asarray, loaded['state'])
+  return loaded['state']
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

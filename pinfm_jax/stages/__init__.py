@@ -1,0 +1,1 @@
+"""The stages of `pinfm run`, one file each."""

@@ -1,0 +1,104 @@
+"""What the stages of a run share: the experiment, its directory, the data set, the split, the mesh."""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from pinfm_jax.config import Arm, Experiment, PinFMConfig
+from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.data.featurize import FeatureSchema
+from pinfm_jax.data.pipeline import Requests, action_bits
+from pinfm_jax.data.splits import Split, split_by_time
+from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.train.finetune import FinetuneTask
+from pinfm_jax.train.sharding import make_mesh
+
+
+@dataclass(frozen=True)
+class Run:
+  """An experiment in its directory, with what the stages share."""
+
+  experiment: Experiment
+  workdir: Path
+
+  @property
+  def data_directory(self) -> Path:
+    """Where the prepared data set is."""
+    data = self.experiment.data
+    return Path(data.path) if data.source == 'prepared' else self.workdir / 'data'
+
+  @cached_property
+  def dataset(self) -> PreparedDataset:
+    """The prepared data set."""
+    return PreparedDataset.open(self.data_directory)
+
+  @cached_property
+  def split(self) -> Split:
+    """The time split."""
+    return split_by_time(self.dataset, self.experiment.data)
+
+  @cached_property
+  def mesh(self) -> Mesh:
+    """The device mesh."""
+    return make_mesh(self.experiment.mesh)
+
+  @cached_property
+  def model(self) -> PinFMConfig:
+    """The model's configuration with the data set's vocabulary sizes."""
+    info = self.dataset.info
+    return replace(self.experiment.model, num_actions=len(info.actions), num_surfaces=len(info.surfaces))
+
+  def pretrain_directory(self, seed: int) -> Path:
+    """Directory of a seed's pretraining run."""
+    return self.workdir / f'seed{seed}' / 'pretrain'
+
+  def arm_directory(self, seed: int, arm: Arm) -> Path:
+    """Directory of a seed's fine-tuned arm."""
+    return self.workdir / f'seed{seed}' / arm.directory
+
+  def arm_experiment(self, arm: Arm) -> Experiment:
+    """The experiment with the arm's overrides."""
+    return apply_overrides(self.experiment, arm.overrides)
+
+  def schema(self, experiment: Experiment) -> FeatureSchema:
+    """The ranker's inputs."""
+    return FeatureSchema.of(
+      self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length
+    )
+
+  def requests(self, experiment: Experiment, part: str) -> Requests:
+    """The requests of 'finetune', 'validation' or 'test'."""
+    least = 1 if part == 'finetune' else experiment.data.min_candidates
+    times = getattr(self.split, part)
+    return Requests.between(self.dataset, self.schema(experiment), experiment.finetune, times, least)
+
+  def task(self, experiment: Experiment, steps: int) -> FinetuneTask:
+    """The fine-tuning task of an arm."""
+    bits = action_bits(experiment.pretrain, self.dataset.info.actions)
+    return FinetuneTask(self.model, experiment.ranker, experiment.finetune, self.schema(experiment), steps, bits)
+
+  def pretrain_settings(self, seed: int) -> dict[str, Any]:
+    """Everything that a seed's pretraining depends on."""
+    return {
+      'data': dataclasses.asdict(self.experiment.data) | {'checksum': self.dataset.info.checksum},
+      'model': dataclasses.asdict(self.model),
+      'pretrain': dataclasses.asdict(self.experiment.pretrain),
+      'seed': seed,
+    }
+
+  def finetune_settings(self, experiment: Experiment, seed: int) -> dict[str, Any]:
+    """Everything that an arm's fine-tuning and predictions depend on."""
+    settings = self.pretrain_settings(seed)
+    if not needs_pretraining(experiment):
+      del settings['pretrain']
+    own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
+    return settings | {k: dataclasses.asdict(v) for k, v in own.items()} | {'split': experiment.evaluate.split}
+
+
+def needs_pretraining(experiment: Experiment) -> bool:
+  """Whether an arm starts from a pretrained tower."""
+  return experiment.ranker.sequence == 'pinfm' and experiment.finetune.init == 'pretrained'

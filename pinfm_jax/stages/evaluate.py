@@ -1,0 +1,63 @@
+"""Stage `evaluate`: compares the arms over all seeds, writes results.json and results.md, prints the tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pinfm_jax.errors import UserError
+from pinfm_jax.evaluate.comparison import compare
+from pinfm_jax.evaluate.ranking import RankingPredictions
+from pinfm_jax.evaluate.tables import Table
+from pinfm_jax.stages.context import Run
+from pinfm_jax.workdir import is_done, read_results, write_json, write_text
+
+
+def evaluate_stage(run: Run) -> None:
+  """Reads every arm's predictions and the pretrained towers' figures.
+
+  Raises:
+    UserError: an arm is not fine-tuned yet.
+  """
+  experiment = run.experiment
+  arms = {
+    arm.name: [_predictions(run.arm_directory(seed, arm)) for seed in experiment.seeds] for arm in experiment.arms
+  }
+  comparison = compare(arms, experiment.baseline, experiment.evaluate.utility, experiment.evaluate.labels)
+  retrieval = _retrieval_figures(run)
+  tables = [_retrieval_table(retrieval, experiment.evaluate.ks)] if retrieval else []
+  about = _about(run)
+  markdown = [f'# {experiment.name}', about, comparison.markdown(), *(table.markdown() for table in tables)]
+  write_json(run.workdir / 'results.json', comparison.figures() | retrieval)
+  write_text(run.workdir / 'results.md', '\n\n'.join(markdown) + '\n')
+  print('\n\n'.join([about, comparison.text(), *(table.text() for table in tables)]))
+
+
+def _predictions(directory: Path) -> RankingPredictions:
+  if not is_done(directory):
+    raise UserError(f'{directory} is not fine-tuned yet; run the finetune stage first (pinfm run FILE)')
+  return RankingPredictions.load(directory / 'predictions.npz')
+
+
+def _retrieval_figures(run: Run) -> dict[str, float]:
+  """Mean over the seeds of the pretrained towers' retrieval figures."""
+  directories = [run.pretrain_directory(seed) for seed in run.experiment.seeds]
+  results = [read_results(directory) for directory in directories if is_done(directory)]
+  return {name: sum(r[name] for r in results) / len(results) for name in results[0]} if results else {}
+
+
+def _retrieval_table(figures: Mapping[str, float], ks: tuple[int, ...]) -> Table:
+  names = [f'{metric}@{k}' for k in ks for metric in ('hr', 'ndcg')] + ['mrr']
+  rows = [
+    (label, *(f'{figures[f"retrieval/{row}/{name}"]:.4f}' for name in names))
+    for row, label in (('tower', 'pretrained tower'), ('popularity', 'popularity'))
+  ]
+  note = (
+    f'{figures["retrieval/users"]:.0f} users; all {figures["retrieval/catalogue"]:.0f} items seen before the split are '
+    f'ranked; {100 * figures["retrieval/unseen_share"]:.1f} % of the users are left out, their next item is newer.'
+  )
+  return Table('Whole-catalogue next item', ('', *(name.upper() for name in names)), tuple(rows), note)
+
+
+def _about(run: Run) -> str:
+  info, part = run.dataset.info, run.experiment.evaluate.split
+  licence = f' Terms of the data: {info.licence}.' if info.licence else ''
+  return f'Data: {info.source}; {part} split; {len(run.experiment.seeds)} seed(s).{licence}'

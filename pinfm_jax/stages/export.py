@@ -1,0 +1,145 @@
+"""Stage `export`: a serving bundle, checked against the evaluation, and example scores from it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from pinfm_jax.config import Arm
+from pinfm_jax.errors import UserError
+from pinfm_jax.evaluate.predict import predictions_of
+from pinfm_jax.evaluate.ranking import RankingPredictions, ranking_metrics
+from pinfm_jax.evaluate.tables import Table
+from pinfm_jax.model.ranker import DenseStats
+from pinfm_jax.progress import Progress
+from pinfm_jax.serve.bundle import export_bundle
+from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.scorer import Scorer, score_file
+from pinfm_jax.stages.context import Run
+from pinfm_jax.train.checkpoint import load_arrays
+from pinfm_jax.train.finetune import feature_spec
+from pinfm_jax.workdir import is_done, read_results, write_json, write_text
+
+EXAMPLES = 20
+
+
+def export_stage(run: Run) -> None:
+  """Exports the first seed's last PinFM arm, compares its scores with the evaluation's, and scores examples.
+
+  The comparison runs the evaluation's requests through the bundle's own JSON interface, once with float32 tables
+  (nothing but rounding may differ) and once as it is served.
+  """
+  if not _pinfm_arms(run):
+    print('no arm has PinFM: nothing to export')
+    return
+  arm, seed = _pinfm_arms(run)[-1], run.experiment.seeds[0]
+  storage = run.experiment.serve.storage
+  bundle = export_arm(run, run.workdir / 'bundle', overwrite=True)
+  exact = export_arm(run, run.workdir / 'bundle_float32', storage='float32', overwrite=True)
+  evaluated = RankingPredictions.load(run.arm_directory(seed, arm) / 'predictions.npz')
+  served = {'float32': _served(run, arm, exact), storage: _served(run, arm, bundle)}
+  table, figures = _comparison(run, evaluated, served)
+  print(table.text())
+  earlier = read_results(run.workdir) if is_done(run.workdir) else {}
+  write_json(run.workdir / 'results.json', earlier | figures)
+  write_text(run.workdir / 'bundle_check.md', table.markdown())
+  _score_examples(run, arm, bundle)
+
+
+def export_arm(
+  run: Run,
+  out: str | Path,
+  arm_name: str | None = None,
+  seed: int | None = None,
+  storage: str | None = None,
+  overwrite: bool = False,
+) -> Path:
+  """Writes the bundle of a fine-tuned ranker.
+
+  Args:
+    run: the run.
+    out: the bundle's directory.
+    arm_name: which ranker; None = the last one with PinFM, else the last.
+    seed: of which seed; None = the first.
+    storage: of the tables; None = the experiment's.
+    overwrite: replace what stands at `out`.
+
+  Raises:
+    UserError: no such arm, or it is not fine-tuned.
+  """
+  names = [arm.name for arm in run.experiment.arms]
+  if arm_name is not None and arm_name not in names:
+    raise UserError(f"no arm '{arm_name}'; expected one of: {', '.join(names)}")
+  chosen = [arm for arm in run.experiment.arms if arm.name == arm_name] or _pinfm_arms(run) or run.experiment.arms
+  arm, seed = chosen[-1], run.experiment.seeds[0] if seed is None else seed
+  directory, experiment = run.arm_directory(seed, arm), run.arm_experiment(arm)
+  if not is_done(directory):
+    raise UserError(f'{directory} is not fine-tuned; run the finetune stage first (pinfm run FILE)')
+  state, info = load_arrays(directory / 'checkpoints'), run.dataset.info
+  tables, schema = run.model.tables, run.schema(experiment)
+  return export_bundle(
+    out,
+    model_config=run.model,
+    ranker_config=experiment.ranker,
+    schema=schema,
+    spec=feature_spec(schema),
+    params={name: value for name, value in state['params'].items() if name != 'log_temperature'},
+    rows_GE=state['tables']['rows'][: tables.sub_tables * tables.rows] if 'tables' in state else None,
+    stats=DenseStats(**state['constants']),
+    actions=info.actions,
+    surfaces=info.surfaces,
+    id_type=info.id_type,
+    history_block=experiment.finetune.history_block,
+    utility=experiment.evaluate.utility,
+    storage=storage or experiment.serve.storage,
+    run={'experiment': experiment.name, 'arm': arm.name, 'seed': seed, 'data': info.checksum, 'source': info.source},
+    overwrite=overwrite,
+  )
+
+
+def _pinfm_arms(run: Run) -> list[Arm]:
+  return [arm for arm in run.experiment.arms if run.arm_experiment(arm).ranker.sequence == 'pinfm']
+
+
+def _served(run: Run, arm: Arm, bundle: Path) -> RankingPredictions:
+  """The evaluation's requests scored through the bundle."""
+  experiment = run.arm_experiment(arm)
+  requests = run.requests(experiment, experiment.evaluate.split)
+  scorer, rows = Scorer.load(bundle), np.unique(requests.request_row)
+  documents = dataset_requests(run.dataset, rows, experiment.finetune.history_length)
+  progress, scores = Progress(f'score through {bundle.name}', len(rows), 'requests'), []
+  for count, result in enumerate(scorer.score(documents), 1):
+    scores += [[candidate[label] for label in requests.schema.labels] for candidate in result['scores']]
+    progress.update(count)
+  progress.close()
+  return predictions_of(requests, np.array(scores, np.float32))
+
+
+def _comparison(
+  run: Run, evaluated: RankingPredictions, served: dict[str, RankingPredictions]
+) -> tuple[Table, dict[str, float]]:
+  """How far served scores and metrics are from the evaluation's."""
+  weights = run.experiment.evaluate.utility
+  label = run.experiment.evaluate.main_label
+  base, rows, figures = ranking_metrics(evaluated, weights), [], {}
+  for storage, predictions in served.items():
+    metrics = ranking_metrics(predictions, weights)
+    figures[f'bundle/{storage}/max_difference'] = float(np.abs(predictions.scores_MT - evaluated.scores_MT).max())
+    for metric in ('auc', 'hit@3'):
+      figures[f'bundle/{storage}/{label}/{metric}/change'] = metrics[f'{label}/{metric}'] - base[f'{label}/{metric}']
+    names = ('max_difference', f'{label}/auc/change', f'{label}/hit@3/change')
+    rows.append((storage, *(f'{figures[f"bundle/{storage}/{name}"]:+.2e}' for name in names)))
+  header = ('tables', 'largest difference of a score', f'change of {label} AUC', f'change of {label} HIT@3')
+  note = 'Scores of the bundle, through its JSON interface, against those of the evaluation on the same requests.'
+  return Table('The exported bundle', header, tuple(rows), note), figures
+
+
+def _score_examples(run: Run, arm: Arm, bundle: Path) -> None:
+  """requests.jsonl and scores.jsonl: what `pinfm score` takes and gives."""
+  experiment = run.arm_experiment(arm)
+  rows = np.unique(run.requests(experiment, experiment.evaluate.split).request_row)[-EXAMPLES:]
+  documents = dataset_requests(run.dataset, rows, experiment.finetune.history_length)
+  path = run.workdir / 'requests.jsonl'
+  write_text(path, ''.join(json.dumps(document) + '\n' for document in documents))
+  score_file(bundle, path, run.workdir / 'scores.jsonl')
+  print(f'example requests: {path}, their scores: {run.workdir / "scores.jsonl"}, the bundle: {bundle}')

@@ -1,0 +1,35 @@
+"""Stage `finetune`: every arm's ranker with every seed, and its predictions on the evaluation split."""
+
+import jax
+
+from pinfm_jax.config import Arm
+from pinfm_jax.evaluate.predict import predict
+from pinfm_jax.stages.context import Run, needs_pretraining
+from pinfm_jax.train.finetune import finetune, training_steps
+from pinfm_jax.workdir import claim, is_done, write_json
+
+
+def finetune_stage(run: Run) -> None:
+  """Fine-tunes every arm and seed that has not finished."""
+  for seed in run.experiment.seeds:
+    for arm in run.experiment.arms:
+      directory = run.arm_directory(seed, arm)
+      claim(directory, run.finetune_settings(run.arm_experiment(arm), seed))
+      if is_done(directory):
+        print(f'{directory}: finished earlier')
+      else:
+        _finetune(run, seed, arm)
+
+
+def _finetune(run: Run, seed: int, arm: Arm) -> None:
+  experiment, directory = run.arm_experiment(arm), run.arm_directory(seed, arm)
+  requests = run.requests(experiment, 'finetune')
+  task = run.task(experiment, training_steps(experiment.finetune, len(requests)))
+  pretrained = run.pretrain_directory(seed) if needs_pretraining(experiment) else None
+  state = finetune(task, requests, run.mesh, directory, seed, pretrained)
+  part = run.requests(experiment, experiment.evaluate.split)
+  with jax.set_mesh(run.mesh):
+    rows_GE = state.tables.rows_GE if state.tables else None
+    predictions = predict(task, state.params, rows_GE, state.constants, part, f'{directory.name}: predict')
+  predictions.save(directory / 'predictions.npz')
+  write_json(directory / 'results.json', {'steps': task.steps, 'requests': len(requests)})

@@ -1,0 +1,36 @@
+"""Stage `prepare`: the prepared data set, from the simulator or a public source's files."""
+
+from pinfm_jax.data.prepare import prepare
+from pinfm_jax.data.simulator import SimulatorConfig, simulate, simulated_prepare_config
+from pinfm_jax.data.sources import prepare_source
+from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import from_dict
+from pinfm_jax.stages.context import Run
+from pinfm_jax.workdir import claim
+
+
+def prepare_stage(run: Run) -> None:
+  """Makes the prepared data set; one that stands already is kept, if it was made with the same settings.
+
+  Raises:
+    UserError: no path for a public source, or see `prepare`.
+  """
+  data = run.experiment.data
+  if data.source != 'prepared':
+    settings = {'source': data.source, 'path': data.path, 'simulator': dict(data.simulator)}
+    claim(run.workdir / 'prepare', {'data': settings})
+    if not (run.data_directory / 'dataset.json').exists():
+      _make(run)
+  counts = run.dataset.info.counts
+  print(f'data: {counts.users} users, {counts.items} items, {counts.events.kept} events, {counts.requests} requests')
+
+
+def _make(run: Run) -> None:
+  data = run.experiment.data
+  if data.source == 'simulator':
+    feed = simulate(from_dict(SimulatorConfig, data.simulator), run.workdir / 'raw')
+    prepare(simulated_prepare_config(feed, run.data_directory))
+    return
+  if not data.path:
+    raise UserError(f'data.path is empty; set it to the folder of the {data.source} files (--set data.path=DIR)')
+  prepare_source(data.source, data.path, run.data_directory)

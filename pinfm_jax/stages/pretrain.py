@@ -1,0 +1,37 @@
+"""Stage `pretrain`: one tower a seed, measured by whole-catalogue retrieval."""
+
+from pinfm_jax.data.pipeline import action_bits
+from pinfm_jax.evaluate.retrieval import evaluate_retrieval, retrieval_task
+from pinfm_jax.stages.context import Run, needs_pretraining
+from pinfm_jax.train.pretrain import pretrain
+from pinfm_jax.workdir import claim, is_done, write_json
+
+
+def pretrain_stage(run: Run) -> None:
+  """Pretrains every seed that has not finished."""
+  if not any(needs_pretraining(run.arm_experiment(arm)) for arm in run.experiment.arms):
+    print('no arm starts from a pretrained tower: nothing to do')
+    return
+  for seed in run.experiment.seeds:
+    directory = run.pretrain_directory(seed)
+    claim(directory, run.pretrain_settings(seed))
+    if is_done(directory):
+      print(f'{directory}: finished earlier')
+    else:
+      _pretrain(run, seed)
+
+
+def _pretrain(run: Run, seed: int) -> None:
+  config, evaluate, directory = run.experiment.pretrain, run.experiment.evaluate, run.pretrain_directory(seed)
+  until = run.split.pretrain_until
+  state = pretrain(run.dataset, until, run.model, config, run.mesh, directory, seed)
+  task = retrieval_task(
+    run.dataset,
+    until,
+    config.downstream_length,
+    run.experiment.finetune.history_block,
+    action_bits(config, run.dataset.info.actions),
+    evaluate.retrieval_users,
+  )
+  figures = evaluate_retrieval(task, run.model, state.params['pinfm'], state.tables.rows_GE, evaluate.ks)
+  write_json(directory / 'results.json', {f'retrieval/{name}': value for name, value in figures.items()})

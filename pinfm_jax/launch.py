@@ -1,4 +1,4 @@
-"""Loads a launch file: a Python file that defines `experiment = Experiment(...)` and says in its docstring what it does."""
+"""Loads a launch file: Python that defines `experiment = Experiment(...)` and says in its docstring what it does."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""Dotted overrides of a configuration (`pretrain.steps=10`) and its JSON form; unknown keys name the nearest known one."""
+"""Dotted overrides of a configuration (`pretrain.steps=10`) and its JSON form; unknown keys name the nearest one."""
 
 import ast
 import dataclasses

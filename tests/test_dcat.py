@@ -34,7 +34,7 @@ def _model(layers):
 
 
 def _dcat(model, params, events, history, candidates):
-  _, context = model.apply(params, history, events, need_output=False, method='encode')
+  _, context = model.apply(params, history, events, every_output=False, method='encode')
   return model.apply(params, candidates, context, events.mask_UL, method='cross')
 
 

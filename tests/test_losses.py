@@ -151,5 +151,7 @@ def test_gradient_equals_finite_differences():
 
   slope = float(jnp.vdot(jax.grad(loss)(jnp.asarray(h, jnp.float32)), direction))
   step = 1e-2
-  numeric = float(loss(jnp.asarray(h + step * direction, jnp.float32)) - loss(jnp.asarray(h - step * direction, jnp.float32)))
+  numeric = float(
+    loss(jnp.asarray(h + step * direction, jnp.float32)) - loss(jnp.asarray(h - step * direction, jnp.float32))
+  )
   np.testing.assert_allclose(slope, numeric / (2 * step), rtol=5e-3)

@@ -20,7 +20,7 @@ def _pretrain(run, directory, **changes):
   return pretrain(run.dataset, run.split.pretrain_until, run.model, config, run.mesh, directory, seed=0)
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
   pass
 
 
@@ -31,7 +31,7 @@ def _kill_at(monkeypatch, step):
 
   def put(batch, mesh):
     if next(served, None) is None:
-      raise _Killed
+      raise _KilledError
     return original(batch, mesh)
 
   monkeypatch.setattr(loop, 'put_batch', put)
@@ -58,7 +58,7 @@ def test_a_killed_and_resumed_run_is_bit_identical(toy_run, tmp_path, monkeypatc
   _pretrain(toy_run, tmp_path / 'whole')
   with monkeypatch.context() as patch:
     _kill_at(patch, killed_at)
-    with pytest.raises(_Killed):
+    with pytest.raises(_KilledError):
       _pretrain(toy_run, tmp_path / 'killed')
   _pretrain(toy_run, tmp_path / 'killed')
   whole, resumed = (load_arrays(tmp_path / name / 'checkpoints') for name in ('whole', 'killed'))

@@ -53,9 +53,7 @@ class Segments:
   def __getitem__(self, index: SupportsIndex) -> Batch:
     index = int(index)
     row = int(self.user_row[index])
-    events = event_inputs(
-      self.dataset.history(row), slice(int(self.start[index]), int(self.stop[index])), self.length
-    )
+    events = event_inputs(self.dataset.history(row), slice(int(self.start[index]), int(self.stop[index])), self.length)
     return {**events, 'user': np.uint32(row)}
 
 
@@ -89,7 +87,7 @@ class Requests:
     keys = content = None
     if schema.content_width:
       keys = dataset.items['item_key'].to_numpy()
-      content = dataset.items['content'].to_numpy()
+      content = np.nan_to_num(dataset.items['content'].to_numpy())  # an item without content has zeros
     return cls(dataset, schema, config, np.repeat(rows, chunks), first, keys, content)
 
   def __len__(self) -> int:

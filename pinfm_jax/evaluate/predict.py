@@ -17,7 +17,9 @@ from pinfm_jax.train.step import Batch
 Array = jax.Array
 
 
-def predict(task: FinetuneTask, params: Any, rows_GE: Array | None, stats: Any, requests: Requests, label: str) -> RankingPredictions:  # fmt: skip
+def predict(
+  task: FinetuneTask, params: Any, rows_GE: Array | None, stats: Any, requests: Requests, label: str
+) -> RankingPredictions:
   """The ranker's probabilities for every candidate of the requests, in their order.
 
   Args:

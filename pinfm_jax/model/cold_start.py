@@ -30,7 +30,9 @@ def randomise_candidates(item_UC2: Array, place_UC: Array, step: Array, share: f
   return jnp.where(replace_UC[..., None], random_UC2, item_UC2)
 
 
-def age_dropout(outputs_UCO: Array, age_hours_UC: Array, place_UC: Array, step: Array, config: ColdStartConfig) -> Array:
+def age_dropout(
+  outputs_UCO: Array, age_hours_UC: Array, place_UC: Array, step: Array, config: ColdStartConfig
+) -> Array:
   """Drops elements of the module's outputs with a probability that falls with the item's age (IDD), inverted.
 
   Args:

@@ -1,4 +1,4 @@
-"""DCAT, deduplicated cross attention: the history is read once a user, its candidates attend to the kept keys and values.
+"""DCAT, deduplicated cross attention: a history is read once a user, candidates attend to its kept keys and values.
 
 The context pass runs the decoder over U distinct histories and keeps each layer's keys and values (PinFM Eq. 3). The
 crossing pass runs it over candidates grouped by user (Eq. 4). `dense_oracle` states what both together must equal.

@@ -70,7 +70,7 @@ def hash_uniform(counter: Any, seed: Any) -> jax.Array:
 
 
 def _mix(h: Any, xp: ModuleType) -> Any:
-  """Bijective 32-bit finaliser (the constants of MurmurHash3's): every input bit flips each output bit half the time."""
+  """Bijective 32-bit finaliser with MurmurHash3's constants: an input bit flips each output bit half the time."""
   h = h ^ (h >> np.uint32(16))
   h = h * np.uint32(0x85EBCA6B)
   h = h ^ (h >> np.uint32(13))

@@ -69,18 +69,18 @@ class PinFM(nn.Module):
     return self.encode(vectors_ULV, events)[0], self.targets(vectors_ULV)
 
   def encode(
-    self, vectors_ULV: Array, events: EventBatch, train: bool = False, need_output: bool = True
-  ) -> tuple[Array | None, LayerKV]:
+    self, vectors_ULV: Array, events: EventBatch, train: bool = False, every_output: bool = True
+  ) -> tuple[Array, LayerKV]:
     """The context pass: H = phi_out(M(phi_in(E + V + A))) (PinFM Eq. 1).
 
     Args:
       vectors_ULV: item vectors of the events, V = S * E.
       events: surfaces, actions and mask of the same events.
       train: dropout on.
-      need_output: False when only the kept keys and values are used.
+      every_output: False computes H of each history's last event alone.
 
     Returns:
-      Unit-length H_ULO (None if not needed), and every layer's keys and values.
+      Unit-length H [U, L, O], or [U, 1, O] of the last events; and every layer's keys and values.
 
     Raises:
       ValueError: histories longer than the learned positions.
@@ -93,8 +93,8 @@ class PinFM(nn.Module):
     surfaces_ULV = self.surface_embedding[events.surface_UL]
     x_ULD = self.phi_in(vectors_ULV + surfaces_ULV + actions_ULV) + self.position_embedding[:length]
     x_ULD = x_ULD.astype(self.config.tower.dtype)
-    output_ULD, kv = self.decoder.context(x_ULD, events.mask_UL, train, need_output)
-    return (self.phi_out(output_ULD) if need_output else None), kv
+    output_ULD, kv = self.decoder.context(x_ULD, events.mask_UL, train, every_output)
+    return self.phi_out(output_ULD), kv
 
   def cross(self, vectors_UCV: Array, context: LayerKV, mask_UL: Array, train: bool = False) -> Array:
     """The crossing pass: each candidate as the token that follows its user's history (PinFM section 3.2).

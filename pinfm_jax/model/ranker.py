@@ -13,7 +13,7 @@ from pinfm_jax.model.cold_start import age_dropout
 from pinfm_jax.model.dcat import LayerKV
 from pinfm_jax.model.interaction import CrossNetwork
 from pinfm_jax.model.pinfm import EventBatch, PinFM, l2_normalise
-from pinfm_jax.model.transformer import dense
+from pinfm_jax.model.transformer import dense, last_event
 
 Array = jax.Array
 
@@ -55,6 +55,14 @@ class RankingBatch(NamedTuple):
   candidates: CandidateBatch
   labels_UCT: Array
   index_U: Array  # int32 place of each request in the epochs' global order: seeds randomisation and dropout
+
+
+@flax.struct.dataclass
+class UserContext:
+  """What the crossing pass needs of a user: every layer's keys and values, and H of the last event (0 without one)."""
+
+  kv: LayerKV
+  user_UO: Array
 
 
 class RankingOutput(NamedTuple):
@@ -135,7 +143,7 @@ class Ranker(nn.Module):
 
 
 class RankingModel(nn.Module):
-  """The ranker with its user-sequence module; `context` then `score` is the serving path, `__call__` the training path."""
+  """The ranker with its user-sequence module; `__call__` trains, `context` and then `score` serve."""
 
   pinfm_config: PinFMConfig
   config: RankerConfig
@@ -176,9 +184,9 @@ class RankingModel(nn.Module):
     """
     if self.config.sequence == 'none':
       return RankingOutput(self.ranker(batch.candidates, stats, None, train), None, None)
-    h_ULO, context = self.pinfm.encode(vectors_ULV, batch.events, train, need_history_output)
-    output_UCO = self.pinfm.cross(vectors_UCV, context, batch.events.mask_UL, train)
-    module_UCM = self._module(output_UCO, vectors_UCV)
+    h_ULO, context = self._encode(vectors_ULV, batch.events, train, need_history_output)
+    output_UCO = self.pinfm.cross(vectors_UCV, context.kv, batch.events.mask_UL, train)
+    module_UCM = self._module(output_UCO, vectors_UCV, context)
     if train:
       candidates = batch.candidates.mask_UC.shape[1]
       place_UC = batch.index_U[:, None] * candidates + jnp.arange(candidates)
@@ -186,24 +194,37 @@ class RankingModel(nn.Module):
     logits_UCT = self.ranker(batch.candidates, stats, module_UCM, train)
     return RankingOutput(logits_UCT, self.module_head(output_UCO), h_ULO)
 
-  def context(self, vectors_ULV: Array, events: EventBatch) -> LayerKV:
-    """The context pass of serving: every layer's keys and values, once a user."""
-    return self.pinfm.encode(vectors_ULV, events, need_output=False)[1]
+  def context(self, vectors_ULV: Array, events: EventBatch) -> UserContext:
+    """The context pass of serving: what is kept of a user."""
+    return self._encode(vectors_ULV, events, train=False, every_output=False)[1]
 
   def score(
-    self, vectors_UCV: Array, context: LayerKV, mask_UL: Array, candidates: CandidateBatch, stats: DenseStats
+    self, vectors_UCV: Array, context: UserContext, mask_UL: Array, candidates: CandidateBatch, stats: DenseStats
   ) -> Array:
     """The crossing pass and the ranker: probabilities [U, C, T]."""
-    output_UCO = self.pinfm.cross(vectors_UCV, context, mask_UL)
-    return jax.nn.sigmoid(self.ranker(candidates, stats, self._module(output_UCO, vectors_UCV)))
+    output_UCO = self.pinfm.cross(vectors_UCV, context.kv, mask_UL)
+    return jax.nn.sigmoid(self.ranker(candidates, stats, self._module(output_UCO, vectors_UCV, context)))
 
   def targets(self, vectors: Array) -> Array:
     """z of items, for the next-token loss."""
     return self.pinfm.targets(vectors)
 
-  def _module(self, output_UCO: Array, vectors_UCV: Array) -> Array:
-    """What the ranker sees of PinFM: the candidate-position output and the candidate's own id vector."""
-    return jnp.concatenate([self.project_output(output_UCO), l2_normalise(self.project_item(vectors_UCV))], axis=-1)
+  def _encode(
+    self, vectors_ULV: Array, events: EventBatch, train: bool, every_output: bool
+  ) -> tuple[Array, UserContext]:
+    """H (of every event, or of the last ones) and what is kept of the users."""
+    h_ULO, kv = self.pinfm.encode(vectors_ULV, events, train, every_output)
+    last_U11 = last_event(events.mask_UL)[:, None, None]
+    h_UO = (jnp.take_along_axis(h_ULO, last_U11, axis=1) if every_output else h_ULO)[:, 0]
+    has_events_U1 = jnp.any(events.mask_UL, axis=1, keepdims=True)
+    return h_ULO, UserContext(kv, jnp.where(has_events_U1, h_UO, 0))
+
+  def _module(self, output_UCO: Array, vectors_UCV: Array, context: UserContext) -> Array:
+    """What the ranker sees of PinFM: the candidate-position output and the candidate's id vector, as in the paper, and
+    the similarity that pretraining maximises, <H of the last event, z of the candidate>, which ranks from step 0."""
+    similarity_UC = jnp.einsum('uo,uco->uc', context.user_UO, self.pinfm.targets(vectors_UCV))
+    parts = [self.project_output(output_UCO), l2_normalise(self.project_item(vectors_UCV))]
+    return jnp.concatenate([*parts, similarity_UC[..., None]], axis=-1)
 
 
 def sparse_width(size: int, most: int) -> int:

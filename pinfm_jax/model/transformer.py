@@ -1,4 +1,4 @@
-"""The decoder M of PinFM: GPT-2 pre-LN blocks that run as a context pass over histories or a crossing pass over candidates."""
+"""The decoder M of PinFM: pre-LN blocks run as a context pass over histories or a crossing pass over candidates."""
 
 from typing import Any
 
@@ -64,8 +64,8 @@ class Block(nn.Module):
   def _project(self, x: Array) -> tuple[Array, LayerKV]:
     heads = (self.config.heads, self.config.width // self.config.heads)
     query, key, value = jnp.split(self.query_key_value(self.norm_attention(x)), 3, axis=-1)
-    split = lambda y: y.reshape(*x.shape[:-1], *heads)
-    return split(query), LayerKV(split(key), split(value))
+    query, key, value = (y.reshape(*x.shape[:-1], *heads) for y in (query, key, value))
+    return query, LayerKV(key, value)
 
 
 class Decoder(nn.Module):
@@ -90,29 +90,38 @@ class Decoder(nn.Module):
     self.norm = nn.LayerNorm(dtype=jnp.dtype(self.config.dtype))
 
   def context(
-    self, x_ULD: Array, mask_UL: Array, train: bool = False, need_output: bool = True
-  ) -> tuple[Array | None, LayerKV]:
+    self, x_ULD: Array, mask_UL: Array, train: bool = False, every_output: bool = True
+  ) -> tuple[Array, LayerKV]:
     """The context pass (PinFM Eq. 3).
 
     Args:
       x_ULD: embedded histories.
       mask_UL: True on real events.
       train: dropout on.
-      need_output: False skips the last layer's attention and MLP: only its keys and values are used.
+      every_output: False runs the last layer's attention and MLP for each history's last event alone; of the other
+        positions only the keys and values are used (PinFM section 6).
 
     Returns:
-      [U, L, D] outputs (None if not needed), and every layer's keys and values [N, U, L, H, K].
+      [U, L, D] outputs ([U, 1, D] of the last events), and every layer's keys and values [N, U, L, H, K].
     """
     stacked = None
     if self.blocks is not None:
       x_ULD, stacked = self.blocks(x_ULD, None, mask_UL, train)
-    if need_output:
+    if every_output:
       x_ULD, last = self.last(x_ULD, None, mask_UL, train)
-      output_ULD = self.norm(x_ULD)
     else:
-      output_ULD, last = None, self.last.keys_values(x_ULD)
+      last = self.last.keys_values(x_ULD)
+      x_ULD = self._last_event(x_ULD, last, mask_UL, train)
     last = jax.tree.map(lambda y: y[None], last)
-    return output_ULD, last if stacked is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacked, last)
+    kept = last if stacked is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacked, last)
+    return self.norm(x_ULD), kept
+
+  def _last_event(self, x_ULD: Array, kv: LayerKV, mask_UL: Array, train: bool) -> Array:
+    """The last layer for each history's last event: a query over the events before it, with its own key beside."""
+    position_U1 = last_event(mask_UL)[:, None]
+    earlier_UL = mask_UL & (jnp.arange(mask_UL.shape[1]) < position_U1)
+    x_U1D = jnp.take_along_axis(x_ULD, position_U1[..., None], axis=1)
+    return self.last(x_U1D, kv, earlier_UL, train)[0]
 
   def crossing(self, x_UCD: Array, context: LayerKV, mask_UL: Array, train: bool = False) -> Array:
     """The crossing pass (PinFM Eq. 4) of U x C candidate tokens over their users' kept keys and values."""
@@ -120,3 +129,8 @@ class Decoder(nn.Module):
       x_UCD, _ = self.blocks(x_UCD, jax.tree.map(lambda y: y[:-1], context), mask_UL, train)
     x_UCD, _ = self.last(x_UCD, jax.tree.map(lambda y: y[-1], context), mask_UL, train)
     return self.norm(x_UCD)
+
+
+def last_event(mask_UL: Array) -> Array:
+  """Position of each history's last real event, int32 [U]; 0 for a history without events."""
+  return jnp.maximum(jnp.sum(mask_UL, axis=1) - 1, 0)

@@ -3,7 +3,7 @@
 Sizes U (users), C (candidates) and L (events, at most the history length) are symbolic, so one program serves every
 batch. Parameters are arguments; item vectors enter as packed table rows (`serve.quantize`) and are unpacked inside.
 
-  context(params, events) -> {'key', 'value'}, each [N, U, L, H, K]
+  context(params, events) -> {'key', 'value'}, each [N, U, L, H, K], and 'user' [U, O]
     events: rows uint8 [U, L, S, row_bytes], surface int32 [U, L], actions uint32 [U, L], mask bool [U, L]
   crossing(params, stats, context, mask [U, L], candidates) -> probabilities float32 [U, C, T]
     candidates: rows uint8 [U, C, S, row_bytes], item uint32 [U, C, 2], mask bool [U, C], age_hours float32 [U, C],
@@ -22,7 +22,7 @@ from jax import export
 from pinfm_jax.config import PinFMConfig, RankerConfig
 from pinfm_jax.model.dcat import LayerKV
 from pinfm_jax.model.pinfm import EventBatch
-from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
+from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel, UserContext
 from pinfm_jax.serve.manifest import TableLayout
 from pinfm_jax.serve.quantize import dequantise_on_device
 
@@ -46,16 +46,17 @@ class ServingModel:
     return RankingModel(self.model, self.ranker, self.spec)
 
   def context(self, params: Tree, events: dict[str, Array]) -> dict[str, Array]:
-    """The context pass: every layer's keys and values."""
+    """The context pass: every layer's keys and values, and the user's representation."""
     batch = EventBatch(None, events['surface'], events['actions'], events['mask'], None)
-    kv = self.module.apply({'params': params}, self._vectors(events['rows']), batch, method='context')
-    return {'key': kv.key, 'value': kv.value}
+    kept = self.module.apply({'params': params}, self._vectors(events['rows']), batch, method='context')
+    return {'key': kept.kv.key, 'value': kept.kv.value, 'user': kept.user_UO}
 
   def crossing(
     self, params: Tree, stats: dict[str, Array], context: dict[str, Array], mask_UL: Array, candidates: dict[str, Array]
   ) -> Array:
     """The crossing pass and the ranker: probabilities [U, C, T]."""
-    arguments = (self._vectors(candidates['rows']), LayerKV(**context), mask_UL, _candidates(candidates))
+    kept = UserContext(LayerKV(context['key'], context['value']), context['user'])
+    arguments = (self._vectors(candidates['rows']), kept, mask_UL, _candidates(candidates))
     return self.module.apply({'params': params}, *arguments, DenseStats(**stats), method='score')
 
   def ranker_alone(self, params: Tree, stats: dict[str, Array], candidates: dict[str, Array]) -> Array:

@@ -66,9 +66,7 @@ class Run:
 
   def schema(self, experiment: Experiment) -> FeatureSchema:
     """The ranker's inputs."""
-    return FeatureSchema.of(
-      self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length
-    )
+    return FeatureSchema.of(self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length)
 
   def requests(self, experiment: Experiment, part: str) -> Requests:
     """The requests of 'finetune', 'validation' or 'test'."""

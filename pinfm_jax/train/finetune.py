@@ -74,12 +74,7 @@ class FinetuneTask:
     zeros = jnp.zeros(widths[0])
     stats = DenseStats(zeros, zeros, zeros, zeros)
 
-    def everything(model: RankingModel) -> None:
-      model(*vectors, batch, stats, need_history_output=True)
-      if self.tables:
-        model.targets(vectors[0])
-
-    params = jax.tree.map(lambda x: x, self.module.init(key, method=everything)['params'])
+    params = dict(self.module.init(key, *vectors, batch, stats)['params'])
     if self.tables:
       params['log_temperature'] = jnp.log(jnp.float32(0.05))
     return params
@@ -211,7 +206,12 @@ def finetune(
     seed: of initialisation and order.
     pretrained: directory of the pretraining run to warm-start from, or None.
   """
-  config = task.config
+  config, positions = task.config, task.model.tower.max_positions
+  if task.tables and config.history_length >= positions:
+    raise UserError(
+      f'finetune.history_length {config.history_length} leaves no position for the candidate behind the history: '
+      f'model.tower.max_positions is {positions}; make it at least {config.history_length + 1}'
+    )
   info = requests.dataset.info
   loop = LoopConfig(
     label=f'{directory.name} (seed {seed})',

@@ -106,8 +106,6 @@ def pretrain(
   )
 
   def batches(first_step: int):
-    return training_batches(
-      segments, config.batch_segments, seed, first_step, jax.process_index(), jax.process_count()
-    )
+    return training_batches(segments, config.batch_segments, seed, first_step, jax.process_index(), jax.process_count())
 
   return train(task, mesh, directory, loop, batches)

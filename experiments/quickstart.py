@@ -24,7 +24,7 @@ experiment = Experiment(
   name='quickstart',
   data=DataConfig(source='simulator', test_days=2, validation_days=1, finetune_days=4),
   model=PinFMConfig(
-    tables=TableConfig(sub_tables=8, rows=20_000, width=8),
+    tables=TableConfig(sub_tables=8, rows=20_000, width=8, init_scale=0.1),
     tower=TowerConfig(layers=2, width=64, heads=4, output_width=64, max_positions=72),
   ),
   pretrain=PretrainConfig(
@@ -35,16 +35,17 @@ experiment = Experiment(
     window=8,
     pairs=3,
     positive_actions=('click', 'closeup', 'save', 'share'),
-    max_columns=2048,
+    max_columns=1024,
     update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.05, warmup_steps=50),
   ),
-  ranker=RankerConfig(cross_layers=2, mlp=(128, 64), module_width=32),
+  ranker=RankerConfig(cross_layers=2, mlp=(128, 64), module_width=32, item_buckets=8192),
   finetune=FinetuneConfig(
-    epochs=1.0,
+    epochs=2.0,
     batch_requests=64,
     candidates=13,
     history_length=48,
     history_block=16,
+    ntl_columns=512,
     update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.05, warmup_steps=50, pretrained_ratio=0.1),
   ),
   evaluate=EvaluateConfig(

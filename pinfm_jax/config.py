@@ -23,7 +23,7 @@ class DataConfig:
   validation_days: int = 1
   finetune_days: int = 10
   pretrain_overlap: bool = False
-  min_candidates: int = 4  # smaller requests train the ranker but are not evaluated
+  min_candidates: int = 4  # smaller requests are not evaluated
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class FinetuneConfig:
   epochs: float = 1.0
   batch_requests: int = 64  # U of the global batch
   candidates: int = 16  # C: longer requests are split, shorter ones padded
+  min_candidates: int = 1  # smaller requests do not train
   history_length: int = 256  # L_d
   history_block: int = 32  # the history window slides in blocks of this many events
   init: str = 'pretrained'  # 'pretrained' (warm start) or 'scratch'

@@ -54,26 +54,32 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
   Raises:
     UserError: an unknown field or a value that does not fit.
   """
+  if not isinstance(values, Mapping):
+    raise UserError(f'{kind.__name__} got {values!r}; expected settings by name, or set one of them (GROUP.NAME=VALUE)')
   hints = _hints(kind)
   fields = {}
   for name, value in values.items():
     if name not in hints:
       raise UserError(_unknown(name, name, kind, hints))
     fields[name] = _coerce(value, hints[name], f'{kind.__name__}.{name}')
-  return kind(**fields)
+  try:
+    return kind(**fields)
+  except TypeError as e:  # a field without a default is not given
+    raise UserError(f'{kind.__name__} got {sorted(fields)}: {e}') from e
 
 
 def _replace(config: Any, path: list[str], value: Any, key: str) -> Any:
   name, rest = path[0], path[1:]
-  if isinstance(config, Mapping):  # a free mapping, such as utility weights: any name may be set
-    return {**config, '.'.join(path): _literal(value)}
   if not dataclasses.is_dataclass(config):
     raise UserError(f"'{key}' goes into '{name}', but what stands before it is no group of settings; drop that part")
   hints = _hints(type(config))
   if name not in hints:
     raise UserError(_unknown(name, key, type(config), hints))
   current = getattr(config, name)
-  new = _replace(current, rest, value, key) if rest else _coerce(value, hints[name], key)
+  if rest and isinstance(current, Mapping):  # a free mapping, such as utility weights: any name may be set
+    new = {**current, '.'.join(rest): _coerce(value, typing.get_args(hints[name])[1], key)}
+  else:
+    new = _replace(current, rest, value, key) if rest else _coerce(value, hints[name], key)
   return dataclasses.replace(config, **{name: new})
 
 
@@ -90,7 +96,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
   """Reads `value` (a string of the command line, a JSON value or a Python one) as the annotated type."""
   try:
     return _convert(value, kind, key)
-  except (ValueError, TypeError, SyntaxError) as e:
+  except (ValueError, TypeError, SyntaxError, OverflowError) as e:
     name = getattr(kind, '__name__', str(kind))
     raise UserError(f"setting '{key}' got {value!r}; expected a value of type {name}") from e
 

@@ -12,32 +12,36 @@ class Progress:
   prints nothing but its closing line.
   """
 
-  def __init__(self, label: str, total: float | None, unit: str, every_s: float = 2.0, stream: TextIO | None = None):
+  def __init__(
+    self, label: str, total: float | None, unit: str, every_s: float | None = None, stream: TextIO | None = None
+  ):
     """Starts the clock.
 
     Args:
       label: what is being done.
       total: how many units there are, or None when that is not known.
       unit: what is counted, in the plural ("rows").
-      every_s: seconds between lines.
+      every_s: seconds between lines (default: 1 on a terminal, 10 in a log file).
       stream: where to print (default: standard error).
     """
-    self._label, self._total, self._unit, self._every_s = label, total, unit, every_s
+    self._label, self._total, self._unit = label, total, unit
     self._stream = stream or sys.stderr
-    self._start = self._last = time.monotonic()
-    self._done = self._first = 0.0
+    self._every_s = (1.0 if self._stream.isatty() else 10.0) if every_s is None else every_s
+    self._start = self._printed = time.monotonic()
+    self._done = self._first = self._printed_done = 0.0
+    self._rate: float | None = None
 
   def start_at(self, done: float) -> None:
     """Counts `done` units as finished before this run (a resumed run's rate leaves them out)."""
-    self._done = self._first = done
+    self._done = self._first = self._printed_done = done
 
   def update(self, done: float, note: str = '') -> None:
     """Says that `done` units in all are finished; `note` is appended to the line."""
     self._done = done
     now = time.monotonic()
-    if now - self._last >= self._every_s:
-      self._last = now
+    if now - self._printed >= self._every_s:
       self._print(self._line(now, note), end='\r' if self._stream.isatty() else '\n')
+      self._printed, self._printed_done = now, done
 
   def close(self, note: str = '') -> float:
     """Prints the closing line and returns the seconds since the start."""
@@ -48,7 +52,9 @@ class Progress:
     return seconds
 
   def _line(self, now: float, note: str) -> str:
-    rate = (self._done - self._first) / max(now - self._start, 1e-9)
+    recent = (self._done - self._printed_done) / max(now - self._printed, 1e-9)
+    # Half old, half new: the compilation before the first step soon stops weighing on the ETA.
+    self._rate = rate = recent if self._rate is None else (self._rate + recent) / 2
     parts = [self._label]
     if self._total:
       parts.append(f'{100 * self._done / self._total:3.0f} %')

@@ -1,8 +1,12 @@
 """Runs an experiment's stages in order; each keeps what is finished and resumes what is not."""
 
+import hashlib
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import jax
 
 from pinfm_jax.config import Experiment
 from pinfm_jax.errors import UserError
@@ -44,9 +48,27 @@ def run(experiment: Experiment, workdir: str | Path, stages: Sequence[str] = tup
   context = Run(experiment, Path(workdir))
   context.workdir.mkdir(parents=True, exist_ok=True)
   write_json(context.workdir / 'experiment.json', to_dict(experiment))
+  keep_compiled_programs(context.workdir / 'compiled')
   for name, stage in STAGES.items():
     if name in stages:
       begin = time.monotonic()
       print(f'== {name}', flush=True)
       stage(context)
       print(f'== {name} took {duration(time.monotonic() - begin)}', flush=True)
+
+
+def keep_compiled_programs(directory: Path) -> None:
+  """Keeps compiled programs, so that seeds, resumed runs and the next command do not compile them again.
+
+  Programs for a CPU use the instructions of that very CPU, so each kind of machine has a folder of its own. A cache
+  that the user has configured (JAX_COMPILATION_CACHE_DIR) stays in charge.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    return
+  flags = [line for line in _lines(Path('/proc/cpuinfo')) if line.startswith(('flags', 'Features', 'model name'))][:2]
+  machine = hashlib.sha256('\n'.join([platform.machine(), platform.processor(), *flags]).encode()).hexdigest()[:12]
+  jax.config.update('jax_compilation_cache_dir', str(directory.absolute() / machine))
+
+
+def _lines(path: Path) -> list[str]:
+  return path.read_text().splitlines() if path.exists() else []

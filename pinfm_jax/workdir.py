@@ -25,11 +25,11 @@ def claim(directory: Path, settings: Mapping[str, Any]) -> None:
   path = directory / SETTINGS
   settings = json.loads(json.dumps(settings))
   if path.exists():
-    found = _read(path)
-    for name, expected in _flat(settings).items():
-      if _flat(found).get(name) != expected:
+    found, expected = _flat(_read(path)), _flat(settings)
+    for name in (*expected, *found):  # a setting that is no longer there differs too
+      if found.get(name) != expected.get(name):
         raise UserError(
-          f'{directory} was made with {name}={_flat(found).get(name)!r}, now it is {expected!r}; '
+          f'{directory} was made with {name}={found.get(name)!r}, now it is {expected.get(name)!r}; '
           f'use another --workdir, the old setting, or delete {directory}'
         )
   directory.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ class Run:
 
   def requests(self, experiment: Experiment, part: str) -> Requests:
     """The requests of 'finetune', 'validation' or 'test'."""
-    least = 1 if part == 'finetune' else experiment.data.min_candidates
+    least = experiment.finetune.min_candidates if part == 'finetune' else experiment.data.min_candidates
     times = getattr(self.split, part)
     return Requests.between(self.dataset, self.schema(experiment), experiment.finetune, times, least)
 

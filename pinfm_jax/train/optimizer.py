@@ -30,7 +30,8 @@ class Update:
   def schedule(self, step: Array) -> Array:
     """Multiplier of the peak learning rates at a step: linear warm-up, then cosine to `final_ratio`."""
     warmup = min(self.config.warmup_steps, max(self.steps // 2, 1))
-    shape = optax.warmup_cosine_decay_schedule(1 / warmup, 1.0, warmup, max(self.steps, 2), self.config.final_ratio)
+    begin = 1 / max(warmup, 1)  # step 0 moves already; warmup_steps=0 starts at the peak
+    shape = optax.warmup_cosine_decay_schedule(begin, 1.0, warmup, max(self.steps, 2), self.config.final_ratio)
     return shape(step)
 
   def init(self, params: Any) -> optax.OptState:

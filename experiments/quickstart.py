@@ -29,6 +29,7 @@ experiment = Experiment(
   ),
   pretrain=PretrainConfig(
     steps=300,
+    checkpoint_every=100,
     batch_segments=64,
     segment_length=64,
     downstream_length=48,
@@ -41,6 +42,7 @@ experiment = Experiment(
   ranker=RankerConfig(cross_layers=2, mlp=(128, 64), module_width=32, item_buckets=8192),
   finetune=FinetuneConfig(
     epochs=2.0,
+    checkpoint_every=100,
     batch_requests=64,
     candidates=13,
     history_length=48,

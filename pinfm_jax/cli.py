@@ -52,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> None:
   from pinfm_jax.run import STAGES, run
 
   experiment = load_experiment(arguments.file, parse_assignments(arguments.assignments))
-  stages = tuple(arguments.stages.split(',')) if arguments.stages else STAGES
+  stages = tuple(STAGES) if arguments.stages is None else tuple(arguments.stages.split(','))
   run(experiment, arguments.workdir or Path('runs') / experiment.name, stages)
 
 
@@ -81,7 +81,10 @@ def _add_prepare(commands) -> None:
   command.add_argument('--option', metavar='KEY=VALUE', nargs='+', action='extend', default=[],
                        help='an option of --source, for example category=Beauty')  # fmt: skip
   for name, text in (
-    ('columns', 'user_id=uid,timestamp=ts,...: names of the log; canonical: user_id timestamp item_id surface actions'),
+    (
+      'columns',
+      'user_id=uid,timestamp=ts,...: names of the log; canonical: user_id timestamp item_id surface action actions',
+    ),
     ('action-columns', 'is_click=click,...: 0/1 columns of the log that are actions'),
     ('impression-columns', 'names of the impressions: request_id, user_id, timestamp, item_id, surface, labels, ...'),
     ('item-columns', 'names of the item file: item_id, created_at, content, features'),
@@ -105,8 +108,8 @@ def _add_prepare(commands) -> None:
   units = ('auto', 's', 'ms', 'iso', 'order')
   command.add_argument('--time-unit', choices=units, help='of the log (default: auto)')
   command.add_argument('--impression-time-unit', choices=units, help='of the impressions (default: auto)')
-  command.add_argument('--user-id-type', choices=('auto', 'integer', 'string'))
-  command.add_argument('--item-id-type', choices=('auto', 'integer', 'string'))
+  command.add_argument('--user-id-type', choices=('auto', 'integer', 'string'), help='(default: auto)')
+  command.add_argument('--item-id-type', choices=('auto', 'integer', 'string'), help='(default: auto)')
   command.add_argument('--cap', type=int, help='newest events kept of a user (default: 16000)')
   command.add_argument('--max-rejected-share', type=float, help='more malformed rows stop it (default: 0.01)')
   command.add_argument('--shards', type=int, help='record files (default: by size)')
@@ -125,7 +128,7 @@ _COMMAND_ONLY = ('command', 'function', 'logs', 'out', 'source', 'option')
 def _prepare(arguments: argparse.Namespace) -> None:
   from pinfm_jax.data.prepare import PrepareConfig, prepare
   from pinfm_jax.data.sources import prepare_source
-  from pinfm_jax.overrides import parse_assignments
+  from pinfm_jax.overrides import literal, parse_assignments
 
   settings = {k: v for k, v in vars(arguments).items() if v is not None and k not in _COMMAND_ONLY}
   for name in _MAPPINGS:
@@ -137,7 +140,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
   if arguments.source:
     if len(arguments.logs) > 1:
       raise UserError(f'--source takes one folder or file, got {len(arguments.logs)}')
-    options = parse_assignments(arguments.option, '--option')
+    options = {k: literal(v) for k, v in parse_assignments(arguments.option, '--option').items()}
     info = prepare_source(arguments.source, arguments.logs[0], arguments.out, **settings, **options).info
   else:
     if arguments.option:
@@ -173,7 +176,7 @@ def _download(arguments: argparse.Namespace) -> None:
 def _add_export(commands) -> None:
   command = commands.add_parser('export', help='convert a fine-tuned ranker to a serving bundle')
   command.add_argument('workdir', metavar='WORKDIR', help='of a finished run')
-  command.add_argument('--out', metavar='BUNDLE', required=True)
+  command.add_argument('--out', metavar='BUNDLE', required=True, help='the directory to make')
   command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
   command.add_argument('--seed', type=int, help='of which seed (default: the first)')
   command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
@@ -193,9 +196,9 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _add_score(commands) -> None:
   command = commands.add_parser('score', help='score ranking requests with a bundle')
-  command.add_argument('bundle', metavar='BUNDLE')
+  command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
   command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line')
-  command.add_argument('--out', metavar='SCORES.jsonl', required=True)
+  command.add_argument('--out', metavar='SCORES.jsonl', required=True, help='one result a line, same order')
   command.set_defaults(function=_score)
 
 

@@ -201,6 +201,7 @@ class Experiment:
   evaluate: EvaluateConfig = EvaluateConfig()
   serve: ServeConfig = ServeConfig()
   mesh: MeshConfig = MeshConfig()
+  # No arm: the tower is pretrained and evaluated by retrieval alone, which a log without impressions can do.
   arms: tuple[Arm, ...] = (Arm('without PinFM', {'ranker.sequence': 'none'}), Arm('with PinFM'))
   baseline: str = 'without PinFM'
   seeds: tuple[int, ...] = (0,)

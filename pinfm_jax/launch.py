@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pinfm_jax.checks import check_experiment
 from pinfm_jax.config import Experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, from_dict
@@ -19,7 +20,8 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
   """
   path = Path(path)
   if not path.is_file():
-    raise UserError(f'{path} does not exist; give a launch file such as experiments/quickstart.py')
+    problem = 'is a directory' if path.is_dir() else 'does not exist'
+    raise UserError(f'{path} {problem}; give a launch file such as experiments/quickstart.py')
   try:
     names = runpy.run_path(str(path))
   except UserError:
@@ -30,7 +32,7 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
   if not isinstance(experiment, Experiment):
     raise UserError(f"{path} defines no `experiment`; expected `experiment = Experiment(name='...', ...)`")
   experiment = apply_overrides(experiment, overrides or {})
-  _check_arms(experiment)
+  check_experiment(experiment)
   return experiment
 
 
@@ -47,15 +49,3 @@ def saved_experiment(workdir: str | Path) -> Experiment:
     return from_dict(Experiment, json.loads(path.read_text(encoding='utf-8')))
   except ValueError as error:
     raise UserError(f'{path} is not valid JSON ({error}); run the experiment again') from error
-
-
-def _check_arms(experiment: Experiment) -> None:
-  names = [arm.name for arm in experiment.arms]
-  if experiment.baseline not in names:
-    raise UserError(f"baseline is '{experiment.baseline}'; expected one of the arms: {', '.join(names)}")
-  if len({arm.directory for arm in experiment.arms}) < len(names):
-    raise UserError(f'arms need names that differ in letters or digits; got {", ".join(names)}')
-  if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
-    raise UserError(f'seeds are {experiment.seeds}; expected one or more distinct numbers')
-  for arm in experiment.arms:
-    apply_overrides(experiment, arm.overrides)  # an unknown key fails now, not after an hour

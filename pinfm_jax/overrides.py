@@ -106,9 +106,9 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
   if dataclasses.is_dataclass(kind):
     if isinstance(value, kind):
       return value
-    return from_dict(kind, _literal(value))
+    return from_dict(kind, literal(value))
   if kind is Any:
-    return _literal(value)
+    return literal(value)
   if kind is bool:
     return _boolean(value)
   if kind in (int, float):
@@ -125,7 +125,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     return tuple(_coerce(part, item, key) for part in parts)
   if origin is not None and issubclass(origin, Mapping):
     inner = typing.get_args(kind)[1]
-    items = _literal(value)
+    items = literal(value)
     return {str(k): _coerce(v, inner, f'{key}.{k}') for k, v in dict(items).items()}
   raise TypeError(f'no way to read a {kind}')
 
@@ -148,7 +148,8 @@ def _sequence(value: Any) -> list[Any]:
   return [part for part in text.split(',') if part]
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
+  """A command line word as a number, list or other Python literal if it reads as one, else as it is."""
   if not isinstance(value, str):
     return value
   try:

@@ -82,14 +82,14 @@ def _read(workdir: Path) -> RunFiles:
     if not (directory / 'metrics.jsonl').exists():
       missing.append(f'{directory.relative_to(workdir)}: not trained yet')
   figures = _json(workdir / 'results.json', missing)
-  results = workdir / 'results.md'
-  if not results.exists():
+  results = [path for path in (workdir / 'results.md', workdir / 'bundle_check.md') if path.exists()]
+  if not (workdir / 'results.md').exists():
     missing.append('results.md: the evaluate stage has not run')
   return RunFiles(
     name=str(experiment.get('name') or workdir.resolve().name),
     experiment=experiment,
     figures={k: v for k, v in figures.items() if isinstance(v, int | float)},
-    results=results.read_text(encoding='utf-8') if results.exists() else '',
+    results='\n\n'.join(path.read_text(encoding='utf-8') for path in results),
     trainings=trainings,
     missing=tuple(missing),
   )

@@ -19,7 +19,7 @@ from pinfm_jax.stages.finetune import finetune_stage
 from pinfm_jax.stages.prepare import prepare_stage
 from pinfm_jax.stages.pretrain import pretrain_stage
 from pinfm_jax.stages.report import report_stage
-from pinfm_jax.workdir import write_json
+from pinfm_jax.workdir import OtherSettingsError, write_json, write_text
 
 STAGES: Mapping[str, Callable[[Run], None]] = {
   'prepare': prepare_stage,
@@ -46,15 +46,25 @@ def run(experiment: Experiment, workdir: str | Path, stages: Sequence[str] = tup
   if unknown:
     raise UserError(f"unknown stage '{unknown[0]}'; expected some of {','.join(STAGES)}")
   context = Run(experiment, Path(workdir))
-  context.workdir.mkdir(parents=True, exist_ok=True)
-  write_json(context.workdir / 'experiment.json', to_dict(experiment))
+  try:
+    context.workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'{workdir} cannot be made ({error.strerror}); give another --workdir') from error
+  description = context.workdir / 'experiment.json'
+  earlier = description.read_text(encoding='utf-8') if description.exists() else None
+  write_json(description, to_dict(experiment))
   keep_compiled_programs(context.workdir / 'compiled')
-  for name, stage in STAGES.items():
-    if name in stages:
-      begin = time.monotonic()
-      print(f'== {name}', flush=True)
-      stage(context)
-      print(f'== {name} took {duration(time.monotonic() - begin)}', flush=True)
+  try:
+    for name, stage in STAGES.items():
+      if name in stages:
+        begin = time.monotonic()
+        print(f'== {name}', flush=True)
+        stage(context)
+        print(f'== {name} took {duration(time.monotonic() - begin)}', flush=True)
+  except OtherSettingsError:
+    if earlier is not None:
+      write_text(description, earlier)  # the directory stays the earlier experiment's
+    raise
 
 
 def keep_compiled_programs(directory: Path) -> None:

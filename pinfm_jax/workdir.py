@@ -12,23 +12,28 @@ RESULTS = 'results.json'
 SETTINGS = 'settings.json'
 
 
-def claim(directory: Path, settings: Mapping[str, Any]) -> None:
+class OtherSettingsError(UserError):
+  """A directory holds work that was made with other settings."""
+
+
+def claim(directory: Path, settings: Mapping[str, Any], started: bool = True) -> None:
   """Makes a stage's directory, or checks that what it holds was made with the same settings.
 
   Args:
     directory: of the stage.
     settings: everything that the stage's result depends on.
+    started: whether anything made with the settings found there may stand; if not, they are replaced.
 
   Raises:
-    UserError: it was made with other settings; the first differing one is named.
+    OtherSettingsError: it was made with other settings; the first differing one is named.
   """
   path = directory / SETTINGS
   settings = json.loads(json.dumps(settings))
-  if path.exists():
+  if started and path.exists():
     found, expected = _flat(_read(path)), _flat(settings)
     for name in (*expected, *found):  # a setting that is no longer there differs too
       if found.get(name) != expected.get(name):
-        raise UserError(
+        raise OtherSettingsError(
           f'{directory} was made with {name}={found.get(name)!r}, now it is {expected.get(name)!r}; '
           f'use another --workdir, the old setting, or delete {directory}'
         )
@@ -39,6 +44,11 @@ def claim(directory: Path, settings: Mapping[str, Any]) -> None:
 def is_done(directory: Path) -> bool:
   """Whether the stage in this directory has finished."""
   return (directory / RESULTS).exists()
+
+
+def has_work(directory: Path) -> bool:
+  """Whether a training stage's directory holds a result or a checkpoint."""
+  return is_done(directory) or any((directory / 'checkpoints').glob('[0-9]*'))
 
 
 def write_json(path: Path, value: Any) -> None:

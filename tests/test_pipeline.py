@@ -40,6 +40,14 @@ def test_a_segment_is_the_slice_of_the_history(toy_run):
   np.testing.assert_array_equal(example['mask'], np.arange(16) < count)
 
 
+def test_without_a_time_each_users_last_event_is_held_out(toy_run):
+  segments = Segments.before(toy_run.dataset, None, 16)
+  for row in range(toy_run.dataset.num_users):
+    events = len(toy_run.dataset.history(row))
+    stops = segments.stop[segments.user_row == row]
+    assert stops.max(initial=0) == (events - 1 if events > 2 else 0)
+
+
 def test_no_history_reaches_beyond_its_request(toy_run):
   dataset = toy_run.dataset
   for row in range(0, dataset.num_requests, 7):

@@ -99,7 +99,7 @@ class Vocabulary:
     """
     if not self.fixed:
       known = set(self.names)
-      self.names.extend(sorted(name for name in names if name not in known))
+      self.names.extend(sorted(set(names) - known))
       self._check_limit()
 
   def final(self) -> tuple[list[str], np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from pinfm_jax.config import FinetuneConfig, PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, event_inputs, history_inputs
+from pinfm_jax.data.splits import usable_events
 from pinfm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -29,13 +30,15 @@ class Segments:
   stop: np.ndarray
 
   @classmethod
-  def before(cls, dataset: PreparedDataset, until_ms: int, length: int) -> 'Segments':
-    """Cuts every user's events before `until_ms`; segments of fewer than two events have no target and are left out.
+  def before(cls, dataset: PreparedDataset, until_ms: int | None, length: int) -> 'Segments':
+    """Cuts every user's usable events (see `usable_events`).
+
+    Segments of fewer than two events have no target and are left out.
 
     Raises:
       UserError: nothing is left.
     """
-    usable = [int(np.searchsorted(history.timestamp, until_ms)) for history in dataset.histories()]
+    usable = [usable_events(history, until_ms) for history in dataset.histories()]
     rows, starts, stops = [], [], []
     for row, events in enumerate(usable):
       for stop in range(events, 1, -length):

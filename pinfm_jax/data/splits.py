@@ -6,14 +6,18 @@ import numpy as np
 
 from pinfm_jax.config import DAY_MS, DataConfig
 from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.data.records import History
 from pinfm_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Split:
-  """Boundaries in milliseconds since 1970; each part ends where the next begins."""
+  """Boundaries in milliseconds since 1970; each part ends where the next begins.
 
-  pretrain_until: int
+  `pretrain_until` is None for a log without impressions: then each user's last event is held out.
+  """
+
+  pretrain_until: int | None
   finetune: tuple[int, int]
   validation: tuple[int, int]
   test: tuple[int, int]
@@ -22,14 +26,16 @@ class Split:
 def split_by_time(dataset: PreparedDataset, config: DataConfig) -> Split:
   """Counts the configured days back from the end of the last impression's UTC day.
 
+  A log without impressions (it may be order-only) has no days to count: its parts for the ranker are empty.
+
   Raises:
     UserError: the times are not known, or a part would hold no request.
   """
+  if not dataset.num_requests:
+    return Split(None, (0, 0), (0, 0), (0, 0))
   if not dataset.info.time_known.impressions:
     raise UserError('the impressions have no times, so they cannot be split by time; prepare them with a timestamp')
   timestamp = dataset.requests['timestamp'].to_numpy()
-  if not len(timestamp):
-    raise UserError('the data set has no requests; prepare it with --impressions to train a ranker')
   end = (int(timestamp[-1]) // DAY_MS + 1) * DAY_MS
   test = end - config.test_days * DAY_MS
   validation = test - config.validation_days * DAY_MS
@@ -50,3 +56,8 @@ def split_by_time(dataset: PreparedDataset, config: DataConfig) -> Split:
 
 def _day(time_ms: int) -> str:
   return str(np.datetime64(time_ms - 1, 'ms').astype('datetime64[D]'))
+
+
+def usable_events(history: History, until_ms: int | None) -> int:
+  """How many of a user's events pretraining may read: those before a time, or (None) all but the last one."""
+  return max(len(history) - 1, 0) if until_ms is None else int(np.searchsorted(history.timestamp, until_ms))

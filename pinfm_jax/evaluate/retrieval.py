@@ -10,6 +10,7 @@ import numpy as np
 from pinfm_jax.config import PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import event_inputs, window_start
+from pinfm_jax.data.splits import usable_events
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.metrics import hr_at_k, mrr, ndcg_at_k
 from pinfm_jax.model.hashing import hash_rows, key_words
@@ -20,7 +21,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class RetrievalTask:
-  """Users with a history before a time and a positive event after it.
+  """Users with a history before the split and a positive event after it.
 
   Attributes:
     catalogue_V: uint64 keys of the items seen before the time, ascending: all of them are ranked.
@@ -38,7 +39,7 @@ class RetrievalTask:
 
 
 def retrieval_task(
-  dataset: PreparedDataset, until_ms: int, length: int, block: int, action_bits: int, users: int, seed: int = 0
+  dataset: PreparedDataset, until_ms: int | None, length: int, block: int, action_bits: int, users: int, seed: int = 0
 ) -> RetrievalTask:
   """Collects the task over at most `users` users, drawn by seed.
 
@@ -47,7 +48,7 @@ def retrieval_task(
   """
   seen, positives, rows = [], [], []
   for row, history in enumerate(dataset.histories()):
-    end = int(np.searchsorted(history.timestamp, until_ms))
+    end = usable_events(history, until_ms)
     positive = _positive(history.actions, action_bits)
     seen.append(history.item[:end])
     positives.append(history.item[:end][positive[:end]])

@@ -8,11 +8,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from pinfm_jax.checks import check_labels
 from pinfm_jax.config import Arm, Experiment, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, action_bits
 from pinfm_jax.data.splits import Split, split_by_time
+from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.train.finetune import FinetuneTask
 from pinfm_jax.train.sharding import make_mesh
@@ -33,8 +35,17 @@ class Run:
 
   @cached_property
   def dataset(self) -> PreparedDataset:
-    """The prepared data set."""
-    return PreparedDataset.open(self.data_directory)
+    """The prepared data set.
+
+    Raises:
+      UserError: it is not prepared yet, or damaged.
+    """
+    if self.experiment.data.source != 'prepared' and not self.data_directory.exists():
+      raise UserError(f'{self.data_directory} is not prepared yet; run the prepare stage first (pinfm run FILE)')
+    dataset = PreparedDataset.open(self.data_directory)
+    if self.experiment.arms:
+      check_labels(self.experiment, dataset.info.labels)
+    return dataset
 
   @cached_property
   def split(self) -> Split:
@@ -81,8 +92,13 @@ class Run:
 
   def pretrain_settings(self, seed: int) -> dict[str, Any]:
     """Everything that a seed's pretraining depends on."""
+    data = self.experiment.data
     return {
-      'data': dataclasses.asdict(self.experiment.data) | {'checksum': self.dataset.info.checksum},
+      'data': {
+        'checksum': self.dataset.info.checksum,
+        'days': [data.finetune_days, data.validation_days, data.test_days],
+      }
+      | {'pretrain_overlap': data.pretrain_overlap},
       'model': dataclasses.asdict(self.model),
       'pretrain': dataclasses.asdict(self.experiment.pretrain),
       'seed': seed,
@@ -94,7 +110,14 @@ class Run:
     if not needs_pretraining(experiment):
       del settings['pretrain']
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
-    return settings | {k: dataclasses.asdict(v) for k, v in own.items()} | {'split': experiment.evaluate.split}
+    return (
+      settings
+      | {k: dataclasses.asdict(v) for k, v in own.items()}
+      | {
+        'split': experiment.evaluate.split,
+        'min_candidates': experiment.data.min_candidates,
+      }
+    )
 
 
 def needs_pretraining(experiment: Experiment) -> bool:

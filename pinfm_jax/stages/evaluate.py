@@ -1,14 +1,14 @@
 """Stage `evaluate`: compares the arms over all seeds, writes results.json and results.md, prints the tables."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from pinfm_jax.config import Arm
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.comparison import compare
 from pinfm_jax.evaluate.ranking import RankingPredictions
 from pinfm_jax.evaluate.tables import Table
 from pinfm_jax.stages.context import Run
-from pinfm_jax.workdir import is_done, read_results, write_json, write_text
+from pinfm_jax.workdir import claim, is_done, read_results, write_json, write_text
 
 
 def evaluate_stage(run: Run) -> None:
@@ -18,9 +18,10 @@ def evaluate_stage(run: Run) -> None:
     UserError: an arm is not fine-tuned yet.
   """
   experiment = run.experiment
-  arms = {
-    arm.name: [_predictions(run.arm_directory(seed, arm)) for seed in experiment.seeds] for arm in experiment.arms
-  }
+  if not experiment.arms:
+    _retrieval_alone(run)
+    return
+  arms = {arm.name: [_predictions(run, seed, arm) for seed in experiment.seeds] for arm in experiment.arms}
   comparison = compare(arms, experiment.baseline, experiment.evaluate.utility, experiment.evaluate.labels)
   retrieval = _retrieval_figures(run)
   tables = [_retrieval_table(retrieval, experiment.evaluate.ks)] if retrieval else []
@@ -31,9 +32,22 @@ def evaluate_stage(run: Run) -> None:
   print('\n\n'.join([about, comparison.text(), *(table.text() for table in tables)]))
 
 
-def _predictions(directory: Path) -> RankingPredictions:
+def _retrieval_alone(run: Run) -> None:
+  """The results of an experiment that trains no ranker: a log without impressions."""
+  retrieval = _retrieval_figures(run)
+  if not retrieval:
+    raise UserError(f'{run.workdir} has no pretrained tower yet; run the pretrain stage first (pinfm run FILE)')
+  table = _retrieval_table(retrieval, run.experiment.evaluate.ks)
+  write_json(run.workdir / 'results.json', retrieval)
+  write_text(run.workdir / 'results.md', f'# {run.experiment.name}\n\n{_about(run)}\n\n{table.markdown()}')
+  print(f'{_about(run)}\n\n{table.text()}')
+
+
+def _predictions(run: Run, seed: int, arm: Arm) -> RankingPredictions:
+  directory = run.arm_directory(seed, arm)
   if not is_done(directory):
     raise UserError(f'{directory} is not fine-tuned yet; run the finetune stage first (pinfm run FILE)')
+  claim(directory, run.finetune_settings(run.arm_experiment(arm), seed))  # other settings, or another split: refused
   return RankingPredictions.load(directory / 'predictions.npz')
 
 
@@ -58,6 +72,7 @@ def _retrieval_table(figures: Mapping[str, float], ks: tuple[int, ...]) -> Table
 
 
 def _about(run: Run) -> str:
-  info, part = run.dataset.info, run.experiment.evaluate.split
+  info = run.dataset.info
+  part = f'{run.experiment.evaluate.split} split' if run.experiment.arms else "each user's last event held out"
   licence = f' Terms of the data: {info.licence}.' if info.licence else ''
-  return f'Data: {info.source}; {part} split; {len(run.experiment.seeds)} seed(s).{licence}'
+  return f'Data: {info.source}; {part}; {len(run.experiment.seeds)} seed(s).{licence}'

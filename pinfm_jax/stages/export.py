@@ -1,6 +1,8 @@
 """Stage `export`: a serving bundle, checked against the evaluation, and example scores from it."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.context import Run
 from pinfm_jax.train.checkpoint import load_arrays
 from pinfm_jax.train.finetune import feature_spec
-from pinfm_jax.workdir import is_done, read_results, write_json, write_text
+from pinfm_jax.workdir import OtherSettingsError, claim, is_done, read_results, write_json, write_text
 
 EXAMPLES = 20
 
@@ -32,18 +34,34 @@ def export_stage(run: Run) -> None:
   if not _pinfm_arms(run):
     print('no arm has PinFM: nothing to export')
     return
-  arm, seed = _pinfm_arms(run)[-1], run.experiment.seeds[0]
+  arm, seed, state = _pinfm_arms(run)[-1], run.experiment.seeds[0], run.workdir / 'export'
+  settings = run.finetune_settings(run.arm_experiment(arm), seed)
+  settings |= {'storage': run.experiment.serve.storage, 'utility': dict(run.experiment.evaluate.utility)}
+  try:
+    claim(state, settings, is_done(state))
+  except OtherSettingsError:  # an export costs little: make it again
+    shutil.rmtree(state)
+    claim(state, settings)
+  if is_done(state):
+    print(f'{run.workdir / "bundle"}: finished earlier')
+  else:
+    write_json(state / 'results.json', _export_and_check(run, arm, seed))
+  earlier = read_results(run.workdir) if is_done(run.workdir) else {}
+  write_json(run.workdir / 'results.json', earlier | read_results(state))
+
+
+def _export_and_check(run: Run, arm: Arm, seed: int) -> dict[str, float]:
   storage = run.experiment.serve.storage
   bundle = export_arm(run, run.workdir / 'bundle', overwrite=True)
-  exact = export_arm(run, run.workdir / 'bundle_float32', storage='float32', overwrite=True)
   evaluated = RankingPredictions.load(run.arm_directory(seed, arm) / 'predictions.npz')
-  served = {'float32': _served(run, arm, exact), storage: _served(run, arm, bundle)}
+  with tempfile.TemporaryDirectory(dir=run.workdir, prefix='.check-') as scratch:
+    exact = export_arm(run, Path(scratch) / 'bundle_float32', storage='float32')
+    served = {'float32': _served(run, arm, exact), storage: _served(run, arm, bundle)}
   table, figures = _comparison(run, evaluated, served)
   print(table.text())
-  earlier = read_results(run.workdir) if is_done(run.workdir) else {}
-  write_json(run.workdir / 'results.json', earlier | figures)
   write_text(run.workdir / 'bundle_check.md', table.markdown())
   _score_examples(run, arm, bundle)
+  return figures
 
 
 def export_arm(

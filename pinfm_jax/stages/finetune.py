@@ -6,7 +6,7 @@ from pinfm_jax.config import Arm
 from pinfm_jax.evaluate.predict import predict
 from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.finetune import finetune, training_steps
-from pinfm_jax.workdir import claim, is_done, write_json
+from pinfm_jax.workdir import claim, has_work, is_done, write_json
 
 
 def finetune_stage(run: Run) -> None:
@@ -14,7 +14,7 @@ def finetune_stage(run: Run) -> None:
   for seed in run.experiment.seeds:
     for arm in run.experiment.arms:
       directory = run.arm_directory(seed, arm)
-      claim(directory, run.finetune_settings(run.arm_experiment(arm), seed))
+      claim(directory, run.finetune_settings(run.arm_experiment(arm), seed), has_work(directory))
       if is_done(directory):
         print(f'{directory}: finished earlier')
       else:

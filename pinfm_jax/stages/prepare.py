@@ -1,5 +1,7 @@
 """Stage `prepare`: the prepared data set, from the simulator or a public source's files."""
 
+import os
+
 from pinfm_jax.data.prepare import prepare
 from pinfm_jax.data.simulator import SimulatorConfig, simulate, simulated_prepare_config
 from pinfm_jax.data.sources import prepare_source
@@ -17,9 +19,14 @@ def prepare_stage(run: Run) -> None:
   """
   data = run.experiment.data
   if data.source != 'prepared':
-    settings = {'source': data.source, 'path': data.path, 'simulator': dict(data.simulator)}
-    claim(run.workdir / 'prepare', {'data': settings})
-    if not (run.data_directory / 'dataset.json').exists():
+    settings = {
+      'source': data.source,
+      'path': os.path.abspath(data.path) if data.path else '',
+      'simulator': dict(data.simulator),
+    }
+    made = (run.data_directory / 'dataset.json').exists()
+    claim(run.workdir / 'prepare', {'data': settings}, started=made)  # a failed try binds nobody to its settings
+    if not made:
       _make(run)
   counts = run.dataset.info.counts
   print(f'data: {counts.users} users, {counts.items} items, {counts.events.kept} events, {counts.requests} requests')

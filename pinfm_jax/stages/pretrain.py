@@ -4,17 +4,17 @@ from pinfm_jax.data.pipeline import action_bits
 from pinfm_jax.evaluate.retrieval import evaluate_retrieval, retrieval_task
 from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.pretrain import pretrain
-from pinfm_jax.workdir import claim, is_done, write_json
+from pinfm_jax.workdir import claim, has_work, is_done, write_json
 
 
 def pretrain_stage(run: Run) -> None:
   """Pretrains every seed that has not finished."""
-  if not any(needs_pretraining(run.arm_experiment(arm)) for arm in run.experiment.arms):
+  if run.experiment.arms and not any(needs_pretraining(run.arm_experiment(arm)) for arm in run.experiment.arms):
     print('no arm starts from a pretrained tower: nothing to do')
     return
   for seed in run.experiment.seeds:
     directory = run.pretrain_directory(seed)
-    claim(directory, run.pretrain_settings(seed))
+    claim(directory, run.pretrain_settings(seed), has_work(directory))
     if is_done(directory):
       print(f'{directory}: finished earlier')
     else:

@@ -76,14 +76,14 @@ def segment_events(batch: Batch) -> EventBatch:
 
 def pretrain(
   dataset: PreparedDataset,
-  until_ms: int,
+  until_ms: int | None,
   model: PinFMConfig,
   config: PretrainConfig,
   mesh: Mesh,
   directory: Path,
   seed: int,
 ) -> TrainState:
-  """Runs (or resumes) pretraining on the events before `until_ms`.
+  """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
 
   Raises:
     UserError: the configuration does not fit the data, or see `train`.

@@ -29,7 +29,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
   if sizes.count(0) == 1:
     rest = int(np.prod([size for size in sizes if size]))
     sizes[sizes.index(0)] = devices // rest if devices % rest == 0 else 0
-  if int(np.prod(sizes)) != devices:
+  if min(sizes) < 1 or int(np.prod(sizes)) != devices:
     raise UserError(
       f'mesh {config.data} x {config.fsdp} x {config.model} does not cover the {devices} devices; '
       'set mesh.data=0 to take what is left, or sizes whose product is the number of devices'

@@ -1,5 +1,6 @@
 """One jitted training step for any task: gather rows, differentiate, update parameters and rows in place."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ from pinfm_jax.train.sharding import parameter_shardings, replicated, table_shar
 
 Array = jax.Array
 Batch = dict[str, Array]
+
+# Tables are rounded up to it on every mesh, so that a checkpoint of 8 devices has the shapes that 1 or 256 expect.
+ROW_MULTIPLE = 256
 
 
 @flax.struct.dataclass
@@ -80,7 +84,7 @@ def init_state(task: Task, mesh: Mesh, seed: int, constants: Any = None) -> Call
   def create() -> TrainState:
     key_params, key_tables, key_run = jax.random.split(jax.random.key(seed), 3)
     params = nn.unbox(task.init(key_params))
-    tables = init_tables(key_tables, task.tables, mesh.size) if task.tables else None
+    tables = init_tables(key_tables, task.tables, math.lcm(mesh.size, ROW_MULTIPLE)) if task.tables else None
     run = jax.random.key_data(key_run)
     return TrainState(jnp.zeros((), jnp.int32), run, params, task.update.init(params), tables, constants)
 

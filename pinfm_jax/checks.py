@@ -1,0 +1,127 @@
+"""Checks of an experiment's values before anything runs: a setting that cannot work should not cost an hour first."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from pinfm_jax.config import Experiment, PinFMConfig
+from pinfm_jax.data.simulator import SimulatorConfig
+from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import apply_overrides, from_dict
+
+_MAY_BE_ZERO = (
+  'data.validation_days', 'model.num_actions', 'model.num_surfaces', 'evaluate.retrieval_users', 'finetune.ntl_columns', 'hash_seed', 'mesh.data', 'mesh.fsdp',
+  'mesh.model', 'ranker.cross_layers', 'ranker.item_buckets', 'update.warmup_steps',
+)  # fmt: skip
+_CHOICES = {
+  'evaluate.split': ('test', 'validation'),
+  'finetune.init': ('pretrained', 'scratch'),
+  'ranker.sequence': ('pinfm', 'none'),
+  'serve.storage': ('int4', 'int8', 'float32'),
+  'model.tower.dtype': ('float32', 'bfloat16'),
+}
+
+
+def check_experiment(experiment: Experiment) -> None:
+  """Checks every arm's settings.
+
+  Raises:
+    UserError: names the first setting that cannot work, its value, and what is expected.
+  """
+  names = [arm.name for arm in experiment.arms]
+  if names and experiment.baseline not in names:
+    raise UserError(f"baseline is '{experiment.baseline}'; expected one of the arms: {', '.join(names)}")
+  if len({arm.directory for arm in experiment.arms}) < len(names):
+    raise UserError(f'arms need names that differ in letters or digits; got {", ".join(names)}')
+  if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
+    raise UserError(f'seeds are {experiment.seeds}; expected one or more distinct numbers')
+  if experiment.data.source == 'simulator':
+    from_dict(SimulatorConfig, experiment.data.simulator)
+  for each in (experiment, *(apply_overrides(experiment, arm.overrides) for arm in experiment.arms)):
+    _check_values(each)
+    _check_model(each.model)
+    _check_lengths(each)
+
+
+def check_labels(experiment: Experiment, labels: tuple[str, ...]) -> None:
+  """Checks the labels that the evaluation names against those of the data set.
+
+  Raises:
+    UserError: a name that is no label.
+  """
+  evaluate, finetune = experiment.evaluate, experiment.finetune
+  named = {
+    'evaluate.main_label': (evaluate.main_label,),
+    'evaluate.labels': evaluate.labels,
+    'evaluate.utility': tuple(evaluate.utility),
+    'finetune.label_weights': tuple(finetune.label_weights),
+  }
+  for key, values in named.items():
+    for value in values:
+      if value not in labels:
+        raise UserError(f"{key} names '{value}'; the data set's labels are: {', '.join(labels)}")
+  if not any(evaluate.utility.values()):
+    raise UserError('evaluate.utility is empty: nothing orders a request; for example --set evaluate.utility.save=1')
+
+
+def _check_values(experiment: Experiment) -> None:
+  for key, value in _leaves(experiment, ''):
+    if key in _CHOICES and value not in _CHOICES[key]:
+      raise UserError(f"{key} is '{value}'; expected one of: {', '.join(_CHOICES[key])}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      continue
+    if not np.isfinite(value) or value < 0:
+      raise UserError(f'{key} is {value}; expected a finite number that is not negative')
+    if value == 0 and isinstance(value, int) and not key.endswith(_MAY_BE_ZERO):
+      raise UserError(f'{key} is 0; expected at least 1')
+
+
+def _check_model(model: PinFMConfig) -> None:
+  tower, tables = model.tower, model.tables
+  if tower.width % tower.heads:
+    raise UserError(f'model.tower.width {tower.width} is not a multiple of model.tower.heads {tower.heads}')
+  if tables.sub_tables * tables.rows >= 2**31 - 2**28:
+    raise UserError(
+      f'model.tables: {tables.sub_tables} x {tables.rows} rows; rows are numbered by 31 bits, '
+      f'at most {2**31 - 2**28} in all: lower model.tables.rows'
+    )
+  if tables.width % 2:
+    raise UserError(f'model.tables.width is {tables.width}; int4 packs two values a byte: make it even')
+
+
+def _check_lengths(experiment: Experiment) -> None:
+  pretrain, finetune, tower = experiment.pretrain, experiment.finetune, experiment.model.tower
+  for key, length, positions in (
+    ('pretrain.segment_length', pretrain.segment_length, pretrain.segment_length),
+    ('finetune.history_length', finetune.history_length, finetune.history_length + 1),  # the candidate stands behind it
+  ):
+    if positions > tower.max_positions:
+      raise UserError(
+        f'{key} is {length}: model.tower.max_positions {tower.max_positions} must be at least {positions}'
+      )
+  if pretrain.ftl_weight and pretrain.downstream_length >= pretrain.segment_length:
+    raise UserError(
+      f'pretrain.downstream_length {pretrain.downstream_length} leaves no future events in segments of '
+      f'{pretrain.segment_length}; make segment_length larger, or set pretrain.ftl_weight=0'
+    )
+  if finetune.history_block > finetune.history_length:
+    raise UserError(
+      f'finetune.history_block {finetune.history_block} exceeds finetune.history_length {finetune.history_length}'
+    )
+  for name, update in (('pretrain', pretrain.update), ('finetune', finetune.update)):
+    if not 0 <= update.beta1 < 1 or not 0 <= update.beta2 < 1:
+      raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')
+  if pretrain.temperature <= 0:
+    raise UserError(f'pretrain.temperature is {pretrain.temperature}; expected a positive number')
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+  """Dotted names and values of all settings; free mappings, arms and seeds are not looked into."""
+  for field in fields(value):
+    item, key = getattr(value, field.name), f'{prefix}{field.name}'
+    if is_dataclass(item):
+      yield from _leaves(item, f'{key}.')
+    elif not isinstance(item, tuple):
+      yield key, item

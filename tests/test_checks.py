@@ -1,0 +1,47 @@
+"""A setting that cannot work is refused before anything runs, by name and with what is expected."""
+
+import pytest
+import toy
+
+from pinfm_jax.checks import check_experiment, check_labels
+from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import apply_overrides
+
+
+def test_the_toy_experiment_passes():
+  check_experiment(toy.EXPERIMENT)
+  check_labels(toy.EXPERIMENT, ('click', 'save', 'hide'))
+
+
+@pytest.mark.parametrize(
+  'setting',
+  [
+    'baseline=nobody', 'seeds=1,1', 'data.test_days=0', 'data.test_days=-1', 'evaluate.split=tst', 'finetune.init=foo',
+    'ranker.sequence=foo', 'model.tower.width=15', 'model.tower.max_positions=3', 'model.tower.dtype=float7',
+    'model.tables.rows=0', 'model.tables.rows=2000000000', 'model.tables.width=7', 'pretrain.batch_segments=0',
+    'pretrain.log_every=0', 'pretrain.checkpoint_every=0', 'pretrain.steps=0', 'pretrain.window=0',
+    'pretrain.temperature=0', 'pretrain.downstream_length=16', 'finetune.history_block=9', 'finetune.epochs=nan',
+    'finetune.update.learning_rate=inf', 'finetune.update.beta2=1', 'serve.storage=int3', 'data.simulator.user=3',
+  ],
+)  # fmt: skip
+def test_a_value_that_cannot_work_is_named(setting):
+  key, value = setting.split('=')
+  with pytest.raises(UserError) as caught:
+    check_experiment(apply_overrides(toy.EXPERIMENT, {key: value}))
+  message = str(caught.value)
+  assert key.split('.')[-1] in message
+  assert '\n' not in message
+
+
+def test_an_arm_is_checked_like_the_experiment():
+  arms = (*toy.EXPERIMENT.arms, toy.Arm('wide', {'model.tower.width': 15}))
+  with pytest.raises(UserError, match='tower.width 15'):
+    check_experiment(toy.replace(toy.EXPERIMENT, arms=arms))
+
+
+@pytest.mark.parametrize('key', ['main_label', 'utility.sav', 'labels'])
+def test_labels_are_those_of_the_data(key):
+  value = {'main_label': 'sav', 'utility.sav': '1', 'labels': 'sav'}[key]
+  experiment = apply_overrides(toy.EXPERIMENT, {f'evaluate.{key}': value})
+  with pytest.raises(UserError, match="'sav'; the data set's labels are: click, save"):
+    check_labels(experiment, ('click', 'save', 'hide'))

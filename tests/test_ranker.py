@@ -1,0 +1,197 @@
+"""The ranking model: features, crossing, the module in it; serving's two passes equal training's one."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_bundle import LENGTH, MODEL, SCHEMA, SPEC, make_content, make_history, make_request, make_toy, ranking_batch
+from toy_bundle import vectors as item_vectors
+
+from pinfm_jax.config import ColdStartConfig, RankerConfig
+from pinfm_jax.model.interaction import CrossNetwork
+from pinfm_jax.model.ranker import DenseStats, FeatureLayer, FeatureSpec, Ranker, RankingModel, sparse_width
+
+LENGTHS = (0, 1, 7, 30)  # events before the request; the window holds 20
+
+
+@pytest.fixture(scope='module')
+def toy():
+  made = make_toy()
+  return replace(made, params=jax.tree.map(jnp.asarray, made.params))
+
+
+@pytest.fixture(scope='module')
+def batch():
+  examples = [
+    (make_history(i, length + 2), make_request(i, length, i), make_content(i)) for i, length in enumerate(LENGTHS)
+  ]
+  return jax.tree.map(jnp.asarray, ranking_batch(examples))
+
+
+def _apply(toy, batch, vectors=None, **changes):
+  vectors = vectors or item_vectors(toy.rows_GE, batch)
+  return jax.jit(lambda p, v, b: toy.module.apply({'params': p}, *v, b, toy.stats, **changes))(
+    toy.params, vectors, batch
+  )
+
+
+def _unit(x):
+  return x / np.sqrt(np.maximum(np.sum(np.square(x), axis=-1, keepdims=True), 1e-12))
+
+
+def test_dense_stats_against_numpy():
+  low, high = np.array([0, -1, 2, 5.0]), np.array([10, 1, 2, 8.0])  # wide, narrow, constant, wide
+  mean, scale = np.array([1.5, 0.2, 0, 0.7]), np.array([2.0, 3.0, 0, 0.5])
+  stats = DenseStats(*(jnp.asarray(x, jnp.float32) for x in (low, high, mean, scale)))
+  x = np.random.default_rng(0).normal(3, 6, (5, 7, 4))
+  x[0, 0], x[1, 1, 0], x[1, 2, 0], x[2, :, 2] = np.nan, np.inf, -np.inf, 77
+  found = np.asarray(stats.apply(jnp.asarray(x, jnp.float32)))
+  expected = np.zeros_like(x)
+  for place in np.ndindex(x.shape):
+    f, value = place[-1], x[place]
+    if not np.isnan(value):
+      shifted = min(max(value, low[f]), high[f]) - low[f]
+      expected[place] = ((np.log1p(shifted) if high[f] - low[f] > 2 else shifted) - mean[f]) * scale[f]
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert not found[0, 0].any()  # missing = the mean
+  assert not found[..., 2].any()  # constant
+
+
+def test_the_feature_layer_against_numpy(toy, batch):
+  layer, params = FeatureLayer(SPEC, toy.ranker), toy.params['ranker']['features']
+  found = jax.jit(lambda p, c: layer.apply({'params': p}, c, toy.stats))(params, batch.candidates)
+  parts = [np.asarray(toy.stats.apply(batch.candidates.dense_UCF))]
+  for i, size in enumerate(SPEC.sparse_sizes):
+    table = params[f'sparse_{i}']
+    assert table.shape == (size, sparse_width(size, toy.ranker.max_sparse_width))
+    parts.append(_unit(table[np.asarray(batch.candidates.sparse_UCF)[..., i]]))
+  start = 0
+  for i, width in enumerate(SPEC.embedding_widths):
+    x = _unit(np.asarray(batch.candidates.embedding_UCF)[..., start : start + width])
+    weights = params[f'embedding_{i}']
+    parts.append(_unit(x @ weights['kernel'] + weights['bias']))
+    start += width
+  np.testing.assert_allclose(found, np.concatenate(parts, axis=-1), atol=2e-6)
+
+
+@pytest.mark.parametrize('spec', [FeatureSpec(3, (), (), 2), FeatureSpec(0, (5,), (), 2), FeatureSpec(0, (), (4,), 2)])
+def test_any_kind_of_feature_may_be_absent(batch, spec):
+  candidates = batch.candidates._replace(
+    dense_UCF=np.ones((4, 5, spec.num_dense), np.float32),
+    sparse_UCF=np.ones((4, 5, len(spec.sparse_sizes)), np.int32),
+    embedding_UCF=np.ones((4, 5, sum(spec.embedding_widths)), np.float32),
+  )
+  stats = DenseStats(*([jnp.ones(spec.num_dense)] * 4))
+  logits, _ = jax.jit(lambda key: Ranker(spec, RankerConfig(mlp=(4,))).init_with_output(key, candidates, stats, None))(
+    jax.random.key(0)
+  )
+  assert logits.shape == (4, 5, 2)
+  assert np.all(np.isfinite(logits))
+
+
+@pytest.mark.parametrize('layers', [0, 1, 3])
+def test_the_cross_network_against_numpy(layers):
+  x0 = np.random.default_rng(0).normal(size=(4, 3, 6)).astype(np.float32)
+  shapes = jax.eval_shape(CrossNetwork(layers).init, jax.random.key(0), x0).get('params', {})
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+  assert len(params) == layers
+  x = x0
+  for i in range(layers):
+    weights = jax.tree.leaves(params[f'Dense_{i}'])  # bias, kernel
+    x = x0 * (x @ weights[1] + weights[0]) + x
+  found = CrossNetwork(layers).apply({'params': params}, x0)
+  np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('size', 'most', 'width'), [(2, 32, 4), (10, 32, 4), (100, 32, 8), (65_537, 32, 32), (10**9, 16, 16)]
+)
+def test_sparse_width(size, most, width):
+  assert sparse_width(size, most) == width
+
+
+def test_context_and_score_equal_the_training_path(toy, batch):
+  vectors_ULV, vectors_UCV = item_vectors(toy.rows_GE, batch)
+  weights = {'params': toy.params}
+  context = jax.jit(lambda v, e: toy.module.apply(weights, v, e, method='context'))(vectors_ULV, batch.events)
+  found = jax.jit(lambda v, c, m, b: toy.module.apply(weights, v, c, m, b, toy.stats, method='score'))(
+    vectors_UCV, context, batch.events.mask_UL, batch.candidates
+  )
+  np.testing.assert_allclose(found, jax.nn.sigmoid(_apply(toy, batch).logits_UCT), atol=1e-6, rtol=0)
+  with_history = _apply(toy, batch, need_history_output=True)
+  np.testing.assert_allclose(found, jax.nn.sigmoid(with_history.logits_UCT), atol=1e-6, rtol=0)
+  assert with_history.h_ULO.shape == (4, LENGTH, MODEL.tower.output_width)
+
+
+def test_a_user_without_events_works_and_padding_means_nothing(toy, batch):
+  assert not np.asarray(batch.events.mask_UL)[0].any()
+  vectors_ULV, vectors_UCV = item_vectors(toy.rows_GE, batch)
+  expected = _apply(toy, batch)
+  assert np.all(np.isfinite(expected.logits_UCT))
+  padded = ~np.asarray(batch.events.mask_UL)
+  garbage = np.where(padded[..., None], 1e3 * np.cos(np.arange(vectors_ULV.shape[-1])), vectors_ULV)
+  events = batch.events._replace(
+    surface_UL=np.where(padded, 1, batch.events.surface_UL),
+    actions_UL=np.where(padded, np.uint32(7), batch.events.actions_UL),
+  )
+  found = _apply(toy, batch._replace(events=events), (garbage.astype(np.float32), vectors_UCV))
+  np.testing.assert_allclose(found.logits_UCT, expected.logits_UCT, atol=1e-5)
+  context = jax.jit(lambda v, e: toy.module.apply({'params': toy.params}, v, e, method='context'))(
+    vectors_ULV, batch.events
+  )
+  assert not np.any(context.user_UO[0])
+  np.testing.assert_allclose(np.linalg.norm(context.user_UO[1:], axis=-1), 1, atol=1e-5)
+
+
+def test_the_history_changes_the_scores_and_candidates_do_not_see_each_other(toy, batch):
+  expected = np.asarray(_apply(toy, batch).logits_UCT)
+  vectors_ULV, vectors_UCV = item_vectors(toy.rows_GE, batch)
+  found = np.asarray(_apply(toy, batch, (vectors_ULV[::-1].copy(), vectors_UCV)).logits_UCT)
+  assert np.abs(found - expected)[1:].max() > 1e-2
+  other = np.array(vectors_UCV)
+  other[:, 2] += 1
+  found = np.asarray(_apply(toy, batch, (vectors_ULV, other)).logits_UCT)
+  np.testing.assert_allclose(np.delete(found, 2, axis=1), np.delete(expected, 2, axis=1), atol=1e-5)
+  assert np.abs(found - expected)[:, 2].max() > 1e-2
+
+
+def test_a_ranker_without_pinfm_ignores_the_history(batch):
+  toy = make_toy('none')
+  assert set(toy.params) == {'ranker'}
+  output = _apply(toy, batch, (None, None))
+  assert output.module_logits_UCT is None
+  assert output.h_ULO is None
+  events = jax.tree.map(lambda x: np.zeros_like(x), batch.events)
+  np.testing.assert_array_equal(output.logits_UCT, _apply(toy, batch._replace(events=events), (None, None)).logits_UCT)
+  dense = batch.candidates._replace(dense_UCF=batch.candidates.dense_UCF + 2)
+  assert np.any(output.logits_UCT != _apply(toy, batch._replace(candidates=dense), (None, None)).logits_UCT)
+
+
+def test_an_unknown_module_is_refused(batch):
+  model = RankingModel(MODEL, RankerConfig(sequence='gru'), SPEC)
+  with pytest.raises(ValueError, match="ranker.sequence is 'gru'; expected 'pinfm' or 'none'"):
+    model.init(jax.random.key(0), None, None, batch, DenseStats(*([jnp.zeros(4)] * 4)))
+
+
+def test_dropout_by_age_acts_in_training_alone(toy, batch):
+  model = RankingModel(MODEL, toy.ranker, SPEC, ColdStartConfig(age_edges_hours=(1e9,), age_dropout=(0.9,)))
+  ages = np.full(batch.candidates.mask_UC.shape, 5.0, np.float32)
+  batch = batch._replace(candidates=batch.candidates._replace(age_hours_UC=ages))
+  vectors = item_vectors(toy.rows_GE, batch)
+  run = jax.jit(
+    lambda train, step: model.apply({'params': toy.params}, *vectors, batch, toy.stats, step, train).logits_UCT,
+    static_argnums=0,
+  )
+  np.testing.assert_allclose(run(False, 0), _apply(toy, batch).logits_UCT, atol=1e-6)
+  np.testing.assert_array_equal(run(False, 0), run(False, 1))
+  assert np.any(run(True, 0) != run(False, 0))
+  assert np.any(run(True, 0) != run(True, 1))
+
+
+def test_the_schema_sizes_the_layers(toy):
+  heads = toy.params['ranker']['heads']['kernel']
+  assert heads.shape[-1] == len(SCHEMA.labels)
+  assert SPEC.num_dense == len(SCHEMA.dense_names) == 4

@@ -12,9 +12,17 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, from_dict
 
 _MAY_BE_ZERO = (
-  'data.validation_days', 'model.num_actions', 'model.num_surfaces', 'evaluate.retrieval_users', 'finetune.ntl_columns', 'hash_seed', 'mesh.data', 'mesh.fsdp',
-  'mesh.model', 'ranker.cross_layers', 'ranker.item_buckets', 'update.warmup_steps',
-)  # fmt: skip
+  'data.validation_days',
+  'evaluate.retrieval_users',
+  'finetune.ntl_columns',
+  'hash_seed',
+  'mesh.data',
+  'model.num_actions',
+  'model.num_surfaces',
+  'ranker.cross_layers',
+  'ranker.item_buckets',
+  'update.warmup_steps',
+)
 _CHOICES = {
   'evaluate.split': ('test', 'validation'),
   'finetune.init': ('pretrained', 'scratch'),

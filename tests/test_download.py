@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pinfm_jax.data.archive import unpack
 from pinfm_jax.data.download import DATASETS, PublicDataset, RemoteFile, download
-from pinfm_jax.data.transfer import RetryPolicy, fetch, read_published_md5
+from pinfm_jax.data.public.archive import unpack
+from pinfm_jax.data.public.transfer import RetryPolicy, fetch, read_published_md5
 from pinfm_jax.errors import UserError
 
 FAST = RetryPolicy(attempts=3, backoff_s=0.01, timeout_s=5)

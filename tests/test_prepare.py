@@ -10,9 +10,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pinfm_jax.data import assemble
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.events import id_key
+from pinfm_jax.data.preparation import assemble
 from pinfm_jax.data.prepare import PrepareConfig, prepare
 from pinfm_jax.errors import UserError
 
@@ -156,8 +156,8 @@ def _variants(tmp_path: Path, rows: list[dict]) -> dict[str, tuple[Path, dict]]:
 
 
 def test_every_format_gives_the_same_bytes(tmp_path, monkeypatch):
-  monkeypatch.setattr('pinfm_jax.data.reading.BLOCK_BYTES', 700)
-  monkeypatch.setattr('pinfm_jax.data.reading.PARQUET_ROWS', 90)
+  monkeypatch.setattr('pinfm_jax.data.preparation.reading.BLOCK_BYTES', 700)
+  monkeypatch.setattr('pinfm_jax.data.preparation.reading.PARQUET_ROWS', 90)
   rows = _rows(5, n=200)
   checksums = {}
   for name, (path, settings) in _variants(tmp_path, rows).items():
@@ -173,10 +173,10 @@ def test_result_does_not_depend_on_partitions_batches_or_file_boundaries(tmp_pat
   halves = (_csv(tmp_path / '1.csv', rows[:150]), _csv(tmp_path / '2.csv', rows[150:], list(rows[0])[::-1]))
   checksums = {_prepare(whole, tmp_path / f'p{p}', shards=2, partitions=p).info.checksum for p in (None, 1, 7, 5000)}
   checksums.add(_prepare(halves, tmp_path / 'halves', shards=2).info.checksum)
-  monkeypatch.setattr('pinfm_jax.data.spool._RUN_BYTES', 1000)
-  monkeypatch.setattr('pinfm_jax.data.reading.BLOCK_BYTES', 500)
+  monkeypatch.setattr('pinfm_jax.data.preparation.spool._RUN_BYTES', 1000)
+  monkeypatch.setattr('pinfm_jax.data.preparation.reading.BLOCK_BYTES', 500)
   monkeypatch.setattr(assemble, '_PART_BYTES', 2000)
-  monkeypatch.setattr('pinfm_jax.data.item_table._FOLD_ROWS', 5)
+  monkeypatch.setattr('pinfm_jax.data.preparation.item_table._FOLD_ROWS', 5)
   checksums.add(_prepare(whole, tmp_path / 'small', shards=2).info.checksum)
   assert len(checksums) == 1
 

@@ -10,11 +10,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pinfm_jax.data import features as features_module
 from pinfm_jax.data.dataset import PreparedDataset, Request
 from pinfm_jax.data.events import id_key
-from pinfm_jax.data.features import encode_sparse
 from pinfm_jax.data.info import SparseFeature
+from pinfm_jax.data.preparation import features as features_module
+from pinfm_jax.data.preparation.features import encode_sparse
 from pinfm_jax.data.prepare import PrepareConfig, prepare
 from pinfm_jax.errors import UserError
 

@@ -7,6 +7,7 @@ import pytest
 from pinfm_jax.config import DAY_MS
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.prepare import prepare
+from pinfm_jax.data.simulation.world import GroupSampler, drift, make_users, sample_rows
 from pinfm_jax.data.simulator import (
   DENSE_FEATURES,
   SPARSE_FEATURES,
@@ -15,7 +16,6 @@ from pinfm_jax.data.simulator import (
   simulate,
   simulated_prepare_config,
 )
-from pinfm_jax.data.simulator_world import GroupSampler, drift, make_users, sample_rows
 from pinfm_jax.errors import UserError
 
 ACTIONS = ('click', 'closeup', 'save', 'hide', 'share')

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pinfm_jax.data.archive import check_gzip, is_archive, unpack
-from pinfm_jax.data.transfer import RetryPolicy, fetch, read_published_md5
+from pinfm_jax.data.public.archive import check_gzip, is_archive, unpack
+from pinfm_jax.data.public.transfer import RetryPolicy, fetch, read_published_md5
 from pinfm_jax.errors import UserError
 
 RECORD = 'downloads.json'

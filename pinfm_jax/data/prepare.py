@@ -5,18 +5,18 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pinfm_jax.data.assemble import Assembled, Assembler, Ingested
-from pinfm_jax.data.columns import check_mapping
 from pinfm_jax.data.events import EVENT_FIELDS, IMPRESSION_FIELDS
-from pinfm_jax.data.features import DENSE, EMBEDDING, SPARSE, SideTable, load_side_table
-from pinfm_jax.data.impressions import ImpressionIntake
 from pinfm_jax.data.info import Counts, DatasetInfo, EmbeddingFeature, Features, IdTypes, RowCounts, TimeKnown
-from pinfm_jax.data.intake import EventIntake, Shared, ingest
-from pinfm_jax.data.prepare_config import PrepareConfig
-from pinfm_jax.data.reading import column_names
-from pinfm_jax.data.rejects import RejectLog
-from pinfm_jax.data.spool import Spool
-from pinfm_jax.data.writing import atomic_directory
+from pinfm_jax.data.preparation.assemble import Assembled, Assembler, Ingested
+from pinfm_jax.data.preparation.columns import check_mapping
+from pinfm_jax.data.preparation.config import PrepareConfig
+from pinfm_jax.data.preparation.features import DENSE, EMBEDDING, SPARSE, SideTable, load_side_table
+from pinfm_jax.data.preparation.impressions import ImpressionIntake
+from pinfm_jax.data.preparation.intake import EventIntake, Shared, ingest
+from pinfm_jax.data.preparation.reading import column_names
+from pinfm_jax.data.preparation.rejects import RejectLog
+from pinfm_jax.data.preparation.spool import Spool
+from pinfm_jax.data.preparation.writing import atomic_directory
 from pinfm_jax.errors import UserError
 
 __all__ = ['PrepareConfig', 'prepare']

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pinfm_jax.data.prepare_config import PrepareConfig
-from pinfm_jax.data.simulator_config import SimulatorConfig
-from pinfm_jax.data.simulator_steps import DENSE_FEATURES, STEPS_A_DAY, Counters, World, simulate_step
-from pinfm_jax.data.simulator_world import drift, make_items, make_users
+from pinfm_jax.data.preparation.config import PrepareConfig
+from pinfm_jax.data.simulation.config import SimulatorConfig
+from pinfm_jax.data.simulation.steps import DENSE_FEATURES, STEPS_A_DAY, Counters, World, simulate_step
+from pinfm_jax.data.simulation.world import drift, make_items, make_users
 
 _ITEM_ID_BASE, _USER_ID_BASE = 500_000_000_000, 10_000
 

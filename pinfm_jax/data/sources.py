@@ -11,11 +11,11 @@ from typing import Any
 import polars as pl
 
 from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.data.preparation.config import PrepareConfig
 from pinfm_jax.data.prepare import prepare
-from pinfm_jax.data.prepare_config import PrepareConfig
-from pinfm_jax.data.source_kuairand import load_kuairand
-from pinfm_jax.data.source_schema import SourceLog
-from pinfm_jax.data.source_sequences import load_amazon, load_globo, load_movielens
+from pinfm_jax.data.public.kuairand import load_kuairand
+from pinfm_jax.data.public.schema import SourceLog
+from pinfm_jax.data.public.sequences import load_amazon, load_globo, load_movielens
 from pinfm_jax.errors import UserError
 
 SOURCES: Mapping[str, Callable[..., SourceLog]] = {

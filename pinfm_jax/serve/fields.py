@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pinfm_jax.data.events import MAX_TIME_MS, id_key
-from pinfm_jax.data.features import encode_sparse
 from pinfm_jax.data.info import SparseFeature
+from pinfm_jax.data.preparation.features import encode_sparse
 from pinfm_jax.errors import UserError
 
 _DIGITS = re.compile(r'-?[0-9]{1,19}')

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pinfm_jax.config import DAY_MS, HOUR_MS
-from pinfm_jax.data.simulator_config import SimulatorConfig
-from pinfm_jax.data.simulator_world import (
+from pinfm_jax.data.simulation.config import SimulatorConfig
+from pinfm_jax.data.simulation.world import (
   GroupSampler,
   Items,
   Users,

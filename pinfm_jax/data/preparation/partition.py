@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from pinfm_jax.data.features import DENSE, EMBEDDING, SPARSE, SideTable, encode_sparse_column
-from pinfm_jax.data.impressions import DAY_MS, REFERENCE
 from pinfm_jax.data.info import Features, SparseFeature
+from pinfm_jax.data.preparation.features import DENSE, EMBEDDING, SPARSE, SideTable, encode_sparse_column
+from pinfm_jax.data.preparation.impressions import DAY_MS, REFERENCE
 from pinfm_jax.data.records import History, Request, unpack_bits
 
 

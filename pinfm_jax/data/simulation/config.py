@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from pinfm_jax.data.simulator_world import DEFAULT_ACTIONS, ActionModel
+from pinfm_jax.data.simulation.world import DEFAULT_ACTIONS, ActionModel
 from pinfm_jax.errors import UserError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pinfm_jax.data.reading import Batch
+from pinfm_jax.data.preparation.reading import Batch
 from pinfm_jax.errors import UserError
 
 _EARLY_STOP_ROWS = 100_000

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pinfm_jax.data.canonical import TIME_UNITS
 from pinfm_jax.data.events import ID_TYPES, MAX_ACTIONS, MAX_LABELS, MAX_SURFACES
+from pinfm_jax.data.preparation.canonical import TIME_UNITS
 from pinfm_jax.errors import UserError
 
 _TUPLES = ('logs', 'impressions', 'labels', 'dense', 'sparse', 'embedding')

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pinfm_jax.data.source_schema import STAR_ACTIONS, STAR_NOTE, SourceLog, find_files, k_core, star_actions
+from pinfm_jax.data.public.schema import STAR_ACTIONS, STAR_NOTE, SourceLog, find_files, k_core, star_actions
 from pinfm_jax.errors import UserError
 
 _GLOBO_TERMS = 'academic use, non-commercial (Globo.com)'

@@ -6,13 +6,21 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pinfm_jax.data.canonical import Field, flag_field, id_field, probability_field, sniff_id_type, split, time_field
-from pinfm_jax.data.columns import source_column
 from pinfm_jax.data.events import keys_of
-from pinfm_jax.data.features import DENSE, EMBEDDING, SPARSE, SparseCollector, feature_fields, vector_width
-from pinfm_jax.data.intake import Shared, common_fields, time_unit, with_keys
-from pinfm_jax.data.prepare_config import PrepareConfig
-from pinfm_jax.data.reading import Batch, column_names
+from pinfm_jax.data.preparation.canonical import (
+  Field,
+  flag_field,
+  id_field,
+  probability_field,
+  sniff_id_type,
+  split,
+  time_field,
+)
+from pinfm_jax.data.preparation.columns import source_column
+from pinfm_jax.data.preparation.config import PrepareConfig
+from pinfm_jax.data.preparation.features import DENSE, EMBEDDING, SPARSE, SparseCollector, feature_fields, vector_width
+from pinfm_jax.data.preparation.intake import Shared, common_fields, time_unit, with_keys
+from pinfm_jax.data.preparation.reading import Batch, column_names
 from pinfm_jax.errors import UserError
 
 LABEL, REFERENCE, DAY_MS = 'label:', 'reference:', 86_400_000

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pinfm_jax.data.canonical import (
+from pinfm_jax.data.events import keys_of
+from pinfm_jax.data.info import SparseFeature
+from pinfm_jax.data.preparation.canonical import (
   Field,
   category_field,
   id_field,
@@ -20,11 +22,9 @@ from pinfm_jax.data.canonical import (
   vector_field,
   vector_list,
 )
-from pinfm_jax.data.columns import source_column
-from pinfm_jax.data.events import keys_of
-from pinfm_jax.data.info import SparseFeature
-from pinfm_jax.data.reading import column_names, read_batches
-from pinfm_jax.data.rejects import RejectLog
+from pinfm_jax.data.preparation.columns import source_column
+from pinfm_jax.data.preparation.reading import column_names, read_batches
+from pinfm_jax.data.preparation.rejects import RejectLog
 from pinfm_jax.errors import UserError
 
 VOCABULARY_LIMIT = 10_000

@@ -8,7 +8,7 @@ import polars as pl
 
 from pinfm_jax.config import DAY_MS, HOUR_MS
 from pinfm_jax.data.events import NO_SURFACE
-from pinfm_jax.data.source_schema import SourceLog, find_files
+from pinfm_jax.data.public.schema import SourceLog, find_files
 from pinfm_jax.errors import UserError
 
 SIGNALS = {

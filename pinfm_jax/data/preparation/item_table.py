@@ -4,9 +4,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pinfm_jax.data.features import SideTable, load_content
 from pinfm_jax.data.info import TimeKnown
-from pinfm_jax.data.prepare_config import PrepareConfig
+from pinfm_jax.data.preparation.config import PrepareConfig
+from pinfm_jax.data.preparation.features import SideTable, load_content
 
 _FOLD_ROWS = 4_000_000
 

@@ -9,7 +9,14 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 
-from pinfm_jax.data.canonical import (
+from pinfm_jax.data.events import (
+  MAX_ACTIONS,
+  MAX_SURFACES,
+  NO_SURFACE,
+  Vocabulary,
+  keys_of,
+)
+from pinfm_jax.data.preparation.canonical import (
   Field,
   flag_field,
   id_field,
@@ -19,18 +26,11 @@ from pinfm_jax.data.canonical import (
   text_field,
   time_field,
 )
-from pinfm_jax.data.columns import source_column
-from pinfm_jax.data.events import (
-  MAX_ACTIONS,
-  MAX_SURFACES,
-  NO_SURFACE,
-  Vocabulary,
-  keys_of,
-)
-from pinfm_jax.data.prepare_config import PrepareConfig
-from pinfm_jax.data.reading import Batch, column_names, read_batches
-from pinfm_jax.data.rejects import RejectLog
-from pinfm_jax.data.spool import Spool
+from pinfm_jax.data.preparation.columns import source_column
+from pinfm_jax.data.preparation.config import PrepareConfig
+from pinfm_jax.data.preparation.reading import Batch, column_names, read_batches
+from pinfm_jax.data.preparation.rejects import RejectLog
+from pinfm_jax.data.preparation.spool import Spool
 from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
 

@@ -9,15 +9,22 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pinfm_jax.data.features import SideTable
 from pinfm_jax.data.info import DataFile, Features, TimeKnown
-from pinfm_jax.data.intake import Shared
-from pinfm_jax.data.item_table import ItemTable
-from pinfm_jax.data.partition import EventPart, RequestPart, event_part, history_ends, request_ids, request_part
-from pinfm_jax.data.prepare_config import PrepareConfig
+from pinfm_jax.data.preparation.config import PrepareConfig
+from pinfm_jax.data.preparation.features import SideTable
+from pinfm_jax.data.preparation.intake import Shared
+from pinfm_jax.data.preparation.item_table import ItemTable
+from pinfm_jax.data.preparation.partition import (
+  EventPart,
+  RequestPart,
+  event_part,
+  history_ends,
+  request_ids,
+  request_part,
+)
+from pinfm_jax.data.preparation.spool import Spool, plan
+from pinfm_jax.data.preparation.writing import RecordSpool, ShardWriter, write_table
 from pinfm_jax.data.records import encode_histories, encode_requests
-from pinfm_jax.data.spool import Spool, plan
-from pinfm_jax.data.writing import RecordSpool, ShardWriter, write_table
 from pinfm_jax.progress import Progress
 
 _PART_BYTES = 96 << 20

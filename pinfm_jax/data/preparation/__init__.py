@@ -1,0 +1,1 @@
+"""The steps of `data.prepare`: read, check, spool, sort, merge, encode, write."""

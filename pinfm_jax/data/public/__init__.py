@@ -1,0 +1,1 @@
+"""Loaders of the public data sets, and how their files are fetched."""

@@ -1,0 +1,1 @@
+"""The world, the steps and the sizes of the simulated feed."""

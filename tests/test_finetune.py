@@ -239,7 +239,7 @@ def test_the_warm_start_copies_every_pretrained_array_bit_exactly(toy_run, task,
 
 
 @pytest.mark.parametrize(
-  'change', [{'tower': {'width': 32}}, {'tower': {'max_positions': 30}}, {'tables': {'rows': 400}}], ids=str
+  'change', [{'tower': {'width': 32}}, {'tower': {'max_positions': 30}}, {'tables': {'rows': 2000}}], ids=str
 )
 def test_the_warm_start_refuses_other_shapes(toy_run, task, stats, pretrained, change):
   ((part, fields),) = change.items()

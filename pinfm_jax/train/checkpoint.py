@@ -58,6 +58,7 @@ class Checkpoints:
       UserError: the checkpoint belongs to other data or another configuration, or cannot be read.
     """
     step = self.latest_step
+    self._check_layout(step, _plain(abstract))
     try:
       loaded = self._checkpointer.load_checkpointables(step, {'state': _plain(abstract), 'position': None})
     except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
@@ -74,6 +75,17 @@ class Checkpoints:
           'use another --workdir or the settings it was written with'
         )
     return _rebuild(abstract, loaded['state'])
+
+  def _check_layout(self, step: int, expected: dict[str, Any]) -> None:
+    """Compares names and shapes before anything is read: Orbax would fail halfway, with reads under way."""
+    found = _shapes(self._checkpointer.checkpointables_metadata(step).metadata['state'])
+    wanted = _shapes(expected)
+    for name in (*wanted, *found):
+      if found.get(name) != wanted.get(name):
+        raise UserError(
+          f'{self._directory}/{step} does not fit this configuration (it has {name} of shape {found.get(name)}, '
+          f'the model {wanted.get(name)}); use the configuration it was written with, or another --workdir'
+        )
 
   def close(self) -> None:
     """Waits for what is under way."""
@@ -105,6 +117,12 @@ def load_arrays(directory: Path) -> dict[str, Any]:
   loaded = checkpointer.load_checkpointables(step, {'state': abstract})
   checkpointer.close()
   return loaded['state']
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes by name: 'params/pinfm/psi/..'."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

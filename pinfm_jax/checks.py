@@ -118,6 +118,14 @@ def _check_lengths(experiment: Experiment) -> None:
     raise UserError(
       f'finetune.history_block {finetune.history_block} exceeds finetune.history_length {finetune.history_length}'
     )
+  cold = finetune.cold_start
+  if len(cold.age_edges_hours) != len(cold.age_dropout) or not all(0 <= rate < 1 for rate in cold.age_dropout):
+    raise UserError(
+      f'finetune.cold_start.age_dropout is {cold.age_dropout}; expected a rate of at least 0 and below 1 for each of '
+      f'the {len(cold.age_edges_hours)} age_edges_hours'
+    )
+  if cold.randomise > 1:
+    raise UserError(f'finetune.cold_start.randomise is {cold.randomise}; expected a share of at most 1')
   for name, update in (('pretrain', pretrain.update), ('finetune', finetune.update)):
     if not 0 <= update.beta1 < 1 or not 0 <= update.beta2 < 1:
       raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')

@@ -22,6 +22,7 @@ def test_the_toy_experiment_passes():
     'pretrain.log_every=0', 'pretrain.checkpoint_every=0', 'pretrain.steps=0', 'pretrain.window=0',
     'pretrain.temperature=0', 'pretrain.downstream_length=16', 'finetune.history_block=9', 'finetune.epochs=nan',
     'finetune.update.learning_rate=inf', 'finetune.update.beta2=1', 'serve.storage=int3', 'data.simulator.user=3',
+    'finetune.cold_start.age_dropout=1,0', 'finetune.cold_start.randomise=1.5',
   ],
 )  # fmt: skip
 def test_a_value_that_cannot_work_is_named(setting):

@@ -54,6 +54,8 @@ def _export_and_check(run: Run, arm: Arm, seed: int) -> dict[str, float]:
   storage = run.experiment.serve.storage
   bundle = export_arm(run, run.workdir / 'bundle', overwrite=True)
   evaluated = RankingPredictions.load(run.arm_directory(seed, arm) / 'predictions.npz')
+  for leftover in run.workdir.glob('.check-*'):  # of a run that was killed here
+    shutil.rmtree(leftover)
   with tempfile.TemporaryDirectory(dir=run.workdir, prefix='.check-') as scratch:
     exact = export_arm(run, Path(scratch) / 'bundle_float32', storage='float32')
     served = {'float32': _served(run, arm, exact), storage: _served(run, arm, bundle)}

@@ -58,8 +58,14 @@ def train(
     The final state, which is also on disk.
 
   Raises:
-    UserError: the loss became NaN or infinite, or the checkpoint does not fit.
+    UserError: the batch does not divide over the mesh, the loss became NaN or infinite, or the checkpoint does not fit.
   """
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  if config.examples % parts:
+    raise UserError(
+      f'{config.label}: a global batch of {config.examples} examples does not divide over {parts} devices '
+      '(mesh.data x mesh.fsdp); make the batch a multiple'
+    )
   checkpoints = Checkpoints(directory / 'checkpoints')
   with jax.set_mesh(mesh):
     state = _start(task, mesh, config, checkpoints, constants, warm_start)

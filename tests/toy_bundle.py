@@ -18,7 +18,7 @@ from pinfm_jax.data.records import History, Request
 from pinfm_jax.model.hashing import hash_rows
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
-from pinfm_jax.serve.bundle import export_bundle
+from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 
 ACTIONS, SURFACES = ('click', 'save', 'hide'), ('feed', 'search')
 LENGTH, BLOCK = 20, 4
@@ -53,9 +53,9 @@ class Toy:
   def module(self) -> RankingModel:
     return RankingModel(MODEL, self.ranker, SPEC)
 
-  def export(self, out: Any, **changes: Any) -> Any:
-    """Writes its bundle."""
-    arguments = {
+  def export(self, out: Any, storage: str = 'int4', overwrite: bool = False, **changes: Any) -> Any:
+    """Writes its bundle, some parts changed."""
+    parts = {
       'model_config': MODEL,
       'ranker_config': self.ranker,
       'schema': SCHEMA,
@@ -70,7 +70,7 @@ class Toy:
       'utility': UTILITY,
       'run': {'name': 'toy'},
     }
-    return export_bundle(out, **{**arguments, **changes})
+    return export_bundle(out, TrainedRanker(**{**parts, **changes}), storage, overwrite)
 
 
 def make_toy(sequence: str = 'pinfm') -> Toy:

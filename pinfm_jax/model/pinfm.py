@@ -31,6 +31,14 @@ class EventBatch(NamedTuple):
   user_U: Array
 
 
+def no_events(users: int, length: int) -> EventBatch:
+  """A batch of the right types and shapes for `init`."""
+  shape = (users, length)
+  item_UL2 = jnp.zeros((*shape, 2), jnp.uint32)
+  surface_UL, actions_UL = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.uint32)
+  return EventBatch(item_UL2, surface_UL, actions_UL, jnp.ones(shape, bool), jnp.zeros(users, jnp.uint32))
+
+
 class PointwiseMLP(nn.Module):
   """phi_in, phi_out or psi: two layers with GELU, then L2 normalisation (PinFM section 3.1)."""
 

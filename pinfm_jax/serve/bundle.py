@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,29 +58,11 @@ class Bundle:
   crossing: export.Exported
 
 
-def export_bundle(
-  out: str | Path,
-  *,
-  model_config: PinFMConfig,
-  ranker_config: RankerConfig,
-  schema: FeatureSchema,
-  spec: 'FeatureSpec',
-  params: Any,
-  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | None,
-  stats: 'DenseStats',
-  actions: Sequence[str],
-  surfaces: Sequence[str],
-  id_type: IdTypes,
-  history_block: int,
-  utility: Mapping[str, float] | None = None,
-  storage: str = 'int4',
-  run: Mapping[str, Any] | None = None,
-  overwrite: bool = False,
-) -> Path:
-  """Writes a bundle; `out` appears only when it is complete.
+@dataclass(frozen=True)
+class TrainedRanker:
+  """Everything a bundle is made of.
 
-  Args:
-    out: directory to make.
+  Attributes:
     model_config: the configuration of PinFM, vocabulary sizes filled in.
     ranker_config: the configuration of the ranking model.
     schema: the candidates' features and labels.
@@ -93,8 +75,31 @@ def export_bundle(
     id_type: how ids are spelled.
     history_block: the window slides in blocks of this many events.
     utility: weight of each label in the score that orders a request.
-    storage: of the tables: 'int4', 'int8' or 'float32'.
     run: where the parameters came from (JSON values).
+  """
+
+  model_config: PinFMConfig
+  ranker_config: RankerConfig
+  schema: FeatureSchema
+  spec: 'FeatureSpec'
+  params: Any
+  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | None
+  stats: 'DenseStats'
+  actions: Sequence[str]
+  surfaces: Sequence[str]
+  id_type: IdTypes
+  history_block: int
+  utility: Mapping[str, float] = field(default_factory=dict)
+  run: Mapping[str, Any] = field(default_factory=dict)
+
+
+def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
+  """Writes a bundle; `out` appears only when it is complete.
+
+  Args:
+    out: directory to make.
+    ranker: what to write.
+    storage: of the tables: 'int4', 'int8' or 'float32'.
     overwrite: replace a bundle that is there.
 
   Returns:
@@ -108,33 +113,34 @@ def export_bundle(
 
   from pinfm_jax.serve.programs import PLATFORMS, ServingModel, export_programs
 
-  unknown = sorted(set(utility or {}) - set(schema.labels))
+  schema = ranker.schema
+  unknown = sorted(set(ranker.utility) - set(schema.labels))
   if unknown:
     raise UserError(f'got utility weights for {unknown}, expected labels among {list(schema.labels)}')
-  layout = _table_layout(model_config, storage) if ranker_config.sequence != 'none' else None
+  layout = _table_layout(ranker.model_config, storage) if ranker.ranker_config.sequence != 'none' else None
   arrays = {
-    'params': plain_arrays(meta.unbox(params)),
-    'stats': {name: np.asarray(getattr(stats, name)) for name in STATS},
+    'params': plain_arrays(meta.unbox(ranker.params)),
+    'stats': {name: np.asarray(getattr(ranker.stats, name)) for name in STATS},
   }
   with _complete_directory(Path(out), overwrite) as directory:
-    model = ServingModel(model_config, ranker_config, spec, layout)
+    model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
     programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
-    files = _write_files(directory, programs, arrays, rows_GE, layout)
+    files = _write_files(directory, programs, arrays, ranker.rows_GE, layout)
     Manifest(
       created=datetime.now(UTC).isoformat(timespec='seconds'),
       jax=_jax_range(jax.__version__),
       platforms=PLATFORMS,
-      id_type=id_type,
-      actions=tuple(actions),
-      surfaces=tuple(surfaces),
+      id_type=ranker.id_type,
+      actions=tuple(ranker.actions),
+      surfaces=tuple(ranker.surfaces),
       schema=schema,
-      history_block=history_block,
-      utility=dict(utility or {}),
+      history_block=ranker.history_block,
+      utility=dict(ranker.utility),
       tables=layout,
-      golden=golden_ids(id_type.item, layout),
-      model=to_dict(model_config),
-      ranker=to_dict(ranker_config),
-      run=dict(run or {}),
+      golden=golden_ids(ranker.id_type.item, layout),
+      model=to_dict(ranker.model_config),
+      ranker=to_dict(ranker.ranker_config),
+      run=dict(ranker.run),
       files=files,
     ).write(directory)
   return Path(out)

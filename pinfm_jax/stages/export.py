@@ -14,7 +14,7 @@ from pinfm_jax.evaluate.ranking import RankingPredictions, ranking_metrics
 from pinfm_jax.evaluate.tables import Table
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.progress import Progress
-from pinfm_jax.serve.bundle import export_bundle
+from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.context import Run
@@ -97,8 +97,7 @@ def export_arm(
     raise UserError(f'{directory} is not fine-tuned; run the finetune stage first (pinfm run FILE)')
   state, info = load_arrays(directory / 'checkpoints'), run.dataset.info
   tables, schema = run.model.tables, run.schema(experiment)
-  return export_bundle(
-    out,
+  ranker = TrainedRanker(
     model_config=run.model,
     ranker_config=experiment.ranker,
     schema=schema,
@@ -111,10 +110,9 @@ def export_arm(
     id_type=info.id_type,
     history_block=experiment.finetune.history_block,
     utility=experiment.evaluate.utility,
-    storage=storage or experiment.serve.storage,
     run={'experiment': experiment.name, 'arm': arm.name, 'seed': seed, 'data': info.checksum, 'source': info.source},
-    overwrite=overwrite,
   )
+  return export_bundle(out, ranker, storage or experiment.serve.storage, overwrite)
 
 
 def _pinfm_arms(run: Run) -> list[Arm]:

@@ -14,7 +14,7 @@ from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, training_batches
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.cold_start import randomise_candidates
-from pinfm_jax.model.pinfm import EventBatch
+from pinfm_jax.model.pinfm import EventBatch, no_events
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
 from pinfm_jax.model.tables import Tables
 from pinfm_jax.train.checkpoint import load_arrays
@@ -57,10 +57,7 @@ class FinetuneTask:
     schema, candidates = self.schema, self.config.candidates
     widths = (len(schema.dense_names), len(schema.sparse_sizes), sum(schema.embedding_widths))
     batch = RankingBatch(
-      EventBatch(
-        jnp.zeros((1, 2, 2), jnp.uint32), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.uint32),
-        jnp.ones((1, 2), bool), jnp.zeros(1, jnp.uint32),
-      ),
+      no_events(1, 2),
       CandidateBatch(
         jnp.zeros((1, candidates, 2), jnp.uint32), jnp.ones((1, candidates), bool), jnp.zeros((1, candidates)),
         jnp.zeros((1, candidates, widths[0])), jnp.zeros((1, candidates, widths[1]), jnp.int32),

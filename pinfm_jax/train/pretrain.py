@@ -12,7 +12,7 @@ from pinfm_jax.config import PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.errors import UserError
-from pinfm_jax.model.pinfm import EventBatch, PinFM
+from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import sequence_losses
 from pinfm_jax.train.optimizer import Update
@@ -42,10 +42,7 @@ class PretrainTask:
   def init(self, key: Array) -> Any:
     """Fresh parameters and the learnable temperature."""
     vectors = jnp.zeros((1, 2, self.model.tables.item_width))
-    events = EventBatch(
-      jnp.zeros((1, 2, 2), jnp.uint32), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.uint32),
-      jnp.ones((1, 2), bool), jnp.zeros(1, jnp.uint32),
-    )  # fmt: skip
+    events = no_events(1, 2)
     params = PinFM(self.model).init(key, vectors, events)['params']
     return {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
 

@@ -45,6 +45,13 @@ def check_experiment(experiment: Experiment) -> None:
     raise UserError(f'arms need names that differ in letters or digits; got {", ".join(names)}')
   if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
     raise UserError(f'seeds are {experiment.seeds}; expected one or more distinct numbers')
+  for arm in experiment.arms:
+    for key in arm.overrides:
+      if not key.startswith(('ranker.', 'finetune.')):
+        raise UserError(
+          f"arm '{arm.name}' changes {key}; an arm may change ranker.* and finetune.*, since all arms share data, "
+          'pretraining and evaluation: make another launch file for the rest'
+        )
   if experiment.data.source == 'simulator':
     from_dict(SimulatorConfig, experiment.data.simulator)
   for each in (experiment, *(apply_overrides(experiment, arm.overrides) for arm in experiment.arms)):
@@ -101,6 +108,17 @@ def _check_model(model: PinFMConfig) -> None:
 
 def _check_lengths(experiment: Experiment) -> None:
   pretrain, finetune, tower = experiment.pretrain, experiment.finetune, experiment.model.tower
+  if finetune.history_block > pretrain.downstream_length:  # the retrieval evaluation's window slides in these blocks
+    raise UserError(
+      f'finetune.history_block {finetune.history_block} exceeds pretrain.downstream_length {pretrain.downstream_length}'
+    )
+  if not finetune.epochs > 0:
+    raise UserError(f'finetune.epochs is {finetune.epochs}; expected a positive number')
+  weights = {'evaluate.utility': experiment.evaluate.utility, 'finetune.label_weights': finetune.label_weights}
+  for key, named in weights.items():
+    for name, weight in named.items():
+      if not np.isfinite(weight):
+        raise UserError(f'{key}.{name} is {weight}; expected a finite number')
   for key, length, positions in (
     ('pretrain.segment_length', pretrain.segment_length, pretrain.segment_length),
     ('finetune.history_length', finetune.history_length, finetune.history_length + 1),  # the candidate stands behind it

@@ -1,9 +1,12 @@
 """Runs an experiment's stages in order; each keeps what is finished and resumes what is not."""
 
+import fcntl
 import hashlib
+import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -50,9 +53,14 @@ def run(experiment: Experiment, workdir: str | Path, stages: Sequence[str] = tup
     context.workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f'{workdir} cannot be made ({error.strerror}); give another --workdir') from error
+  with only_run(context.workdir):
+    _run_stages(context, stages)
+
+
+def _run_stages(context: Run, stages: Sequence[str]) -> None:
   description = context.workdir / 'experiment.json'
   earlier = description.read_text(encoding='utf-8') if description.exists() else None
-  write_json(description, to_dict(experiment))
+  write_json(description, to_dict(context.experiment))
   keep_compiled_programs(context.workdir / 'compiled')
   try:
     for name, stage in STAGES.items():
@@ -65,6 +73,24 @@ def run(experiment: Experiment, workdir: str | Path, stages: Sequence[str] = tup
     if earlier is not None:
       write_text(description, earlier)  # the directory stays the earlier experiment's
     raise
+
+
+@contextmanager
+def only_run(workdir: Path) -> Iterator[None]:
+  """Holds the workdir's lock, which ends with the process however it ends.
+
+  Raises:
+    UserError: another run holds it.
+  """
+  directory = os.open(workdir, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f'another run is working in {workdir}; wait for it, or give another --workdir') from error
+    yield
+  finally:
+    os.close(directory)
 
 
 def keep_compiled_programs(directory: Path) -> None:

@@ -22,7 +22,9 @@ def test_the_toy_experiment_passes():
     'pretrain.log_every=0', 'pretrain.checkpoint_every=0', 'pretrain.steps=0', 'pretrain.window=0',
     'pretrain.temperature=0', 'pretrain.downstream_length=16', 'finetune.history_block=9', 'finetune.epochs=nan',
     'finetune.update.learning_rate=inf', 'finetune.update.beta2=1', 'serve.storage=int3', 'data.simulator.user=3',
-    'finetune.cold_start.age_dropout=1,0', 'finetune.cold_start.randomise=1.5',
+    'finetune.epochs=0', 'evaluate.utility.save=nan', 'finetune.history_block=12',
+    'finetune.cold_start.age_dropout=1,0',
+    'finetune.cold_start.randomise=1.5',
   ],
 )  # fmt: skip
 def test_a_value_that_cannot_work_is_named(setting):
@@ -34,9 +36,16 @@ def test_a_value_that_cannot_work_is_named(setting):
   assert '\n' not in message
 
 
+@pytest.mark.parametrize('key', ['model.tower.layers', 'pretrain.steps', 'data.min_candidates', 'evaluate.split'])
+def test_an_arm_may_not_change_what_arms_share(key):
+  arms = (*toy.EXPERIMENT.arms, toy.Arm('other', {key: 3}))
+  with pytest.raises(UserError, match=f"arm 'other' changes {key}"):
+    check_experiment(toy.replace(toy.EXPERIMENT, arms=arms))
+
+
 def test_an_arm_is_checked_like_the_experiment():
-  arms = (*toy.EXPERIMENT.arms, toy.Arm('wide', {'model.tower.width': 15}))
-  with pytest.raises(UserError, match='tower.width 15'):
+  arms = (*toy.EXPERIMENT.arms, toy.Arm('wide', {'ranker.sequence': 'lstm'}))
+  with pytest.raises(UserError, match='lstm'):
     check_experiment(toy.replace(toy.EXPERIMENT, arms=arms))
 
 

@@ -81,12 +81,21 @@ class Requests:
     times_ms: tuple[int, int],
     min_candidates: int = 1,
   ) -> 'Requests':
-    """The requests whose first impression falls into [begin, end) and that have at least `min_candidates`."""
+    """The requests whose first impression falls into [begin, end) and that have at least `min_candidates`.
+
+    Raises:
+      UserError: there is none.
+    """
     table = dataset.requests
     time, count = table['timestamp'].to_numpy(), table['candidates'].to_numpy().astype(np.int64)
     rows = np.flatnonzero((time >= times_ms[0]) & (time < times_ms[1]) & (count >= min_candidates))
+    if not len(rows):
+      raise UserError(
+        f'no request between {times_ms[0]} and {times_ms[1]} ms has {min_candidates} candidates; '
+        'lower data.min_candidates or finetune.min_candidates, or change the days of the split'
+      )
     chunks = -(-count[rows] // config.candidates)
-    first = np.concatenate([np.arange(n) for n in chunks]) * config.candidates if len(rows) else rows
+    first = np.concatenate([np.arange(n) for n in chunks]) * config.candidates
     keys = content = None
     if schema.content_width:
       keys = dataset.items['item_key'].to_numpy()

@@ -211,7 +211,7 @@ def ranking_metrics(
 def best_attainable(
   predictions: RankingPredictions, weights: Mapping[str, float], age_edges_hours: Sequence[float] = AGE_EDGES_HOURS
 ) -> dict[str, float] | None:
-  """`ranking_metrics` of the true probabilities, the most any ranker can expect; None where they are not known."""
+  """`ranking_metrics` of the true probabilities: what a ranker that knows them gets; None where they are not known."""
   if predictions.reference_MT is None:
     return None
   oracle = dataclasses.replace(predictions, scores_MT=predictions.reference_MT)

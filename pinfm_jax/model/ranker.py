@@ -54,7 +54,7 @@ class RankingBatch(NamedTuple):
   events: EventBatch
   candidates: CandidateBatch
   labels_UCT: Array
-  index_U: Array  # int32 place of each request in the epochs' global order: seeds randomisation and dropout
+  index_U: Array  # int32 place of each request in the global batch: seeds dropout, with the step
 
 
 @flax.struct.dataclass

@@ -228,7 +228,10 @@ def _complete_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     raise UserError(f'{out} exists and is no bundle, so it is not replaced; give another --out')
   partial, replaced = (out.with_name(f'{out.name}.{word}-{os.getpid()}') for word in ('partial', 'replaced'))
   shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
+  try:
+    partial.mkdir(parents=True)
+  except OSError as error:
+    raise UserError(f'{out} cannot be made ({error.strerror}); give another --out') from error
   try:
     yield partial
     if occupied:

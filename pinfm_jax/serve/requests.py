@@ -89,7 +89,7 @@ class RequestParser:
     request_id = document.get('request_id')
     if isinstance(request_id, bool) or not isinstance(request_id, int | str):
       raise UserError(f'got request_id {show(request_id)}, expected a string or an integer')
-    history = self._history(read_list(document, 'history'))
+    history = self._history(read_list(document, 'history'), read_time(document.get('timestamp'), 'timestamp'))
     total = document.get('history_events', len(history))
     if isinstance(total, bool) or not isinstance(total, int) or total < len(history):
       raise UserError(
@@ -107,7 +107,7 @@ class RequestParser:
       content=self._content(listed),
     )
 
-  def _history(self, listed: list) -> History:
+  def _history(self, listed: list, before: int | None) -> History:
     """Events sorted by time, stably; those that agree in time, item and surface are one event, as in preparation."""
     events = [_at('history event', i, self._event, event) for i, event in enumerate(listed)]
     timed = [time is not None for time, *_ in events]
@@ -115,6 +115,11 @@ class RequestParser:
       raise UserError(f'history event {timed.index(False)} has no timestamp but others have; give all or none')
     if all(timed):
       events.sort(key=lambda event: event[0])
+      if events and before is not None and events[-1][0] >= before:
+        raise UserError(
+          f"a history event at {events[-1][0]} is not before the request's timestamp {before}; "
+          'leave out what came after, as in training'
+        )
     else:  # in the order given; the ordinal keeps repeats apart
       events = [(i, *rest) for i, (_, *rest) in enumerate(events)]
     merged: dict[tuple, int] = {}

@@ -166,9 +166,11 @@ def score_file(bundle: str | Path, requests: str | Path, out: str | Path) -> int
   try:
     with open(partial, 'w', encoding='utf-8') as file:
       for count, result in enumerate(scorer._score(_lines(requests)), 1):
-        file.write(json.dumps(result, ensure_ascii=False) + '\n')
+        file.write(json.dumps(result) + '\n')
         progress.update(count)
     os.replace(partial, out)
+  except OSError as error:
+    raise UserError(f'{out} cannot be written ({error.strerror}); give another --out') from error
   finally:
     partial.unlink(missing_ok=True)
   progress.close()
@@ -182,7 +184,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         where = f'{path}, line {number}'
         try:
           document = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
           raise UserError(f'{where}: not valid JSON ({error}); expected one request a line') from None
         yield where, document
 

@@ -108,7 +108,7 @@ class Run:
     """Everything that an arm's fine-tuning and predictions depend on."""
     settings = self.pretrain_settings(seed)
     if not needs_pretraining(experiment):
-      del settings['pretrain']
+      settings['pretrain'] = {'positive_actions': self.experiment.pretrain.positive_actions}  # of the next-token loss
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
     return (
       settings

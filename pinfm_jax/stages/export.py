@@ -42,7 +42,7 @@ def export_stage(run: Run) -> None:
   except OtherSettingsError:  # an export costs little: make it again
     shutil.rmtree(state)
     claim(state, settings)
-  if is_done(state):
+  if is_done(state) and (run.workdir / 'bundle').is_dir():
     print(f'{run.workdir / "bundle"}: finished earlier')
   else:
     write_json(state / 'results.json', _export_and_check(run, arm, seed))

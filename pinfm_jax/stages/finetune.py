@@ -24,10 +24,10 @@ def finetune_stage(run: Run) -> None:
 def _finetune(run: Run, seed: int, arm: Arm) -> None:
   experiment, directory = run.arm_experiment(arm), run.arm_directory(seed, arm)
   requests = run.requests(experiment, 'finetune')
+  part = run.requests(experiment, experiment.evaluate.split)  # before training: it may turn out to be empty
   task = run.task(experiment, training_steps(experiment.finetune, len(requests)))
   pretrained = run.pretrain_directory(seed) if needs_pretraining(experiment) else None
   state = finetune(task, requests, run.mesh, directory, seed, pretrained)
-  part = run.requests(experiment, experiment.evaluate.split)
   with jax.set_mesh(run.mesh):
     rows_GE = state.tables.rows_GE if state.tables else None
     predictions = predict(task, state.params, rows_GE, state.constants, part, f'{directory.name}: predict')

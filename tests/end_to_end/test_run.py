@@ -292,3 +292,13 @@ def test_an_interrupt_ends_with_one_line_and_the_run_resumes(finished, tmp_path)
   assert process.returncode == 0, errors[-3000:]
   rows = _lines(tmp_path / 'work' / 'seed0' / 'pretrain' / 'metrics.jsonl')
   assert [row['step'] for row in rows] == list(range(1, 301))
+
+
+def test_two_runs_in_one_workdir_are_refused(tmp_path):
+  from pinfm_jax.errors import UserError
+  from pinfm_jax.run import only_run
+
+  with only_run(tmp_path), pytest.raises(UserError, match='another run is working'), only_run(tmp_path):
+    pass
+  with only_run(tmp_path):  # free again
+    pass

@@ -146,6 +146,8 @@ def _variants(tmp_path: Path, rows: list[dict]) -> dict[str, tuple[Path, dict]]:
   lists = frame.with_columns(actions=pl.concat_list('action')).drop('action')
   made['list'] = (tmp_path / 'list.parquet', {})
   lists.write_parquet(made['list'][0])
+  made['marked'] = (tmp_path / 'marked.jsonl', {})
+  made['marked'][0].write_bytes(b'\xef\xbb\xbf' + made['jsonl'][0].read_bytes())
   made['json list'] = (tmp_path / 'list.jsonl', {})
   lists.write_ndjson(made['json list'][0])
   renamed = frame.rename({'user_id': 'u', 'item_id': 'i', 'surface': 's', 'action': 'a', 'timestamp': 't'})
@@ -290,6 +292,58 @@ def test_malformed_json_rows(tmp_path):
   assert _histories(dataset) == _oracle(_rows(10, n=40), 16_000)[0]
 
 
+def test_late_json_keys_are_read(tmp_path):
+  rows = [{'user_id': 1, 'timestamp': T0 + i, 'item_id': i} for i in range(1002)]
+  rows[-2] |= {'surface': 'feed', 'actions': ['save']}
+  rows[-1] |= {'surface': 'feed', 'action': 'click'}
+  log = tmp_path / 'log.jsonl'
+  log.write_text('\n'.join(map(json.dumps, rows)))
+  dataset = _prepare(log, tmp_path / 'out')
+  assert dataset.info.counts.events.kept == len(rows)
+  events = [event[2:] for event in _histories(dataset)[1]]
+  assert events == [('none', frozenset())] * 1000 + [('feed', {'save'}), ('feed', {'click'})]
+  with pytest.raises(UserError, match="name 'none'"):
+    _prepare(log, tmp_path / 'other', surfaces=('feed',))
+
+
+def test_a_late_json_timestamp_is_malformed(tmp_path):
+  rows = [{'user_id': 1, 'item_id': i} for i in range(1000)] + [{'user_id': 1, 'item_id': 1, 'timestamp': T0}]
+  (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  dataset = _prepare(tmp_path / 'log.jsonl', tmp_path / 'out')
+  assert dataset.info.counts.rejected_by_reason == {'timestamp in a log whose first rows have none': 1}
+
+
+def test_files_agree_on_the_time_unit(tmp_path):
+  rows = _rows(15, n=20)
+  seconds = _csv(tmp_path / 's.csv', [{**row, 'timestamp': row['timestamp'] // 1000} for row in rows])
+  for other in (_csv(tmp_path / 'ms.csv', rows), _variants(tmp_path, rows)['iso'][0]):
+    with pytest.raises(UserError, match='like s in') as caught:
+      _prepare((seconds, other), tmp_path / 'out')
+    assert str(other) in str(caught.value)
+  assert _histories(_prepare((seconds,), tmp_path / 'out')) == _oracle(rows, 16_000)[0]
+
+
+@pytest.mark.parametrize(('scale', 'wrong', 'reason'), [(1, T0 // 1000, 'too small for ms'), (1000, T0, 'too large')])
+def test_a_row_in_another_time_unit_is_malformed(tmp_path, scale, wrong, reason):
+  rows = [{**row, 'timestamp': row['timestamp'] // scale} for row in _rows(16, n=20)]
+  log = _csv(tmp_path / 'log.csv', [*rows, {**rows[0], 'timestamp': wrong}])
+  _prepare(log, tmp_path / 'out', max_rejected_share=0.1)
+  (entry,) = _rejected(tmp_path / 'out')
+  assert entry['line'] == 22
+  assert reason in entry['reason']
+  if scale == 1:
+    assert _prepare(log, tmp_path / 'ms', time_unit='ms').info.counts.events.rejected == 0
+
+
+def test_deep_brackets_are_malformed(tmp_path):
+  deep, good = '[' * 100_000, f'1,{T0},1'
+  (tmp_path / 'log.csv').write_text(f'user_id,timestamp,item_id,actions\n{good},click\n{good},{deep}\n')
+  (tmp_path / 'log.jsonl').write_text(json.dumps({'user_id': 1, 'timestamp': T0, 'item_id': 1}) + f'\n{deep}\n')
+  for kind, reason in (('csv', 'unparsable actions'), ('jsonl', 'not a JSON object')):
+    dataset = _prepare(tmp_path / f'log.{kind}', tmp_path / kind, max_rejected_share=0.5)
+    assert dataset.info.counts.rejected_by_reason == {reason: 1}
+
+
 def test_long_ids_are_rejected(tmp_path):
   rows = [{'user_id': 'u', 'timestamp': T0, 'item_id': 'a' * n} for n in (1, 512, 513)]
   dataset = _prepare(_csv(tmp_path / 'log.csv', rows), tmp_path / 'out', max_rejected_share=0.5)
@@ -336,6 +390,7 @@ def _bad_input(tmp_path: Path) -> dict[str, tuple[Path, dict, str]]:
     'column': (good, {'columns': {'user_id': 'userid'}}, "did you mean 'user_id'"),
     'canonical': (good, {'columns': {'user': 'user_id'}}, "did you mean 'user_id'"),
     'flag column': (good, {'action_columns': {'acton': 'click'}}, "did you mean 'action'"),
+    'flag action': (good, {'actions': ('click',), 'action_columns': {'item_id': 'like'}}, "to 'like', expected one"),
     'actions': (tmp_path / 'actions.csv', {}, 'at most 32'),
     'unit': (good, {'time_unit': 'minutes'}, 'expected one of'),
     'cap': (good, {'cap': 0}, 'at least 1'),

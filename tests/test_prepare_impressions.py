@@ -188,14 +188,52 @@ def test_integer_request_ids(tmp_path):
   assert request.created_at.tolist() == [-1]
 
 
-def test_order_only_histories_precede_every_request(tmp_path):
-  (tmp_path / 'log.csv').write_text('user_id,item_id\n1,5\n1,6\n1,5\n')
-  shown = [{'request_id': 1, 'user_id': 1, 'timestamp': T0, 'item_id': 5}]
-  dataset = _prepare(tmp_path / 'log.csv', _write(tmp_path / 's.csv', shown), tmp_path / 'out')
-  assert dataset.request(0).history_end == 3
-  assert (dataset.info.time_known.histories, dataset.info.time_known.impressions) == (False, True)
-  assert dict(dataset.items.select('item_id', 'first_seen').iter_rows()) == {5: T0, 6: 1}
-  assert dataset.info.time_range_ms == (T0, T0)
+def test_positions_are_not_compared_with_times(tmp_path):
+  log = tmp_path / 'log.csv'
+  log.write_text('user_id,item_id,timestamp\n1,5,0\n1,6,1\n1,5,2\n')
+  shown = _write(tmp_path / 's.csv', [{'request_id': 1, 'user_id': 1, 'timestamp': T0, 'item_id': 5}])
+  with pytest.raises(UserError, match='no times'):
+    _prepare(log, shown, tmp_path / 'out', time_unit='order')
+  log.write_text('user_id,item_id\n1,5\n1,6\n1,5\n')
+  with pytest.raises(UserError, match='no times'):
+    _prepare(log, shown, tmp_path / 'out')
+  shown = _write(tmp_path / 'o.csv', [{'request_id': 1, 'user_id': 1, 'timestamp': 2, 'item_id': 5}])
+  dataset = _prepare(log, shown, tmp_path / 'out', impression_time_unit='order')
+  assert dataset.request(0).history_end == 2
+  assert (dataset.info.time_known.histories, dataset.info.time_known.impressions) == (False, False)
+
+
+def test_nan_in_a_dense_feature_is_missing(tmp_path):
+  log, shown = _write(tmp_path / 'log.csv', _log(17)), pl.DataFrame(_shown(18, 6)).drop('price')
+  for kind, prices in (('parquet', [math.nan, None]), ('csv', ['nan', ''])):
+    path = tmp_path / f'nan.{kind}'
+    frame = shown.drop('vector').with_columns(price=pl.Series(prices * 3))
+    getattr(frame, f'write_{kind}')(path)
+    dataset = _prepare(log, path, tmp_path / kind, dense=('price',))
+    assert dataset.info.counts.impressions.rejected == 0
+    assert all(np.isnan(request.dense).all() for request in dataset.all_requests())
+
+
+def test_impression_files_agree_on_the_time_unit(tmp_path):
+  log = _write(tmp_path / 'log.csv', _log(19))
+  row = {'request_id': 1, 'user_id': 1, 'item_id': 1, 'item_created_at': None}
+  files = [_write(tmp_path / f'{n}.csv', [{**row, 'timestamp': t}]) for n, t in (('a', T0), ('b', T0 // 1000))]
+  with pytest.raises(UserError, match=r'looks like s in .*b\.csv but like ms in .*a\.csv'):
+    prepare(PrepareConfig((log,), tmp_path / 'out', impressions=tuple(files)))
+  created = [None, T0 // 1000 - 5, T0]
+  rows = [{**row, 'timestamp': T0, 'item_id': i, 'item_created_at': c} for i, c in enumerate(created)]
+  dataset = _prepare(log, _write(tmp_path / 'c.csv', rows), tmp_path / 'out', max_rejected_share=0.5)
+  (reason,) = dataset.info.counts.rejected_by_reason
+  assert reason.startswith('item_created_at is too')
+
+
+def test_late_keys_of_json_impressions_are_read(tmp_path):
+  rows = [{'request_id': 1, 'user_id': 1, 'timestamp': T0, 'item_id': i} for i in range(1001)]
+  rows[-1] |= {'surface': 'feed', 'item_created_at': T0 - 7}
+  (tmp_path / 's.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  request = _prepare(_write(tmp_path / 'log.csv', _log(20)), tmp_path / 's.jsonl', tmp_path / 'out').request(0)
+  assert (request.created_at[0], request.created_at[-1]) == (-1, T0 - 7)
+  assert len(set(request.surface.tolist())) == 2
 
 
 def test_features_of_item_and_user_files(tmp_path):

@@ -57,8 +57,13 @@ def id_field(column: str, dtype: pl.DataType, id_type: str, what: str) -> Field:
   return Field(number, (missing, long, (number.is_null(), f'{what} is not a 64-bit integer')))
 
 
-def time_field(column: str, dtype: pl.DataType, unit: str, what: str, optional: bool = False) -> Field:
-  """A time as int64 milliseconds since 1970 (unit 'order': the integer itself); null if optional and missing."""
+def time_field(
+  column: str, dtype: pl.DataType, unit: str, what: str, optional: bool = False, sniffed: bool = False
+) -> Field:
+  """A time as int64 milliseconds since 1970 (unit 'order': the integer itself); null if optional and missing.
+
+  A unit that was sniffed off other rows makes a row malformed that looks like the other unit.
+  """
   missing = _missing(column, dtype)
   if unit == 'iso':
     value = _iso_ms(column, dtype)
@@ -75,14 +80,27 @@ def time_field(column: str, dtype: pl.DataType, unit: str, what: str, optional: 
     (missing, f'missing {what}'),
     (~missing & (raw.is_null() | (raw.is_nan() if unit != 'iso' else False)), f'{what} {unparsed}'),
     (raw < 0, f'negative {what}'),
+    *(_other_unit(raw, unit, what) if sniffed else ()),
     (raw > MAX_TIME_MS, f'{what} after the year 9999'),
   ]
   return Field(value, tuple(faults[1:] if optional else faults))
 
 
-def text_field(column: str, dtype: pl.DataType, what: str) -> Field:
-  """A name, as text; it must be there."""
-  return Field(pl.col(column).cast(pl.String), ((_missing(column, dtype), f'missing {what}'),))
+def _other_unit(ms: pl.Expr, unit: str, what: str) -> tuple[tuple[pl.Expr, str], ...]:
+  if unit == 'ms':
+    return ((ms < _MS_FROM, f'{what} is too small for ms, which the log seems to be in: state the time unit'),)
+  if unit == 's':
+    as_ms = ms.is_between(1000 * _MS_FROM, 1000 * MAX_TIME_MS)
+    return ((as_ms, f'{what} is too large for s, which the log seems to be in: state the time unit'),)
+  return ()
+
+
+def text_field(column: str, dtype: pl.DataType, what: str, absent: str | None = None) -> Field:
+  """A name, as text; it must be there, unless a null has the name `absent`."""
+  text, missing = pl.col(column).cast(pl.String), _missing(column, dtype)
+  if absent is None:
+    return Field(text, ((missing, f'missing {what}'),))
+  return Field(text.fill_null(absent), ((missing & text.is_not_null(), f'missing {what}'),))
 
 
 def flag_field(column: str, dtype: pl.DataType, what: str) -> Field:
@@ -99,7 +117,9 @@ def number_field(column: str, dtype: pl.DataType, what: str) -> Field:
   """A dense feature, as float32; NaN where missing."""
   missing = _missing(column, dtype)
   value = _text(column, dtype).cast(pl.Float64, strict=False)
-  faults = ((~missing & value.is_null(), f'{what} is not a number'), (value.abs() > _MAX_FLOAT32, f'infinite {what}'))
+  # In Polars NaN is larger than every number.
+  infinite = (value.abs() > _MAX_FLOAT32) & ~value.is_nan()
+  faults = ((~missing & value.is_null(), f'{what} is not a number'), (infinite, f'infinite {what}'))
   return Field(value.cast(pl.Float32, strict=False).fill_null(float('nan')), faults)
 
 
@@ -164,7 +184,7 @@ def sniff_time_unit(sample: pl.Series, what: str) -> str:
   numbers = present.cast(pl.String).cast(pl.Float64, strict=False).drop_nulls()
   if len(numbers) * 2 < len(present):
     return 'iso'
-  median = numbers.median()
+  median = numbers.drop_nans().median()
   if median is None:
     return 'ms'
   if median < _ORDINAL_BELOW:

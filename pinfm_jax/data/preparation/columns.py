@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, overload
 
+from pinfm_jax.data.preparation.reading import is_jsonl
 from pinfm_jax.errors import UserError
 
 
@@ -49,6 +50,15 @@ def source_column(
     f'{path} has no column {column!r} for {name}{f", did you mean {near!r}?" if near else ""} (its columns: {shown}); '
     f'map {name} to the right one'
   )
+
+
+def late_columns(
+  path: Path, mapping: Mapping[str, str], found: Iterable[str], optional: Iterable[str]
+) -> dict[str, str]:
+  """The optional names that the first lines of a JSONL file do not have, but later ones may; empty for other files."""
+  if not is_jsonl(path):
+    return {}
+  return {name: name for name in optional if name not in found and name not in mapping}
 
 
 def check_mapping(what: str, mapping: Mapping[str, str], known: Iterable[str]) -> None:

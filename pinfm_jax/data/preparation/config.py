@@ -116,6 +116,12 @@ class PrepareConfig:
       )
     if not 0 <= self.max_rejected_share <= 1:
       raise UserError(f'max_rejected_share must lie between 0 and 1, got {self.max_rejected_share}')
+    for column, action in self.action_columns.items():
+      if self.actions is not None and action not in self.actions:
+        raise UserError(
+          f'action_columns maps {column!r} to {action!r}, expected one of actions ({", ".join(self.actions)}): '
+          'add it to actions'
+        )
     self._check_features()
 
   def _check_features(self) -> None:

@@ -14,12 +14,11 @@ from pinfm_jax.data.preparation.canonical import (
   probability_field,
   sniff_id_type,
   split,
-  time_field,
 )
-from pinfm_jax.data.preparation.columns import source_column
+from pinfm_jax.data.preparation.columns import late_columns, source_column
 from pinfm_jax.data.preparation.config import PrepareConfig
 from pinfm_jax.data.preparation.features import DENSE, EMBEDDING, SPARSE, SparseCollector, feature_fields, vector_width
-from pinfm_jax.data.preparation.intake import Shared, common_fields, time_unit, with_keys
+from pinfm_jax.data.preparation.intake import Shared, TimeUnits, common_fields, with_keys
 from pinfm_jax.data.preparation.reading import Batch, column_names
 from pinfm_jax.errors import UserError
 
@@ -37,8 +36,9 @@ class ImpressionIntake:
   widths: dict[str, int] = field(default_factory=dict)
   sparse: dict[str, SparseCollector] = field(default_factory=dict)
   names: dict[str, list[str]] = field(default_factory=dict)
-  _units: dict[str, str] = field(default_factory=dict)
+  _units: TimeUnits = field(default_factory=TimeUnits)
   _columns: dict[str, str] = field(default_factory=dict)
+  _late: frozenset[str] = frozenset()
 
   def open(self, path: Path) -> list[str]:
     """Finds the columns of a file; returns those to read. Features that it lacks are left to the side tables."""
@@ -50,10 +50,11 @@ class ImpressionIntake:
     sided = config.items is not None or config.users is not None
     features = [*config.dense, *config.sparse, *config.embedding]
     found = {name: source_column(path, header, mapping, name, required=not sided) for name in features}
-    found |= {
-      name: source_column(path, header, mapping, name, required=False) for name in ('surface', 'item_created_at')
-    }
+    optional = ('surface', 'item_created_at')
+    found |= {name: source_column(path, header, mapping, name, required=False) for name in optional}
     columns |= {name: column for name, column in found.items() if column is not None}
+    late = late_columns(path, mapping, columns, optional)
+    columns |= late
     columns |= {
       REFERENCE + label: source_column(path, header, {}, column) for label, column in config.reference_columns.items()
     }
@@ -64,7 +65,7 @@ class ImpressionIntake:
     }
     if self.names and names != self.names:
       raise UserError(f'{path} has other features than the impression files before it; expected the same of all')
-    self.names, self._columns = names, columns
+    self.names, self._columns, self._late = names, columns, frozenset(late)
     self.sparse = self.sparse or {name: SparseCollector(name) for name in names[SPARSE]}
     return list(columns.values())
 
@@ -73,8 +74,8 @@ class ImpressionIntake:
     frame, columns, schema = batch.frame, self._columns, batch.frame.schema
     if not self.widths:
       self.widths = {name: vector_width(frame, columns[name], name) for name in self.names[EMBEDDING]}
-    fields = common_fields(self.config, self.shared, frame, columns)
-    fields |= self._time_fields(frame)
+    fields = common_fields(self.config, self.shared, frame, columns, self._late)
+    fields |= self._time_fields(batch)
     if 'request_id' in columns:
       if not self.request_id_type:
         self.request_id_type = sniff_id_type(frame[columns['request_id']], self.config.max_rejected_share)
@@ -92,17 +93,13 @@ class ImpressionIntake:
       collector.add(good[SPARSE + name])
     return self._finish(with_keys(good, self.shared)), reasons
 
-  def _time_fields(self, frame: pl.DataFrame) -> dict[str, Field]:
-    made = {}
-    for name, what in (('timestamp', 'timestamp'), ('item_created_at', 'created_at')):
-      if name in self._columns:
-        column = self._columns[name]
-        if name not in self._units:
-          unit = self.config.impression_time_unit
-          self._units[name] = time_unit(
-            'auto' if unit == 'order' and what == 'created_at' else unit, frame[column], name
-          )
-        made[what] = time_field(column, frame.schema[column], self._units[name], name, optional=what == 'created_at')
+  def _time_fields(self, batch: Batch) -> dict[str, Field]:
+    unit, columns = self.config.impression_time_unit, self._columns
+    made = {'timestamp': self._units.field(batch, columns['timestamp'], unit, 'timestamp')}
+    if 'item_created_at' in columns:
+      unit = 'auto' if unit == 'order' else unit
+      column = columns['item_created_at']
+      made['created_at'] = self._units.field(batch, column, unit, 'item_created_at', optional=True)
     return made
 
   def _finish(self, good: pl.DataFrame) -> pl.DataFrame:

@@ -1,7 +1,7 @@
 """Reads files into canonical rows on disk, setting malformed rows aside; turns event rows into canonical ones."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +26,7 @@ from pinfm_jax.data.preparation.canonical import (
   text_field,
   time_field,
 )
-from pinfm_jax.data.preparation.columns import source_column
+from pinfm_jax.data.preparation.columns import late_columns, source_column
 from pinfm_jax.data.preparation.config import PrepareConfig
 from pinfm_jax.data.preparation.reading import Batch, column_names, read_batches
 from pinfm_jax.data.preparation.rejects import RejectLog
@@ -78,8 +78,9 @@ class EventIntake:
   shared: Shared
   kind: str = 'events'
   order_only: bool = False
-  _unit: str = 'auto'
+  _units: 'TimeUnits' = field(default_factory=lambda: TimeUnits())
   _columns: dict[str, str] = field(default_factory=dict)
+  _late: frozenset[str] = frozenset()
 
   def open(self, path: Path) -> list[str]:
     """Finds the columns of a file; returns those to read."""
@@ -91,22 +92,36 @@ class EventIntake:
     columns = {name: column for name, column in found.items() if column is not None}
     if self._columns and ('timestamp' in columns) == self.order_only:
       raise UserError(f'{path}: some logs have a timestamp column and some have none; expected the same of all')
-    self._columns, self.order_only = columns, 'timestamp' not in columns
-    if self.order_only and self.config.time_unit not in ('auto', 'order'):
+    late = late_columns(path, mapping, columns, optional)
+    self._late, self._columns, self.order_only = frozenset(late), columns | late, 'timestamp' not in columns
+    self._check_order(path)
+    return list(self._columns.values())
+
+  def _check_order(self, path: Path) -> None:
+    config = self.config
+    if self.order_only and config.time_unit not in ('auto', 'order'):
       raise UserError(f'{path} has no timestamp column: map timestamp to one, or say time unit order')
-    return list(columns.values())
+    ordinal = self.order_only or config.time_unit == 'order'
+    if ordinal and config.impressions and config.impression_time_unit != 'order':
+      # Positions 0, 1, 2, .. lie before every time: a history would hold what happened after the impression.
+      raise UserError(
+        f'{path} has an order but no times, so it cannot be said which events precede an impression; expected times in '
+        'both: give the events a timestamp, or leave the impressions out'
+      )
 
   def canonical(self, batch: Batch, first_order: int) -> tuple[pl.DataFrame, pl.Series]:
     """The canonical rows of the good rows, and the reasons why the others are bad."""
     frame, columns, schema = batch.frame, self._columns, batch.frame.schema
-    fields = common_fields(self.config, self.shared, frame, columns)
+    fields = common_fields(self.config, self.shared, frame, columns, self._late)
     if not self.order_only:
-      if self._unit == 'auto':
-        self._unit = time_unit(self.config.time_unit, frame[columns['timestamp']], 'timestamp')
-      fields['timestamp'] = time_field(columns['timestamp'], schema[columns['timestamp']], self._unit, 'timestamp')
+      fields['timestamp'] = self._units.field(batch, columns['timestamp'], self.config.time_unit, 'timestamp')
+    elif 'timestamp' in self._late:
+      late = (pl.col('timestamp').is_not_null(), 'timestamp in a log whose first rows have none')
+      fields['late'] = Field(pl.lit(None), (late,))
     for name in ('action', 'actions'):
       if name in columns:
-        fields[name] = _actions_field(frame, columns[name], name, self.shared.actions)
+        optional = name == 'actions' or name in self._late
+        fields[name] = _actions_field(frame, columns[name], name, self.shared.actions, optional)
     for column in self.config.action_columns:
       fields[f'flag:{column}'] = flag_field(column, schema[column], column)
     fields['order'] = Field(pl.lit(pl.Series(batch.line + first_order)))
@@ -165,21 +180,23 @@ def ingest(paths: Sequence[str | Path], intake: Intake, spool: Spool, rejects: R
 
 
 def common_fields(
-  config: PrepareConfig, shared: Shared, frame: pl.DataFrame, columns: dict[str, str]
+  config: PrepareConfig, shared: Shared, frame: pl.DataFrame, columns: dict[str, str], late: Collection[str]
 ) -> dict[str, Field]:
-  """The fields that an event and an impression share: both ids and the surface."""
+  """The fields that an event and an impression share: both ids and the surface ('none' where a late one is null)."""
   fields: dict[str, Field] = {}
   for who in ('user', 'item'):
     column = columns[f'{who}_id']
     if who not in shared.id_type:
       shared.id_type[who] = sniff_id_type(frame[column], config.max_rejected_share)
     fields[f'{who}_id'] = id_field(column, frame.schema[column], shared.id_type[who], f'{who}_id')
+  absent = NO_SURFACE if 'surface' in late else None
+  sure = 'surface' in columns and 'surface' not in late
+  if not sure and shared.surfaces.fixed and NO_SURFACE not in shared.surfaces.names:
+    raise UserError(f'there is no surface column, so surfaces must name {NO_SURFACE!r}: add it, or map surface')
   if 'surface' in columns:
-    named = text_field(columns['surface'], frame.schema[columns['surface']], 'surface')
+    named = text_field(columns['surface'], frame.schema[columns['surface']], 'surface', absent)
     unknown = ~named.value.is_in(shared.surfaces.names) if shared.surfaces.fixed else pl.lit(False)
     fields['surface'] = Field(named.value, (*named.faults, (unknown, 'unknown surface')))
-  elif shared.surfaces.fixed and NO_SURFACE not in shared.surfaces.names:
-    raise UserError(f'there is no surface column, so surfaces must name {NO_SURFACE!r}: add it, or map surface')
   return fields
 
 
@@ -197,11 +214,36 @@ def with_keys(good: pl.DataFrame, shared: Shared) -> pl.DataFrame:
   return good.with_columns(surface.alias('surface'), *keys).drop(integer)
 
 
-def time_unit(given: str, sample: pl.Series, what: str) -> str:
-  """The unit that the configuration gives, or that the values show."""
-  if sample.dtype.is_temporal() and given in ('auto', 'iso'):
-    return 'iso'
-  return sniff_time_unit(sample, what) if given == 'auto' else given
+class TimeUnits:
+  """The units of time columns; under 'auto' that of each file is read off its values, and all files must agree."""
+
+  def __init__(self):
+    self._first: dict[str, tuple[str, str]] = {}
+    self._seen: set[tuple[str, str]] = set()
+
+  def field(self, batch: Batch, column: str, given: str, name: str, optional: bool = False) -> Field:
+    """How a time column of a batch is read.
+
+    Raises:
+      UserError: the values do not look like times, or look like another unit than those of the files before.
+    """
+    dtype = batch.frame.schema[column]
+    unit = self._sniff(batch, column, name) if given == 'auto' else given
+    return time_field(column, dtype, unit, name, optional, sniffed=given == 'auto')
+
+  def _sniff(self, batch: Batch, column: str, name: str) -> str:
+    sample = batch.frame[column]
+    if (name, batch.file) in self._seen or sample.null_count() == len(sample):
+      return self._first.get(name, ('ms', batch.file))[0]
+    self._seen.add((name, batch.file))
+    here = sniff_time_unit(sample, f'{name} of {batch.file}')
+    unit, file = self._first.setdefault(name, (here, batch.file))
+    if here != unit:
+      raise UserError(
+        f'{name} looks like {here} in {batch.file} but like {unit} in {file}, expected one unit: convert one of the '
+        'files, or state the time unit if both are in the same'
+      )
+    return unit
 
 
 def parse_actions(text: str) -> list[str] | None:
@@ -210,12 +252,12 @@ def parse_actions(text: str) -> list[str] | None:
     return [name for name in (part.strip() for part in text.split('|')) if name]
   try:
     names = json.loads(text)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
   return [str(name) for name in names] if all(isinstance(name, str | int) for name in names) else None
 
 
-def _actions_field(frame: pl.DataFrame, column: str, name: str, vocabulary: Vocabulary) -> Field:
+def _actions_field(frame: pl.DataFrame, column: str, name: str, vocabulary: Vocabulary, optional: bool) -> Field:
   if isinstance(frame.schema[column], pl.List | pl.Array):
     source = pl.col(column) if isinstance(frame.schema[column], pl.List) else pl.col(column).arr.to_list()
     text = source.cast(pl.List(pl.String)).list.join('|')
@@ -227,6 +269,6 @@ def _actions_field(frame: pl.DataFrame, column: str, name: str, vocabulary: Voca
   known = set(vocabulary.names)
   unknown = [cell for cell, names in parsed.items() if vocabulary.fixed and not known.issuperset(names or ())]
   faults = [(text.is_in(broken), f'unparsable {name}'), (text.is_in(unknown), 'unknown action')]
-  if name == 'action':
+  if not optional:
     faults.insert(0, (text.is_null() | text.is_in(empty), 'missing action'))
   return Field(text, tuple(faults))

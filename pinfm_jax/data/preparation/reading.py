@@ -4,6 +4,7 @@ Text stays text here: every column of a CSV or JSONL batch is a string, what it 
 row is one line: a quoted CSV field that spans lines makes broken rows, so that a stray quote cannot swallow a file.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -47,6 +48,11 @@ class Batch:
   def rows(self) -> int:
     """How many rows were read, broken ones included."""
     return self.frame.height + len(self.broken)
+
+
+def is_jsonl(path: Path) -> bool:
+  """Whether a file's rows may have other keys than the first 1,000 that `column_names` has seen."""
+  return _kind(path) in _JSON
 
 
 def column_names(path: Path) -> list[str]:
@@ -137,7 +143,7 @@ def _read_parquet(path: Path, columns: list[str], on_bytes: Callable[[float], No
 def _header(path: Path, separator: str) -> list[str]:
   for _, lines in _text_blocks(path, lambda done: None, block_bytes=1 << 16):
     try:
-      names = next(csv.reader([lines[0].decode('utf-8-sig').rstrip('\r')], delimiter=separator, strict=True), [])
+      names = next(csv.reader([lines[0].decode().rstrip('\r')], delimiter=separator, strict=True), [])
     except (UnicodeDecodeError, csv.Error) as error:
       raise _unreadable(path, 'a CSV header', error) from None
     if len(set(names)) < len(names):
@@ -151,7 +157,7 @@ def _text_blocks(
   path: Path, on_bytes: Callable[[float], None], block_bytes: int = BLOCK_BYTES
 ) -> Iterator[tuple[int, list[bytes]]]:
   """Yields (1-based number of the first line, lines without their newlines)."""
-  line, rest = 1, b''
+  line, rest, mark = 1, b'', codecs.BOM_UTF8
   with open(path, 'rb') as raw:
     stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == '.gz' else raw
     while True:
@@ -161,6 +167,7 @@ def _text_blocks(
         raise _unreadable(path, 'gzip (is the file truncated?)', error) from None
       if not block:
         break
+      block, mark = block.removeprefix(mark), b''
       lines = (rest + block).split(b'\n')
       rest = lines.pop()
       if len(rest) > MAX_LINE_BYTES:

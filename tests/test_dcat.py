@@ -24,7 +24,6 @@ def _model(layers):
     jax.random.randint(key[0], (USERS, LENGTH), 0, 2),
     jax.random.randint(key[1], (USERS, LENGTH), 0, 8).astype(jnp.uint32),
     mask,
-    jnp.arange(USERS, dtype=jnp.uint32),
   )
   history = jax.random.normal(key[2], (USERS, LENGTH, 16))
   candidates = jax.random.normal(key[3], (USERS, CANDIDATES, 16))

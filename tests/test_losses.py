@@ -25,7 +25,7 @@ def _batch(seed=0, items=15, same_user=True):
     jnp.zeros((USERS, LENGTH), jnp.int32),
     jnp.asarray(rng.integers(0, 4, (USERS, LENGTH), dtype=np.uint32)),
     jnp.arange(LENGTH)[None] < lengths[:, None],
-    jnp.asarray(users),
+    jnp.asarray(np.repeat(users[:, None], LENGTH, axis=1)),
   )
   h, table = rng.normal(size=(USERS, LENGTH, WIDTH)), rng.normal(size=(items, WIDTH))
   h /= np.linalg.norm(h, axis=-1, keepdims=True)
@@ -48,7 +48,7 @@ def _losses(events, h, z, config, bits=2, step=0):
 
 
 def _oracle(events, h, table, item, config, bits=2, step=0):
-  mask, users = np.asarray(events.mask_UL), np.asarray(events.user_U)
+  mask, users = np.asarray(events.mask_UL), np.asarray(events.user_UL)[:, 0]
   positive = mask & (np.asarray(events.actions_UL) & bits > 0)
   columns = sorted(set(item[positive].tolist()))
   of_user = {user: set(item[users == user][positive[users == user]].tolist()) for user in users}

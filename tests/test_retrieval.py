@@ -28,7 +28,7 @@ def model(toy_run):
 def params(model):
   events = EventBatch(
     jnp.zeros((1, 2, 2), jnp.uint32), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.uint32),
-    jnp.ones((1, 2), bool), jnp.zeros(1, jnp.uint32),
+    jnp.ones((1, 2), bool),
   )  # fmt: skip
   vectors = jnp.zeros((1, 2, model.tables.item_width))
   shapes = meta.unbox(jax.eval_shape(PinFM(model).init, jax.random.key(0), vectors, events))['params']
@@ -55,8 +55,7 @@ def _brute_force(task, model, params, rows_GE):
   z_VO = np.asarray(targets(vectors(key_words(task.catalogue_V))), np.float64)
   histories = {name: np.asarray(value) for name, value in task.histories.items()}
   users = len(task.target_Q)
-  events = EventBatch(*(jnp.asarray(histories[n]) for n in ('item', 'surface', 'actions', 'mask')),
-                      jnp.zeros(users, jnp.uint32))  # fmt: skip
+  events = EventBatch(*(jnp.asarray(histories[n]) for n in ('item', 'surface', 'actions', 'mask')))
   h_QLO = np.asarray(apply(vectors(histories['item']), events), np.float64)
   ranks = []
   for query in range(users):

@@ -148,7 +148,7 @@ def ranking_batch(examples: list[tuple[History, Request, np.ndarray]]) -> Rankin
   count = len(examples[0][1])
   candidates = [candidate_inputs(r, slice(0, count), count, SCHEMA, content) for _, r, content in examples]
   return RankingBatch(
-    EventBatch(*(stack(events, n) for n in ('item', 'surface', 'actions', 'mask')), np.zeros(len(examples), np.uint32)),
+    EventBatch(*(stack(events, n) for n in ('item', 'surface', 'actions', 'mask'))),
     CandidateBatch(*(stack(candidates, n) for n in ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding'))),
     stack(candidates, 'labels'),
     np.arange(len(examples), dtype=np.int32),

@@ -57,7 +57,7 @@ class Segments:
     index = int(index)
     row = int(self.user_row[index])
     events = event_inputs(self.dataset.history(row), slice(int(self.start[index]), int(self.stop[index])), self.length)
-    return {**events, 'user': np.uint32(row)}
+    return {**events, 'user': np.full(self.length, row, np.uint32)}
 
 
 @dataclass(frozen=True)

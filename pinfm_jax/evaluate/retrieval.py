@@ -113,9 +113,7 @@ def _programs(model: PinFMConfig) -> tuple[Any, Any]:
 
   @jax.jit
   def encode(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
-    events = EventBatch(
-      inputs['item'], inputs['surface'], inputs['actions'], inputs['mask'], jnp.zeros(len(inputs['mask']), jnp.uint32)
-    )
+    events = EventBatch(inputs['item'], inputs['surface'], inputs['actions'], inputs['mask'])
     h_QLO, _ = PinFM(model).apply({'params': params}, vectors(rows_GE, events.item_UL2), events, method='encode')
     last_Q = jnp.sum(events.mask_UL, axis=1) - 1
     return h_QLO[jnp.arange(len(last_Q)), last_Q]

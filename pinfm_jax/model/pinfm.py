@@ -21,14 +21,17 @@ class EventBatch(NamedTuple):
     surface_UL: int32 surface codes.
     actions_UL: uint32, bit a set if action a was taken.
     mask_UL: True on real events.
-    user_U: uint32, equal for segments of the same user (for same-user exclusion).
+    user_UL: uint32, whose event it is: equal for all segments of a user (for same-user exclusion); None in serving.
+    segment_UL: int32, equal for events of one segment where a row packs several, which do not see each other;
+      None where each row is one segment.
   """
 
   item_UL2: Array
   surface_UL: Array
   actions_UL: Array
   mask_UL: Array
-  user_U: Array
+  user_UL: Array | None = None
+  segment_UL: Array | None = None
 
 
 def no_events(users: int, length: int) -> EventBatch:
@@ -36,7 +39,7 @@ def no_events(users: int, length: int) -> EventBatch:
   shape = (users, length)
   item_UL2 = jnp.zeros((*shape, 2), jnp.uint32)
   surface_UL, actions_UL = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.uint32)
-  return EventBatch(item_UL2, surface_UL, actions_UL, jnp.ones(shape, bool), jnp.zeros(users, jnp.uint32))
+  return EventBatch(item_UL2, surface_UL, actions_UL, jnp.ones(shape, bool), jnp.zeros(shape, jnp.uint32))
 
 
 class PointwiseMLP(nn.Module):

@@ -47,7 +47,7 @@ class ServingModel:
 
   def context(self, params: Tree, events: dict[str, Array]) -> dict[str, Array]:
     """The context pass: every layer's keys and values, and the user's representation."""
-    batch = EventBatch(None, events['surface'], events['actions'], events['mask'], None)
+    batch = EventBatch(None, events['surface'], events['actions'], events['mask'])
     kept = self.module.apply({'params': params}, self._vectors(events['rows']), batch, method='context')
     return {'key': kept.kv.key, 'value': kept.kv.value, 'user': kept.user_UO}
 

@@ -123,7 +123,8 @@ def feature_spec(schema: FeatureSchema) -> FeatureSpec:
 
 def ranking_batch(batch: Batch) -> RankingBatch:
   """The pipeline's columns as the model's input."""
-  events = EventBatch(*(batch[f'history_{name}'] for name in ('item', 'surface', 'actions', 'mask')), batch['user'])
+  columns = [batch[f'history_{name}'] for name in ('item', 'surface', 'actions', 'mask')]
+  events = EventBatch(*columns, jnp.broadcast_to(batch['user'][:, None], columns[-1].shape))
   names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding')
   candidates = CandidateBatch(*(batch[f'candidate_{name}'] for name in names))
   index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)

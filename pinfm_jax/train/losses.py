@@ -72,7 +72,8 @@ def choose_negatives(events: EventBatch, positive_UL: Array, max_columns: int, s
   token_K = jnp.zeros(columns, jnp.int32).at[first_M].set(token_M, mode='drop')
   valid_K = jnp.zeros(columns, bool).at[first_M].set(True, mode='drop')
   # Segments of one user act as one: group = the first segment that has the same user.
-  group_U = jnp.argmax(events.user_U[:, None] == events.user_U[None, :], axis=1).astype(jnp.int32)
+  user_U = events.user_UL[:, 0]
+  group_U = jnp.argmax(user_U[:, None] == user_U[None, :], axis=1).astype(jnp.int32)
   excluded_GK = jnp.zeros((users, columns), bool).at[group_U[token_M // length], column_M].set(True, mode='drop')
   return Negatives(token_K, valid_K, excluded_GK, group_U)
 

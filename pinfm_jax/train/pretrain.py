@@ -68,7 +68,8 @@ class PretrainTask:
 
 def segment_events(batch: Batch) -> EventBatch:
   """The pipeline's columns as the model's input."""
-  return EventBatch(batch['item'], batch['surface'], batch['actions'], batch['mask'], batch['user'])
+  names = ('item', 'surface', 'actions', 'mask', 'user', 'segment')
+  return EventBatch(*(batch.get(name) for name in names))
 
 
 def pretrain(

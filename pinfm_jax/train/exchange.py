@@ -7,8 +7,7 @@ the gradients of a row that several devices used and updates it once.
 A round moves at most `capacity` rows between two devices, so shapes are static. Rows are split among rounds by where
 they lie in their owner's range: a row is then in the same round for every device, and its gradients meet there. With
 uniform ids one round is enough; with skewed ones the range is halved until every part fits, and nothing is dropped.
-The number of rounds changes
-no row's sum, only the order in which the squares of all rows are added for the norm.
+The number of rounds changes no row's sum, only the order in which the squares of all rows are added for the norm.
 """
 
 import math

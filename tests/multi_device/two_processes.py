@@ -5,7 +5,10 @@ process 0 writes OUT/seen.json.
 """
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -57,6 +60,11 @@ def train(run: Run, out: Path, seen: dict, name: str, mesh: MeshConfig) -> None:
   multihost_utils.sync_global_devices(name)
 
 
+def refuse() -> None:
+  """What a user's mistake does."""
+  raise UserError('it did not work')
+
+
 def main(data: str, out: str, plan: str, address: str, process: int, processes: int) -> None:
   """Does the plan: names of MESHES, or 'fail', 'kill', 'hang'."""
   run, out, seen = Run(toy.EXPERIMENT, Path(data)), Path(out), {}
@@ -67,14 +75,18 @@ def main(data: str, out: str, plan: str, address: str, process: int, processes: 
         if process == 1:
           raise UserError('the disk of process 1 is full')
         multihost_utils.sync_global_devices('never')
+      elif name == 'kill':
+        if process == 1:
+          os.kill(os.getpid(), signal.SIGKILL)
+        multihost_utils.sync_global_devices('never')
       elif name == 'first fails':
-        on_first('a thing', lambda: (_ for _ in ()).throw(UserError('it did not work')))
+        on_first('a thing', refuse)
       elif name == 'hang':
-        on_first('a slow thing', lambda: __import__('time').sleep(60))
+        on_first('a slow thing', lambda: time.sleep(60))
       else:
         data_axis, fsdp, model = (int(x) for x in name.split('_')[-1].split('x'))
         train(run, out, seen, name, MeshConfig(data_axis, fsdp, model))
-    if process == 0:
+    if process == 0 and seen:
       (out / 'seen.json').write_text(json.dumps({'devices': jax.device_count(), **seen}))
 
 

@@ -195,12 +195,21 @@ def non_finite(state: TrainState) -> str | None:
 
 @jax.jit
 def _finite(arrays: Any) -> dict[str, jax.Array]:
-  """One flag an array. Of bfloat16 bits (tables of uint16), NaN and infinity have every exponent bit set."""
+  """One flag an array, without a temporary array of its size.
+
+  A sum is finite if all its terms are (but for values near 1e38, which are past saving too); `isfinite` of every
+  element, or the maximum, would be a whole array on CPU, or lose a NaN there.
+  """
   flags = {}
   for path, array in jax.tree_util.tree_leaves_with_path(arrays):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     if jnp.issubdtype(array.dtype, jnp.floating):
-      flags[name] = jnp.all(jnp.isfinite(array))
+      flags[name] = jnp.isfinite(jnp.sum(array, dtype=jnp.float32))
     elif array.dtype == jnp.uint16 and name.startswith('tables/'):
-      flags[name] = jnp.all((array & jnp.uint16(0x7F80)) != jnp.uint16(0x7F80))
+      # bfloat16 bits: without the sign, NaN and infinity are the largest. By rows first: one value a row is kept.
+      flags[name] = jnp.max(jax.lax.reduce(array, np.uint16(0), _larger_magnitude, (1,))) < 0x7F80
   return flags
+
+
+def _larger_magnitude(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jax.lax.max(a & np.uint16(0x7FFF), b & np.uint16(0x7FFF))

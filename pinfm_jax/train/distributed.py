@@ -23,14 +23,34 @@ from jax._src import distributed as jax_distributed  # its key-value store has n
 from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
 
-# What --distributed takes -> JAX's name of the cluster detection and what marks such a cluster.
-METHODS = {
-  'auto': (None, 'Slurm, Open MPI, Kubernetes or a TPU pod'),
-  'slurm': ('slurm', 'a Slurm job step (srun sets SLURM_JOB_ID, SLURM_PROCID and others)'),
-  'ompi': ('ompi', 'an Open MPI launch (mpirun sets OMPI_COMM_WORLD_RANK and others)'),
-  'kubernetes': (None, 'an indexed Kubernetes Job or JobSet (with the Python package kubernetes installed)'),
-  'gke': ('gketpu', 'a TPU node of GKE (it sets TPU_WORKER_ID and TPU_WORKER_HOSTNAMES)'),
-  'tpu': ('gcetpu', 'a Cloud TPU VM of a pod slice (its metadata server says which)'),
+
+@dataclass(frozen=True)
+class Method:
+  """A way in which processes find each other without being told.
+
+  Attributes:
+    jax_name: of JAX's detection; None lets JAX try all it knows.
+    where: it works.
+    variables: of the environment, which must be there: JAX would go on without them.
+  """
+
+  jax_name: str | None
+  where: str
+  variables: tuple[str, ...] = ()
+
+
+METHODS = {  # what --distributed takes
+  'auto': Method(None, 'Slurm, Open MPI, Kubernetes or a TPU pod'),
+  'slurm': Method(
+    'slurm', 'a step of a Slurm job (start it with srun)', ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_PROCID')
+  ),
+  'ompi': Method('ompi', 'Open MPI (start it with mpirun)', ('OMPI_MCA_orte_hnp_uri', 'OMPI_COMM_WORLD_RANK')),
+  # JAX's detection on Kubernetes has no name to ask for it by.
+  'kubernetes': Method(
+    None, 'an indexed Kubernetes Job or JobSet', ('KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX')
+  ),
+  'gke': Method('gketpu', 'a TPU node of GKE', ('TPU_WORKER_ID', 'TPU_WORKER_HOSTNAMES')),
+  'tpu': Method('gcetpu', 'a Cloud TPU VM of a pod slice'),
 }
 _FAILED = 'pinfm/failed'
 _POLL_S = 0.5
@@ -76,6 +96,8 @@ _launch = Launch()
 def start(launch: Launch) -> None:
   """Joins the processes of a run. Call it before anything touches a device.
 
+  If not all have come within the time, this process ends with one line: JAX waits in C++, where nothing can be raised.
+
   Raises:
     UserError: options that do not fit, no such cluster here, no coordinator within the time, or a second call.
   """
@@ -84,8 +106,9 @@ def start(launch: Launch) -> None:
   if jax.distributed.is_initialized():
     raise UserError('the processes of this run are joined already: start may be called once in a process')
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')  # without it, CPUs cannot talk to each other
-  arguments = {'cluster_detection_method': METHODS.get(launch.method, (None,))[0]}
-  if launch.explicit:
+  if not launch.explicit:
+    arguments = {'cluster_detection_method': METHODS[launch.method].jax_name}
+  else:
     arguments = {
       'coordinator_address': launch.coordinator,
       'process_id': launch.process_id,
@@ -94,15 +117,23 @@ def start(launch: Launch) -> None:
     }
     if launch.process_id:
       _wait_for_coordinator(launch)
+    else:
+      _check_port(launch)
+  # JAX aborts the process with a stack trace when its own time-out ends, so ours ends first.
+  guard = threading.Timer(launch.init_timeout_s, _leave, (_too_late(launch), 2))
+  guard.daemon = True
+  guard.start()
   try:
     jax.distributed.initialize(
       **arguments,
-      initialization_timeout=launch.init_timeout_s,
+      initialization_timeout=launch.init_timeout_s + 60,
       heartbeat_timeout_seconds=launch.heartbeat_timeout_s,
       shutdown_timeout_seconds=launch.init_timeout_s,
     )
-  except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+  except (RuntimeError, ValueError, TypeError, KeyError, OSError, ImportError) as error:
     raise UserError(_start_problem(launch, error)) from error
+  finally:
+    guard.cancel()
   _launch = launch
   if jax.process_index():
     Progress.quiet = True
@@ -201,9 +232,10 @@ def _check(launch: Launch) -> None:
   for name in ('init_timeout_s', 'heartbeat_timeout_s', 'stage_timeout_s'):
     if getattr(launch, name) < 1:
       raise UserError(f'--{name.removesuffix("_s").replace("_", "-")} is {getattr(launch, name)}; expected seconds > 0')
-  if launch.method == 'kubernetes' and 'KUBERNETES_SERVICE_HOST' not in os.environ:  # JAX has no name to ask for it
-    raise UserError(_nowhere(launch))
   if not launch.explicit:
+    missing = [name for name in METHODS[launch.method].variables if name not in os.environ]
+    if missing:
+      raise UserError(_nowhere(launch, f' ({missing[0]} is not set)'))
     return
   if launch.method not in ('none', 'auto'):
     raise UserError(f'--coordinator and --distributed {launch.method} exclude each other; drop one of them')
@@ -236,27 +268,42 @@ def _wait_for_coordinator(launch: Launch) -> None:
   )
 
 
-def _nowhere(launch: Launch) -> str:
+def _check_port(launch: Launch) -> None:
+  """Looks whether process 0 can listen: JAX's service crashes where it cannot."""
+  port = int(launch.coordinator.rpartition(':')[2])
+  with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      probe.bind(('', port))
+    except OSError as error:
+      raise UserError(
+        f'process 0 cannot listen at {launch.coordinator} ({error.strerror}); take another port in all processes'
+      ) from error
+
+
+def _nowhere(launch: Launch, why: str) -> str:
   return (
-    f'--distributed {launch.method}: this process does not run in {METHODS[launch.method][1]}; launch it there, or '
-    'give --coordinator HOST:PORT --process-id I --num-processes N'
+    f'--distributed {launch.method}: this process does not run in {METHODS[launch.method].where}{why}; start it there, '
+    'or give --coordinator HOST:PORT --process-id I --num-processes N'
   )
 
 
 def _start_problem(launch: Launch, error: Exception) -> str:
   text = ' '.join(str(error).split())
+  if isinstance(error, ImportError):
+    return f'--distributed {launch.method} needs the Python package {error.name}; install it: pip install {error.name}'
   if 'should be defined' in text or 'must be defined' in text or isinstance(error, KeyError):
-    return _nowhere(launch)
+    return _nowhere(launch, '')
   if 'initialise the XLA backend' in text:
     return 'the processes must be joined before a device is used; start `pinfm run` anew'
-  if 'DEADLINE_EXCEEDED' in text or 'timed out' in text.lower():
-    return (
-      f'not all processes came within {launch.init_timeout_s} s; start every process with the same --coordinator and '
-      f'--num-processes, or raise --init-timeout ({text[:200]})'
-    )
-  if 'ALREADY_EXISTS' in text or 'Aborted' in text or 'ABORTED' in text:
-    return f'another process came with the same --process-id; give every process its own ({text[:200]})'
   return f'the processes could not be joined: {text[:300]}'
+
+
+def _too_late(launch: Launch) -> str:
+  return (
+    f'not all processes came within {launch.init_timeout_s} s; start each of them with the same --coordinator and '
+    '--num-processes and a --process-id of its own, or raise --init-timeout'
+  )
 
 
 def _watch() -> None:
@@ -270,7 +317,8 @@ def _watch() -> None:
       failure = json.loads(text)
       if failure['process'] != jax.process_index():
         time.sleep(1)  # the main thread may be about to tell the same
-        _leave(f'process {failure["process"]} failed: {failure["error"]}; this one stops too', 2)
+        here = f'process {jax.process_index()}'
+        _leave(f'{here}: process {failure["process"]} failed: {failure["error"]}; this one stops too', 2)
     time.sleep(_POLL_S)
 
 
@@ -285,13 +333,13 @@ def _fail(error: BaseException) -> None:
   print(f'pinfm: error: process {jax.process_index()}: {text}', file=sys.stderr)
   if is_first():
     time.sleep(4 * _POLL_S + 1)  # the others read it from the service that lives in this process
-  _leave(None, code)
+  _leave('', code)
 
 
-def _leave(message: str | None, code: int) -> None:
+def _leave(message: str, code: int) -> None:
   """Ends the process at once: an orderly end would wait for processes that will not come."""
   if message:
-    print(f'pinfm: error: process {jax.process_index()}: {message}', file=sys.stderr)
+    print(f'pinfm: error: {message}', file=sys.stderr)
   for stream in (sys.stdout, sys.stderr):
     stream.flush()
   os._exit(code)

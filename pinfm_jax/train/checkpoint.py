@@ -15,6 +15,7 @@ from pinfm_jax.train.step import TrainState
 
 logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports every file it touches
 
+_read_alone = False  # see load_arrays
 SELECTED = 'selected'  # the one figure of a checkpoint by which the best are kept: the lower, the better
 
 
@@ -44,6 +45,8 @@ class Checkpoints:
         the state to the host first, then trains on while it is written.
       read_only: leave what lies there as it is, half-written saves of a run that may be at work included.
     """
+    if _read_alone:
+      raise RuntimeError('this process has read a checkpoint alone (load_arrays): start new processes to train again')
     self._directory = Path(directory).absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
     self.blocking = jax.default_backend() == 'cpu' if blocking is None else blocking
@@ -155,11 +158,15 @@ def abstract_state(create: Any, shardings: TrainState) -> TrainState:
 
 
 def load_arrays(directory: Path) -> dict[str, Any]:
-  """The newest checkpoint's state as a nested dict of NumPy arrays, for the export. One process may call it alone.
+  """The newest checkpoint's state as a nested dict of NumPy arrays, for the export.
+
+  Of several processes one may call it alone, once they have trained: Orbax numbers its operations in each process, so
+  after one that was not common they can write no checkpoint together (`Checkpoints` refuses, where Orbax would hang).
 
   Raises:
     UserError: there is no checkpoint.
   """
+  global _read_alone
   steps = [int(path.name) for path in Path(directory).glob('[0-9]*') if path.name.isdigit()]
   if not steps:
     raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
@@ -167,6 +174,7 @@ def load_arrays(directory: Path) -> dict[str, Any]:
   if jax.process_count() > 1:  # Orbax would wait for the others
     context.multiprocessing.primary_host, context.multiprocessing.active_processes = here, {here}
     context.multiprocessing.barrier_sync_key_prefix = f'alone{here}'
+    _read_alone = True
   with context:
     layout = ocp.checkpointables_metadata(path).metadata['state']
     # Abstract NumPy arrays ask Orbax for host memory, whatever devices wrote the checkpoint; `empty` touches no page.

@@ -54,9 +54,6 @@ def train(run: Run, out: Path, seen: dict, name: str, mesh: MeshConfig) -> None:
     np.savez(out / f'{name}.npz', **arrays)
     rows = process_rows(mesh, 8).tolist()
     seen[name] = {'losses': worker.losses(out / name), 'users': users, 'rows': rows}
-    loaded = load_arrays(out / name / 'checkpoints')  # process 0 alone
-    seen[name]['step'] = int(loaded['step'])
-    seen[name]['same_bytes'] = bool(np.array_equal(loaded['tables']['rows'], arrays["['rows']"]))
   multihost_utils.sync_global_devices(name)
 
 
@@ -87,6 +84,9 @@ def main(data: str, out: str, plan: str, address: str, process: int, processes: 
         data_axis, fsdp, model = (int(x) for x in name.split('_')[-1].split('x'))
         train(run, out, seen, name, MeshConfig(data_axis, fsdp, model))
     if process == 0 and seen:
+      loaded = load_arrays(out / name / 'checkpoints')  # process 0 alone, once all have trained
+      rows = np.load(out / f'{name}.npz')["['rows']"]
+      seen |= {'step': int(loaded['step']), 'same_bytes': bool(np.array_equal(loaded['tables']['rows'], rows))}
       (out / 'seen.json').write_text(json.dumps({'devices': jax.device_count(), **seen}))
 
 

@@ -273,13 +273,6 @@ class Exchange:
     return sum_duplicates(*gathered)
 
 
-def fitted_capacity(tables: TableConfig, rows: int, axes: tuple[str, ...], ids: tuple[Array, ...]) -> int:
-  """A capacity that serves batches like this one in a single round: the largest request, a sixteenth, rounded up."""
-  exchange = Exchange(tables, rows, axes)
-  largest = int(jax.jit(exchange.largest_request)(ids))
-  return -(-largest * 17 // (16 * 16)) * 16
-
-
 def read_vectors(
   rows_GE: Array, ids: tuple[Array, ...], tables: TableConfig, axes: tuple[str, ...] = AXES
 ) -> tuple[Array, ...]:

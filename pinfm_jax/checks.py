@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pinfm_jax.config import Experiment, PinFMConfig
+from pinfm_jax.config import Experiment, PinFMConfig, PretrainConfig
 from pinfm_jax.data.simulator import SimulatorConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, from_dict
@@ -19,6 +19,8 @@ _MAY_BE_ZERO = (
   'mesh.data',
   'model.num_actions',
   'model.num_surfaces',
+  'pretrain.impression_negatives',
+  'pretrain.uniform_negatives',
   'ranker.cross_layers',
   'ranker.item_buckets',
   'update.warmup_steps',
@@ -26,6 +28,7 @@ _MAY_BE_ZERO = (
 _CHOICES = {
   'evaluate.split': ('test', 'validation'),
   'finetune.init': ('pretrained', 'scratch'),
+  'pretrain.log_q': ('none', 'counts', 'sketch'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.dtype': ('float32', 'bfloat16'),
@@ -58,6 +61,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_values(each)
     _check_model(each.model)
     _check_lengths(each)
+    _check_negatives(each.pretrain)
 
 
 def check_labels(experiment: Experiment, labels: tuple[str, ...]) -> None:
@@ -149,6 +153,33 @@ def _check_lengths(experiment: Experiment) -> None:
       raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')
   if pretrain.temperature <= 0:
     raise UserError(f'pretrain.temperature is {pretrain.temperature}; expected a positive number')
+
+
+def _check_negatives(config: PretrainConfig) -> None:
+  if config.uniform_negatives % config.batch_segments:
+    raise UserError(
+      f'pretrain.uniform_negatives is {config.uniform_negatives}; expected a multiple of pretrain.batch_segments '
+      f'{config.batch_segments}: every segment carries as many'
+    )
+  if config.impression_negatives and not config.positive_actions:
+    raise UserError(
+      f'pretrain.impression_negatives is {config.impression_negatives}, but pretrain.positive_actions is empty, so '
+      'that every event is positive; name the positive actions, or set pretrain.impression_negatives=0'
+    )
+  if config.impression_negatives and not config.ntl_weight:
+    raise UserError(
+      f'pretrain.impression_negatives is {config.impression_negatives}, but only the next-token loss uses them and '
+      'pretrain.ntl_weight is 0; set one of both'
+    )
+  if config.impression_negatives > config.window:
+    raise UserError(
+      f'pretrain.impression_negatives {config.impression_negatives} exceeds pretrain.window {config.window}, the '
+      'events after an anchor that are looked at; make the window larger'
+    )
+  if not 0 < config.sketch_decay <= 1:
+    raise UserError(f'pretrain.sketch_decay is {config.sketch_decay}; expected above 0 and at most 1 (1 = never fades)')
+  if 4 * config.sketch_width >= 2**31:
+    raise UserError(f'pretrain.sketch_width is {config.sketch_width}; expected fewer than {2**29} counters')
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -65,6 +65,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+  """Asks for the whole array on every device of the mesh of `jax.set_mesh`; without a mesh nothing changes."""
+  return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P())
+
+
 def _divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
   axes = tuple(spec) + (None,) * (len(shape) - len(spec))
   return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, axes, strict=True)))

@@ -33,7 +33,7 @@ class TrainState:
     params: dense parameters.
     opt_state: their optimizer state.
     tables: item tables with their accumulators, or None.
-    constants: values that are read and never trained (normalisation statistics), or None.
+    constants: values that no gradient trains: normalisation statistics, running item counts (`Task.observe`); or None.
   """
 
   step: Array
@@ -55,6 +55,9 @@ class Task(Protocol):
 
   def ids(self, batch: Batch, step: Array) -> Array:
     """uint32 [M, 2]: every id whose vector the loss needs."""
+
+  def observe(self, constants: Any, batch: Batch, step: Array) -> Any:
+    """The constants after a step's batch was seen, before its loss; most tasks return them as they are."""
 
   def loss(
     self, params: Any, vectors_MV: Array | None, batch: Batch, step: Array, key: Array, constants: Any
@@ -101,9 +104,11 @@ def make_step(task: Task) -> Callable[[TrainState, Batch], tuple[TrainState, dic
       plan = plan_rows(task.ids(batch, state.step), task.tables)
       gathered_KE = gather_rows(state.tables.rows_GE, plan)
 
+    constants = task.observe(state.constants, batch, state.step)
+
     def loss(params: Any, rows_KE: Array | None) -> tuple[Array, dict[str, Array]]:
       vectors_MV = None if rows_KE is None else item_vectors(rows_KE, plan)
-      return task.loss(params, vectors_MV, batch, state.step, key, state.constants)
+      return task.loss(params, vectors_MV, batch, state.step, key, constants)
 
     (value, figures), (grads, row_grad_KE) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
       state.params, gathered_KE
@@ -112,6 +117,7 @@ def make_step(task: Task) -> Callable[[TrainState, Batch], tuple[TrainState, dic
       state.params, state.opt_state, grads, state.tables, plan, row_grad_KE, state.step
     )
     figures = {'loss': value, 'grad_norm': norm, 'learning_rate': task.update.schedule(state.step), **figures}
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tables=tables), figures
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, tables=tables, constants=constants)
+    return state, figures
 
   return jax.jit(step, donate_argnums=0)

@@ -22,6 +22,8 @@ _MAY_BE_ZERO = (
   'model.num_surfaces',
   'pretrain.eval_every',
   'pretrain.keep_best',
+  'pretrain.impression_negatives',
+  'pretrain.uniform_negatives',
   'ranker.cross_layers',
   'ranker.item_buckets',
   'update.warmup_steps',
@@ -33,6 +35,7 @@ _CHOICES = {
   'finetune.update.table_rule': ('adagrad', 'sgd'),
   'finetune.init': ('pretrained', 'scratch'),
   'pretrain.use_checkpoint': ('newest', 'best'),
+  'pretrain.log_q': ('none', 'counts', 'sketch'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.dtype': ('float32', 'bfloat16'),
@@ -67,6 +70,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_mesh(each.mesh)
     _check_lengths(each)
     _check_held_out(each.pretrain)
+    _check_negatives(each.pretrain)
 
 
 def check_labels(experiment: Experiment, labels: tuple[str, ...]) -> None:
@@ -180,6 +184,33 @@ def _check_lengths(experiment: Experiment) -> None:
       raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')
   if pretrain.temperature <= 0:
     raise UserError(f'pretrain.temperature is {pretrain.temperature}; expected a positive number')
+
+
+def _check_negatives(config: PretrainConfig) -> None:
+  if config.uniform_negatives % config.batch_segments:
+    raise UserError(
+      f'pretrain.uniform_negatives is {config.uniform_negatives}; expected a multiple of pretrain.batch_segments '
+      f'{config.batch_segments}: every segment carries as many'
+    )
+  if config.impression_negatives and not config.positive_actions:
+    raise UserError(
+      f'pretrain.impression_negatives is {config.impression_negatives}, but pretrain.positive_actions is empty, so '
+      'that every event is positive; name the positive actions, or set pretrain.impression_negatives=0'
+    )
+  if config.impression_negatives and not config.ntl_weight:
+    raise UserError(
+      f'pretrain.impression_negatives is {config.impression_negatives}, but only the next-token loss uses them and '
+      'pretrain.ntl_weight is 0; set one of both'
+    )
+  if config.impression_negatives > config.window:
+    raise UserError(
+      f'pretrain.impression_negatives {config.impression_negatives} exceeds pretrain.window {config.window}, the '
+      'events after an anchor that are looked at; make the window larger'
+    )
+  if not 0 < config.sketch_decay <= 1:
+    raise UserError(f'pretrain.sketch_decay is {config.sketch_decay}; expected above 0 and at most 1 (1 = never fades)')
+  if 4 * config.sketch_width >= 2**31:
+    raise UserError(f'pretrain.sketch_width is {config.sketch_width}; expected fewer than {2**29} counters')
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -98,6 +98,11 @@ class PretrainConfig:
   mtl_weight: float = 1.0
   ftl_weight: float = 1.0
   max_columns: int = 16_384  # K: unique items of the global batch that serve as negatives
+  uniform_negatives: int = 0  # random items of the catalogue a step as further columns
+  impression_negatives: int = 0  # nearest shown events outside A_pos within L' as further negatives of L_ntl
+  log_q: str = 'none'  # popularity correction of the columns: 'none', 'counts' (exact) or 'sketch' (streaming)
+  sketch_width: int = 1_048_576  # counters of each of the sketch's 4 rows
+  sketch_decay: float = 0.999  # a step; what the sketch has counted fades with it
   temperature: float = 0.05  # initial value of the learnable temperature
   checkpoint_every: int = 500
   log_every: int = 20

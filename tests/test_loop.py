@@ -38,6 +38,9 @@ class Line:
   def ids(self, batch, step):
     return batch['id']
 
+  def observe(self, constants, batch, step):
+    return constants
+
   def loss(self, params, vectors, batch, step, key, constants):
     line = params['pinfm']
     loss = jnp.mean(jnp.square(line['slope'] * batch['x'] + line['offset'] - batch['y']))

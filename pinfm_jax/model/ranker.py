@@ -54,7 +54,7 @@ class RankingBatch(NamedTuple):
   events: EventBatch
   candidates: CandidateBatch
   labels_UCT: Array
-  index_U: Array  # int32 place of each request in the global batch: seeds dropout, with the step
+  index_U: Array  # int32 place of each request in the global batch: seeds dropout, with run and step
 
 
 @flax.struct.dataclass
@@ -167,7 +167,7 @@ class RankingModel(nn.Module):
     vectors_UCV: Array | None,
     batch: RankingBatch,
     stats: DenseStats,
-    step: Array | int = 0,
+    seed: Array | int = 0,
     train: bool = False,
     need_history_output: bool = False,
   ) -> RankingOutput:
@@ -178,7 +178,7 @@ class RankingModel(nn.Module):
       vectors_UCV: item vectors of the candidates.
       batch: histories, candidates.
       stats: normalisation of the dense features.
-      step: training step: seeds the age-dependent dropout.
+      seed: of the run and its step: seeds the age-dependent dropout.
       train: dropouts on.
       need_history_output: also return H over the histories, for the next-token loss.
     """
@@ -190,7 +190,7 @@ class RankingModel(nn.Module):
     if train:
       candidates = batch.candidates.mask_UC.shape[1]
       place_UC = batch.index_U[:, None] * candidates + jnp.arange(candidates)
-      module_UCM = age_dropout(module_UCM, batch.candidates.age_hours_UC, place_UC, step, self.cold_start)
+      module_UCM = age_dropout(module_UCM, batch.candidates.age_hours_UC, place_UC, seed, self.cold_start)
     logits_UCT = self.ranker(batch.candidates, stats, module_UCM, train)
     return RankingOutput(logits_UCT, self.module_head(output_UCO), h_ULO)
 

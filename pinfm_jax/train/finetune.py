@@ -14,6 +14,7 @@ from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, training_batches
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.cold_start import randomise_candidates
+from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.pinfm import EventBatch, no_events
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
 from pinfm_jax.train.loop import LoopConfig, train
@@ -37,6 +38,7 @@ class FinetuneTask:
   schema: FeatureSchema
   steps: int
   action_bits: int = 0  # A_pos of the next-token loss
+  seed: int = 0  # of the randomised ids, the age-dependent dropout and the negatives
 
   @property
   def tables(self) -> TableConfig | None:
@@ -82,8 +84,12 @@ class FinetuneTask:
     candidate = batch['candidate_item']
     users, candidates = candidate.shape[:2]
     place_UC = jnp.arange(users * candidates, dtype=jnp.int32).reshape(users, candidates)
-    candidate = randomise_candidates(candidate, place_UC, step, self.config.cold_start.randomise)
+    candidate = randomise_candidates(candidate, place_UC, fold_seed(self.seed, step), self.config.cold_start.randomise)
     return batch['history_item'], candidate
+
+  def observe(self, constants: DenseStats, batch: Batch, step: Array) -> DenseStats:
+    """The statistics stay as they are."""
+    return constants
 
   def loss(
     self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: DenseStats
@@ -93,8 +99,9 @@ class FinetuneTask:
     vectors = vectors or (None, None)
     weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
     need_ntl = self.tables is not None and self.config.ntl_weight > 0
+    seed = fold_seed(self.seed, step)
     output = self.module.apply(
-      weights, *vectors, inputs, constants, step, train=True, need_history_output=need_ntl, rngs={'dropout': key}
+      weights, *vectors, inputs, constants, seed, train=True, need_history_output=need_ntl, rngs={'dropout': key}
     )
     mask_UC, labels_UCT = inputs.candidates.mask_UC, inputs.labels_UCT
     weight_T = jnp.array([self.config.label_weights.get(name, 1.0) for name in self.schema.labels])
@@ -110,7 +117,7 @@ class FinetuneTask:
       z_ULO = self.module.apply(weights, vectors[0], method='targets')
       sequence = PretrainConfig(mtl_weight=0, ftl_weight=0, max_columns=self.config.ntl_columns)
       ntl, _ = sequence_losses(
-        output.h_ULO, z_ULO, params['log_temperature'], inputs.events, sequence, self.action_bits, step, inputs.index_U
+        output.h_ULO, z_ULO, params['log_temperature'], inputs.events, sequence, self.action_bits, seed, inputs.index_U
       )
       figures['ntl'] = ntl
       total += self.config.ntl_weight * ntl
@@ -175,11 +182,12 @@ def finetune(
     requests: training requests.
     mesh: the devices.
     directory: of the arm.
-    seed: of initialisation and order.
+    seed: of initialisation, order, and all that the task draws.
     pretrained: the pretraining run to warm-start from, or None.
     layout: how the tables lie over the mesh.
     profile: steps to trace.
   """
+  task = replace(task, seed=seed)
   config, positions = task.config, task.model.tower.max_positions
   if task.tables and config.history_length >= positions:
     raise UserError(

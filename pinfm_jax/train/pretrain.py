@@ -10,16 +10,20 @@ from jax.sharding import Mesh
 
 from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.data.negatives import NegativeSource
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
 from pinfm_jax.train.checkpoint import Keep
 from pinfm_jax.train.heldout import held_out_loss, split_segments
 from pinfm_jax.train.loop import LoopConfig, train
-from pinfm_jax.train.losses import sequence_losses
+from pinfm_jax.train.losses import Extra, sequence_losses
+from pinfm_jax.train.negatives import positive_mask
 from pinfm_jax.train.optimizer import Update
+from pinfm_jax.train.popularity import ItemSketch, empty_sketch, sketch_frequency, update_sketch
 from pinfm_jax.train.profiling import Window
-from pinfm_jax.train.sharding import process_rows
+from pinfm_jax.train.sharding import everywhere, process_rows
 from pinfm_jax.train.step import Batch, TrainState
 
 Array = jax.Array
@@ -32,6 +36,8 @@ class PretrainTask:
   model: PinFMConfig
   config: PretrainConfig
   action_bits: int
+  seed: int = 0  # of the negatives and of the sampled pairs
+  catalogue: int = 1  # items that uniform negatives are drawn from
 
   @property
   def tables(self) -> TableConfig:
@@ -51,22 +57,47 @@ class PretrainTask:
     return {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
 
   def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
-    """The events' ids: targets are events too."""
-    return (batch['item'],)
+    """The events' ids (targets are events too), and those of the uniform negatives."""
+    names = ('item', 'negative_item') if self.config.uniform_negatives else ('item',)
+    return tuple(batch[name] for name in names)
+
+  def observe(self, constants: ItemSketch | None, batch: Batch, step: Array) -> ItemSketch | None:
+    """Counts the batch's positive events, if the popularity correction counts while it trains."""
+    if self.config.log_q != 'sketch':
+      return constants
+    events = segment_events(batch)
+    item_T2, positive_T = events.item_UL2.reshape(-1, 2), positive_mask(events, self.action_bits).reshape(-1)
+    return update_sketch(constants, everywhere(item_T2), everywhere(positive_T), self.config.sketch_decay)
 
   def loss(
-    self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: None
+    self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: ItemSketch | None
   ) -> tuple[Array, dict[str, Array]]:
     """The three sequence losses of a batch of segments."""
     events = segment_events(batch)
-    (vectors_ULV,) = vectors
+    vectors_ULV = vectors[0]
     model, weights = PinFM(self.model), {'params': params['pinfm']}
     h_ULO, _ = model.apply(weights, vectors_ULV, events, train=True, rngs={'dropout': key}, method='encode')
     z_ULO = model.apply(weights, vectors_ULV, method='targets')
     index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
+    extra = self._extra(batch, constants)
+    if self.config.uniform_negatives:
+      extra = extra._replace(z_UNO=model.apply(weights, vectors[1], method='targets'))
+    seed = fold_seed(self.seed, step)
     return sequence_losses(
-      h_ULO, z_ULO, params['log_temperature'], events, self.config, self.action_bits, step, index_U
+      h_ULO, z_ULO, params['log_temperature'], events, self.config, self.action_bits, seed, index_U, extra
     )
+
+  def _extra(self, batch: Batch, sketch: ItemSketch | None) -> Extra:
+    """The ids of the uniform negatives, and the frequencies that the correction needs: counted before, or so far."""
+    item_UN2 = batch['negative_item'] if self.config.uniform_negatives else None
+    if self.config.log_q == 'none':
+      return Extra(item_UN2=item_UN2)
+    if self.config.log_q == 'counts':
+      of_events, of_draws = batch['frequency'], batch.get('negative_frequency')
+    else:
+      of_events = sketch_frequency(sketch, batch['item'])
+      of_draws = None if item_UN2 is None else sketch_frequency(sketch, item_UN2)
+    return Extra(item_UN2, None, of_events, of_draws, self.catalogue)
 
 
 def segment_events(batch: Batch) -> EventBatch:
@@ -99,13 +130,15 @@ def pretrain(
       f'{config.segment_length}; make segment_length larger, or set pretrain.ftl_weight=0'
     )
   segments = Segments.before(dataset, until_ms, config.segment_length)
-  task = PretrainTask(model, config, action_bits(config, dataset.info.actions))
+  task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
   position = {'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments}
   evaluate = None
   if config.eval_every:
     segments, held_out = split_segments(segments, config)
-    evaluate = held_out_loss(without_dropout(task), held_out, config, mesh, layout)
+    evaluate = held_out_loss(for_measuring(task), held_out, config, mesh, layout)
     position['eval_share'] = config.eval_share
+  negatives = NegativeSource.of(dataset, segments, config, task.action_bits, until_ms, seed)
+  task = replace(task, catalogue=negatives.catalogue)
   loop = LoopConfig(
     label=f'pretrain (seed {seed})',
     steps=config.steps,
@@ -124,11 +157,15 @@ def pretrain(
   rows = process_rows(mesh, config.batch_segments)
 
   def batches(first_step: int):
-    return training_batches(segments, config.batch_segments, seed, first_step, rows)
+    stream = training_batches(segments, config.batch_segments, seed, first_step, rows)
+    return negatives.add(stream, first_step, rows)
 
-  return train(task, mesh, directory, loop, batches, evaluate=evaluate)
+  sketch = empty_sketch(config.sketch_width) if config.log_q == 'sketch' else None
+  return train(task, mesh, directory, loop, batches, sketch, evaluate=evaluate)
 
 
-def without_dropout(task: PretrainTask) -> PretrainTask:
-  """The same task for measuring: nothing is dropped at random."""
-  return replace(task, model=replace(task.model, tower=replace(task.model.tower, dropout=0.0)))
+def for_measuring(task: PretrainTask) -> PretrainTask:
+  """The same task for measuring: nothing is dropped, and in-batch negatives alone, so that runs compare."""
+  tower = replace(task.model.tower, dropout=0.0)
+  config = replace(task.config, log_q='none', uniform_negatives=0, impression_negatives=0)
+  return replace(task, model=replace(task.model, tower=tower), config=config)

@@ -37,7 +37,7 @@ class TrainState:
     params: dense parameters.
     opt_state: their optimizer state.
     tables: item tables with their accumulators, or None.
-    constants: values that are read and never trained (normalisation statistics), or None.
+    constants: values that no gradient trains: normalisation statistics, running item counts (`Task.observe`); or None.
   """
 
   step: Array
@@ -59,6 +59,9 @@ class Task(Protocol):
 
   def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
     """uint32 arrays [A, B, 2] of every id whose vector the loss needs; A lies over the mesh as examples do."""
+
+  def observe(self, constants: Any, batch: Batch, step: Array) -> Any:
+    """The constants after a step's batch was seen, before its loss; most tasks return them as they are."""
 
   def loss(
     self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: Any
@@ -138,6 +141,7 @@ def make_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    state = state.replace(constants=task.observe(state.constants, batch, state.step))
     if state.tables is None:
       return _dense_step(task, state, batch, key)
     exchange = Exchange(task.tables, state.tables.rows_GE.shape[0], layout.table_axes, layout.exchange_capacity)

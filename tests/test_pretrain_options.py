@@ -39,9 +39,9 @@ def _source(run, segments, config, seed=0):
   return NegativeSource.of(run.dataset, segments, config, bits, run.split.pretrain_until, seed)
 
 
-def _batches(run, segments, config, seed=0, first_step=0, place=(0, 1), count=2):
-  stream = training_batches(segments, config.batch_segments, seed, first_step, *place)
-  return list(itertools.islice(_source(run, segments, config, seed).add(stream, first_step, *place), count))
+def _batches(run, segments, config, seed=0, first_step=0, own=None, count=2):
+  stream = training_batches(segments, config.batch_segments, seed, first_step, own)
+  return list(itertools.islice(_source(run, segments, config, seed).add(stream, first_step, own), count))
 
 
 def _exact(segments, bits):
@@ -93,7 +93,7 @@ def test_uniform_negatives_are_a_function_of_seed_step_and_place(toy_run, segmen
   assert np.any(first != second)
   np.testing.assert_array_equal(_batches(toy_run, segments, config, first_step=1)[0]['negative_item'], second)
   assert np.any(_batches(toy_run, segments, config, seed=1)[0]['negative_item'] != first)
-  parts = [_batches(toy_run, segments, config, place=(p, 2))[0]['negative_item'] for p in range(2)]
+  parts = [_batches(toy_run, segments, config, own=own)[0]['negative_item'] for own in np.arange(8).reshape(2, 4)]
   np.testing.assert_array_equal(np.concatenate(parts), first)
 
 

@@ -1,5 +1,6 @@
 """Runs a trained ranker over evaluation requests."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -30,9 +31,7 @@ def predict(
     requests: what to score.
     label: of the progress line.
   """
-  task = FinetuneTask(
-    task.model, task.ranker, without_randomness(task.config), task.schema, task.steps, task.action_bits
-  )
+  task = replace(task, config=without_randomness(task.config))
   weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
 
   @jax.jit

@@ -1,6 +1,7 @@
 """Stage `pretrain`: one tower a seed, measured by whole-catalogue retrieval."""
 
 from pinfm_jax.data.pipeline import action_bits
+from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.evaluate.retrieval import evaluate_retrieval, retrieval_task
 from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.pretrain import pretrain
@@ -32,6 +33,7 @@ def _pretrain(run: Run, seed: int) -> None:
     run.experiment.finetune.history_block,
     action_bits(config, run.dataset.info.actions),
     evaluate.retrieval_users,
+    tokens=TokenInputs.of(run.model, run.dataset),
   )
   figures = evaluate_retrieval(task, run.model, state.params['pinfm'], state.tables.rows_GE, evaluate.ks)
   write_json(directory / 'results.json', {f'retrieval/{name}': value for name, value in figures.items()})

@@ -11,8 +11,11 @@ from jax.sharding import Mesh
 from pinfm_jax.config import PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
+from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.masking import HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
+from pinfm_jax.train.action_loss import action_loss, hidden_actions, init_action_head
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import sequence_losses
 from pinfm_jax.train.optimizer import Update
@@ -23,11 +26,12 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class PretrainTask:
-  """Implements `train.step.Task` for L_ntl + L_mtl + L_ftl."""
+  """Implements `train.step.Task` for L_ntl + L_mtl + L_ftl, and the loss of hidden actions if they are used."""
 
   model: PinFMConfig
   config: PretrainConfig
   action_bits: int
+  seed: int = 0  # of the random draws
 
   @property
   def tables(self) -> TableConfig:
@@ -40,11 +44,14 @@ class PretrainTask:
     return Update(self.config.update, self.config.steps)
 
   def init(self, key: Array) -> Any:
-    """Fresh parameters and the learnable temperature."""
+    """Fresh parameters and the learnable temperature; maybe a head for hidden actions."""
     vectors = jnp.zeros((1, 2, self.model.tables.item_width))
-    events = no_events(1, 2)
+    events = no_events(1, 2, self.model)
     params = PinFM(self.model).init(key, vectors, events)['params']
-    return {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
+    params = {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
+    if self.config.action_mask:
+      params['action_head'] = init_action_head(key, self.model.tower.output_width, self.model.num_actions)
+    return params
 
   def ids(self, batch: Batch, step: Array) -> Array:
     """The events' ids: targets are events too."""
@@ -54,21 +61,36 @@ class PretrainTask:
     self, params: Any, vectors_MV: Array, batch: Batch, step: Array, key: Array, constants: None
   ) -> tuple[Array, dict[str, Array]]:
     """The three sequence losses of a batch of segments."""
-    events = segment_events(batch)
+    events = self._hide_ids(segment_events(batch), step)
     users, length = events.mask_UL.shape
-    vectors_ULV = vectors_MV.reshape(users, length, -1)
     model, weights = PinFM(self.model), {'params': params['pinfm']}
-    h_ULO, _ = model.apply(weights, vectors_ULV, events, train=True, rngs={'dropout': key}, method='encode')
-    z_ULO = model.apply(weights, vectors_ULV, method='targets')
+    vectors_ULV = vectors_MV.reshape(users, length, -1)
+    items_ULV = model.apply(weights, vectors_ULV, events.content_ULW, events.hidden_id_UL, method='items')
+    hidden_UL = hidden_actions(events.mask_UL, self.config.action_mask, self.seed, step)
+    h_ULO, _ = model.apply(
+      weights, items_ULV, events, train=True, hidden_actions_UL=hidden_UL, rngs={'dropout': key}, method='encode'
+    )
+    z_ULO = model.apply(weights, items_ULV, method='targets')
     index_U = jnp.arange(users, dtype=jnp.int32)
-    return sequence_losses(
+    total, figures = sequence_losses(
       h_ULO, z_ULO, params['log_temperature'], events, self.config, self.action_bits, step, index_U
     )
+    if hidden_UL is not None:
+      figures['action'] = action_loss(params['action_head'], h_ULO, events.actions_UL, hidden_UL)
+      total += self.config.action_weight * figures['action']
+    return total, figures
+
+  def _hide_ids(self, events: EventBatch, step: Array) -> EventBatch:
+    """Hides a share of the ids, as tokens and as targets alike."""
+    if not self.model.id_mask:
+      return events
+    places_UL = batch_places(events.mask_UL.shape)
+    return events._replace(hidden_id_UL=draw(places_UL, self.model.id_mask, self.seed, step, HIDE_ID))
 
 
 def segment_events(batch: Batch) -> EventBatch:
   """The pipeline's columns as the model's input."""
-  names = ('item', 'surface', 'actions', 'mask', 'user', 'segment')
+  names = ('item', 'surface', 'actions', 'mask', 'user', 'segment', 'gap', 'content', 'new')
   return EventBatch(*(batch.get(name) for name in names))
 
 
@@ -91,8 +113,8 @@ def pretrain(
       f'pretrain.downstream_length {config.downstream_length} leaves no future events in segments of '
       f'{config.segment_length}; make segment_length larger, or set pretrain.ftl_weight=0'
     )
-  segments = Segments.before(dataset, until_ms, config.segment_length)
-  task = PretrainTask(model, config, action_bits(config, dataset.info.actions))
+  segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
+  task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
   loop = LoopConfig(
     label=f'pretrain (seed {seed})',
     steps=config.steps,

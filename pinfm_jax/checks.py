@@ -18,11 +18,13 @@ _MAY_BE_ZERO = (
   'hash_seed',
   'mesh.data',
   'mesh.exchange_capacity',
+  'model.content_width',
   'model.num_actions',
   'model.num_surfaces',
+  'model.tower.time_gap_buckets',
   'pretrain.eval_every',
-  'pretrain.keep_best',
   'pretrain.impression_negatives',
+  'pretrain.keep_best',
   'pretrain.uniform_negatives',
   'ranker.cross_layers',
   'ranker.item_buckets',
@@ -117,6 +119,18 @@ def _check_model(model: PinFMConfig) -> None:
     )
   if tables.width % 2:
     raise UserError(f'model.tables.width is {tables.width}; int4 packs two values a byte: make it even')
+  if 0 < tower.time_gap_buckets < 3:
+    raise UserError(
+      f'model.tower.time_gap_buckets is {tower.time_gap_buckets}; expected 0 (off) or at least 3: '
+      'one for no event before, one for gaps below a second, one for longer ones'
+    )
+  if model.id_mask >= 1:
+    raise UserError(f'model.id_mask is {model.id_mask}; expected a share below 1')
+  if model.id_mask and not model.content:
+    raise UserError(
+      f'model.id_mask is {model.id_mask}, which leaves nothing of an item without content: '
+      'set model.content=true, or model.id_mask=0'
+    )
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
@@ -182,6 +196,8 @@ def _check_lengths(experiment: Experiment) -> None:
   for name, update in (('pretrain', pretrain.update), ('finetune', finetune.update)):
     if not 0 <= update.beta1 < 1 or not 0 <= update.beta2 < 1:
       raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')
+  if pretrain.action_mask >= 1:
+    raise UserError(f'pretrain.action_mask is {pretrain.action_mask}; expected a share below 1')
   if pretrain.temperature <= 0:
     raise UserError(f'pretrain.temperature is {pretrain.temperature}; expected a positive number')
 

@@ -55,16 +55,20 @@ class TowerConfig:
   max_positions: int = 512
   dropout: float = 0.0
   dtype: str = 'float32'  # of the activations; parameters, softmax and losses stay float32
+  time_gap_buckets: int = 0  # embeddings of the log2 time since the event before; 0 = off, 32 cover 17 years
 
 
 @dataclass(frozen=True)
 class PinFMConfig:
-  """The pretrained model. The vocabulary sizes come from the prepared data set."""
+  """The pretrained model. The vocabulary sizes and the content's width come from the prepared data set."""
 
   tables: TableConfig = TableConfig()
   tower: TowerConfig = TowerConfig()
   num_actions: int = 0  # 0 = taken from the data set
   num_surfaces: int = 0
+  content: bool = False  # add the items' projected content vectors to their id vectors
+  content_width: int = 0  # 0 = taken from the data set
+  id_mask: float = 0.0  # share of id vectors hidden in training, so that items learn to work by content alone
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class PretrainConfig:
   sketch_width: int = 1_048_576  # counters of each of the sketch's 4 rows
   sketch_decay: float = 0.999  # a step; what the sketch has counted fades with it
   temperature: float = 0.05  # initial value of the learnable temperature
+  action_mask: float = 0.0  # share of events whose actions are hidden and predicted (UniPinRec: 0.2); 0 = off
+  action_weight: float = 1.0  # of that loss
   checkpoint_every: int = 500
   log_every: int = 20
   eval_every: int = 0  # steps between measurements on held-out users, who do not train; 0 = all users train

@@ -11,7 +11,8 @@ import numpy as np
 
 from pinfm_jax.config import PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
-from pinfm_jax.data.pipeline import Batch
+from pinfm_jax.data.pipeline import Batch, Segments
+from pinfm_jax.data.tokens import ItemContent
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import key_words
 
@@ -80,6 +81,7 @@ class NegativeSource:
     seed: of the draws.
     keys: uint64 keys of the items that may be drawn.
     counts: positive events of each item, or None.
+    content: content of the items, for a model that reads it, or None.
   """
 
   rows: int
@@ -87,12 +89,13 @@ class NegativeSource:
   seed: int
   keys: np.ndarray
   counts: ItemCounts | None
+  content: ItemContent | None = None
 
   @classmethod
   def of(
     cls,
     dataset: PreparedDataset,
-    source: Any,
+    source: Segments,
     config: PretrainConfig,
     action_bits: int,
     until_ms: int | None,
@@ -117,7 +120,8 @@ class NegativeSource:
       if until_ms is not None:
         keys = keys[items['first_seen'].to_numpy() < until_ms]
     counts = ItemCounts.of(source, action_bits) if config.log_q == 'counts' else None
-    return cls(config.batch_segments, config.uniform_negatives // config.batch_segments, seed, keys, counts)
+    a_row, content = config.uniform_negatives // config.batch_segments, source.tokens.items
+    return cls(config.batch_segments, a_row, seed, keys, counts, content)
 
   @property
   def catalogue(self) -> int:
@@ -144,7 +148,10 @@ class NegativeSource:
     if self.a_row:
       bits = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, step]))
       place = bits.integers(0, len(self.keys), (self.rows, self.a_row))[own]
-      batch['negative_item'] = key_words(self.keys[place])
+      drawn = self.keys[place]
+      batch['negative_item'] = key_words(drawn)
+      if self.content is not None:
+        batch['negative_content'] = self.content.inputs(drawn.reshape(-1))['content'].reshape(*drawn.shape, -1)
     if self.counts is not None:
       batch['frequency'] = self.counts.frequency(batch['item'])
       if self.a_row:

@@ -6,6 +6,7 @@ programs/context.bin  `jax.export` programs (`serve.programs`); a ranker without
 programs/crossing.bin   and none of the files below
 tables.bin            packed rows of the item tables (`serve.quantize`), memory-mapped at serving
 checksums.bin         8 bytes of BLAKE2b for each MiB of tables.bin
+items/*.bin           for a model with content: what the bundle knows of items (`serve.items`), memory-mapped
 """
 
 import os
@@ -25,10 +26,12 @@ from jax import export
 from pinfm_jax.config import PinFMConfig, RankerConfig
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.info import IdTypes
+from pinfm_jax.data.tokens import ItemContent
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import to_dict
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
+from pinfm_jax.serve.items import CONTENT, map_items, write_items
 from pinfm_jax.serve.manifest import MANIFEST, FileEntry, JaxRange, Manifest, TableLayout, golden_ids
 from pinfm_jax.serve.quantize import quantise_parts, row_bytes
 from pinfm_jax.serve.rows import MappedRows, RowSource
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 TABLES = 'tables.bin'
 CHECKSUMS = 'checksums.bin'
+_DIGESTS = {TABLES: CHECKSUMS, CONTENT: 'items/checksums.bin'}  # of the files that may be too large to read whole
 PARAMETERS = 'parameters.npz'
 STATS = ('low', 'high', 'mean', 'scale')
 _WHOLE_BELOW = 2 << 30
@@ -47,7 +51,7 @@ _JAX_MINORS = 3
 
 @dataclass(frozen=True)
 class Bundle:
-  """A bundle opened and checked; `rows` and `context` are None for a ranker without PinFM."""
+  """A bundle opened and checked; `rows` and `context` are None for a ranker without PinFM, `items` without content."""
 
   path: Path
   manifest: Manifest
@@ -56,6 +60,7 @@ class Bundle:
   rows: RowSource | None
   context: export.Exported | None
   crossing: export.Exported
+  items: ItemContent | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class TrainedRanker:
     history_block: the window slides in blocks of this many events.
     utility: weight of each label in the score that orders a request.
     run: where the parameters came from (JSON values).
+    items: content of the items, for a model with content; not used by a ranker without PinFM.
   """
 
   model_config: PinFMConfig
@@ -91,6 +97,7 @@ class TrainedRanker:
   history_block: int
   utility: Mapping[str, float] = field(default_factory=dict)
   run: Mapping[str, Any] = field(default_factory=dict)
+  items: ItemContent | None = None
 
 
 def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
@@ -125,7 +132,7 @@ def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4',
   with _complete_directory(Path(out), overwrite) as directory:
     model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
     programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
-    files = _write_files(directory, programs, arrays, ranker.rows_GE, layout)
+    files = _write_files(directory, programs, arrays, ranker, layout)
     Manifest(
       created=datetime.now(UTC).isoformat(timespec='seconds'),
       jax=_jax_range(jax.__version__),
@@ -151,7 +158,7 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
 
   Args:
     path: the directory.
-    whole_below: tables of more bytes are sampled, other blocks at each call; everything else is read whole.
+    whole_below: tables and content of more bytes are sampled, other blocks at each call; the rest is read whole.
 
   Raises:
     UserError: no bundle there, a missing, truncated or damaged file, or a version that this program cannot run.
@@ -161,14 +168,13 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
   _check_jax(path, manifest.jax, jax.__version__)
   for entry in manifest.files:
     checksums.check_size(path, entry)
-  tables = next((entry for entry in manifest.files if entry.name == TABLES), None)
-  sampled = tables is not None and tables.bytes > whole_below
+  sampled = [entry for entry in manifest.files if entry.name in _DIGESTS and entry.bytes > whole_below]
   for entry in manifest.files:
-    if not (sampled and entry is tables):
+    if entry not in sampled:
       checksums.check_whole(path, entry)
-  if sampled:
-    checksums.check_sample(path, tables, (path / CHECKSUMS).read_bytes())
-  arrays = load_arrays(path / PARAMETERS)
+  for entry in sampled:  # after their digests, which are files themselves
+    checksums.check_sample(path, entry, (path / _DIGESTS[entry.name]).read_bytes())
+  arrays, model = load_arrays(path / PARAMETERS), manifest.pinfm
   return Bundle(
     path=path,
     manifest=manifest,
@@ -177,11 +183,16 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
     rows=MappedRows(path / TABLES, manifest.tables) if manifest.tables else None,
     context=_load_program(path, 'context') if manifest.tables else None,
     crossing=_load_program(path, 'crossing'),
+    items=map_items(path, model) if model is not None and model.content else None,
   )
 
 
 def _write_files(
-  directory: Path, programs: Mapping[str, bytes], arrays: Mapping[str, Any], rows_GE: Any, layout: TableLayout | None
+  directory: Path,
+  programs: Mapping[str, bytes],
+  arrays: Mapping[str, Any],
+  ranker: TrainedRanker,
+  layout: TableLayout | None,
 ) -> tuple[FileEntry, ...]:
   names = [PARAMETERS]
   save_arrays(directory / PARAMETERS, arrays)
@@ -189,14 +200,19 @@ def _write_files(
   for name, program in programs.items():
     names.append(_program(name))
     (directory / names[-1]).write_bytes(program)
-  entries = []
   if layout is not None:
-    _write_tables(directory / TABLES, rows_GE, layout)
-    entry, digests = checksums.describe(directory, TABLES)
+    _write_tables(directory / TABLES, ranker.rows_GE, layout)
+    names.append(TABLES)
+    if ranker.model_config.content:
+      names += write_items(directory, ranker.items, ranker.model_config)
+  entries = []
+  for name in names:
+    entry, digests = checksums.describe(directory, name)
     entries.append(entry)
-    (directory / CHECKSUMS).write_bytes(digests)
-    names.append(CHECKSUMS)
-  return tuple(entries + [checksums.describe(directory, name)[0] for name in names])
+    if name in _DIGESTS:
+      (directory / _DIGESTS[name]).write_bytes(digests)
+      entries.append(checksums.describe(directory, _DIGESTS[name])[0])
+  return tuple(entries)
 
 
 def _table_layout(config: PinFMConfig, storage: str) -> TableLayout:

@@ -111,6 +111,7 @@ def export_arm(
     history_block=experiment.finetune.history_block,
     utility=experiment.evaluate.utility,
     run={'experiment': experiment.name, 'arm': arm.name, 'seed': seed, 'data': info.checksum, 'source': info.source},
+    items=run.tokens.items if experiment.ranker.sequence == 'pinfm' else None,
   )
   return export_bundle(out, ranker, storage or experiment.serve.storage, overwrite)
 

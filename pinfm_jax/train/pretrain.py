@@ -12,9 +12,12 @@ from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfi
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.negatives import NegativeSource
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
+from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import fold_seed
+from pinfm_jax.model.masking import HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
+from pinfm_jax.train.action_loss import action_loss, hidden_actions, init_action_head
 from pinfm_jax.train.checkpoint import Keep
 from pinfm_jax.train.heldout import held_out_loss, split_segments
 from pinfm_jax.train.loop import LoopConfig, train
@@ -31,12 +34,12 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class PretrainTask:
-  """Implements `train.step.Task` for L_ntl + L_mtl + L_ftl."""
+  """Implements `train.step.Task` for L_ntl + L_mtl + L_ftl, and the loss of hidden actions if they are used."""
 
   model: PinFMConfig
   config: PretrainConfig
   action_bits: int
-  seed: int = 0  # of the negatives and of the sampled pairs
+  seed: int = 0  # of all that is drawn: negatives, sampled pairs, hidden ids and actions
   catalogue: int = 1  # items that uniform negatives are drawn from
 
   @property
@@ -50,11 +53,14 @@ class PretrainTask:
     return Update(self.config.update, self.config.steps)
 
   def init(self, key: Array) -> Any:
-    """Fresh parameters and the learnable temperature."""
+    """Fresh parameters and the learnable temperature; maybe a head for hidden actions."""
     vectors = jnp.zeros((1, 2, self.model.tables.item_width))
-    events = no_events(1, 2)
+    events = no_events(1, 2, self.model)
     params = PinFM(self.model).init(key, vectors, events)['params']
-    return {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
+    params = {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
+    if self.config.action_mask:
+      params['action_head'] = init_action_head(key, self.model.tower.output_width, self.model.num_actions)
+    return params
 
   def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
     """The events' ids (targets are events too), and those of the uniform negatives."""
@@ -73,19 +79,34 @@ class PretrainTask:
     self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: ItemSketch | None
   ) -> tuple[Array, dict[str, Array]]:
     """The three sequence losses of a batch of segments."""
-    events = segment_events(batch)
-    vectors_ULV = vectors[0]
+    events = self._hide_ids(segment_events(batch), step)
     model, weights = PinFM(self.model), {'params': params['pinfm']}
-    h_ULO, _ = model.apply(weights, vectors_ULV, events, train=True, rngs={'dropout': key}, method='encode')
-    z_ULO = model.apply(weights, vectors_ULV, method='targets')
+    items_ULV = model.apply(weights, vectors[0], events.content_ULW, events.hidden_id_UL, method='items')
+    hidden_UL = hidden_actions(events.mask_UL, self.config.action_mask, self.seed, step)
+    h_ULO, _ = model.apply(
+      weights, items_ULV, events, train=True, hidden_actions_UL=hidden_UL, rngs={'dropout': key}, method='encode'
+    )
+    z_ULO = model.apply(weights, items_ULV, method='targets')
     index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
     extra = self._extra(batch, constants)
     if self.config.uniform_negatives:
-      extra = extra._replace(z_UNO=model.apply(weights, vectors[1], method='targets'))
+      drawn_UNV = model.apply(weights, vectors[1], batch.get('negative_content'), method='items')
+      extra = extra._replace(z_UNO=model.apply(weights, drawn_UNV, method='targets'))
     seed = fold_seed(self.seed, step)
-    return sequence_losses(
+    total, figures = sequence_losses(
       h_ULO, z_ULO, params['log_temperature'], events, self.config, self.action_bits, seed, index_U, extra
     )
+    if hidden_UL is not None:
+      figures['action'] = action_loss(params['action_head'], h_ULO, events.actions_UL, hidden_UL)
+      total += self.config.action_weight * figures['action']
+    return total, figures
+
+  def _hide_ids(self, events: EventBatch, step: Array) -> EventBatch:
+    """Hides a share of the ids, as tokens and as targets alike."""
+    if not self.model.id_mask:
+      return events
+    places_UL = batch_places(events.mask_UL.shape)
+    return events._replace(hidden_id_UL=draw(places_UL, self.model.id_mask, self.seed, step, HIDE_ID))
 
   def _extra(self, batch: Batch, sketch: ItemSketch | None) -> Extra:
     """The ids of the uniform negatives, and the frequencies that the correction needs: counted before, or so far."""
@@ -102,7 +123,7 @@ class PretrainTask:
 
 def segment_events(batch: Batch) -> EventBatch:
   """The pipeline's columns as the model's input."""
-  names = ('item', 'surface', 'actions', 'mask', 'user', 'segment')
+  names = ('item', 'surface', 'actions', 'mask', 'user', 'segment', 'gap', 'content', 'new')
   return EventBatch(*(batch.get(name) for name in names))
 
 
@@ -129,7 +150,7 @@ def pretrain(
       f'pretrain.downstream_length {config.downstream_length} leaves no future events in segments of '
       f'{config.segment_length}; make segment_length larger, or set pretrain.ftl_weight=0'
     )
-  segments = Segments.before(dataset, until_ms, config.segment_length)
+  segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
   position = {'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments}
   evaluate = None
@@ -167,5 +188,5 @@ def pretrain(
 def for_measuring(task: PretrainTask) -> PretrainTask:
   """The same task for measuring: nothing is dropped, and in-batch negatives alone, so that runs compare."""
   tower = replace(task.model.tower, dropout=0.0)
-  config = replace(task.config, log_q='none', uniform_negatives=0, impression_negatives=0)
-  return replace(task, model=replace(task.model, tower=tower), config=config)
+  config = replace(task.config, log_q='none', uniform_negatives=0, impression_negatives=0, action_mask=0.0)
+  return replace(task, model=replace(task.model, tower=tower, id_mask=0.0), config=config)

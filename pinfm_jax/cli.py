@@ -72,11 +72,13 @@ def _add_prepare(commands) -> None:
   command = commands.add_parser(
     'prepare',
     help='prepare raw activity logs',
-    description='Reads CSV, JSONL (also .gz) and Parquet logs and writes a prepared data set. Malformed rows go to '
-    'rejected.jsonl with their reason.',
+    description='Reads CSV, JSONL (also .gz) and Parquet logs and writes a prepared data set, or adds a partition to '
+    'one (--append). Malformed rows go to rejected.jsonl with their reason.',
   )
   command.add_argument('logs', metavar='LOG', nargs='+', help='event files; with --source the folder as published')
-  command.add_argument('--out', metavar='DIR', required=True, help='the data set to make')
+  target = command.add_mutually_exclusive_group(required=True)
+  target.add_argument('--out', metavar='DIR', help='the data set to make')
+  target.add_argument('--append', metavar='DATASET', help='add later events and impressions to a prepared data set')
   command.add_argument('--source', metavar='NAME', help='a public set: kuairand, globo, movielens or amazon')
   command.add_argument('--option', metavar='KEY=VALUE', nargs='+', action='extend', default=[],
                        help='an option of --source, for example category=Beauty')  # fmt: skip
@@ -122,10 +124,11 @@ _MAPPINGS = (
   'columns', 'action_columns', 'impression_columns', 'item_columns', 'user_columns', 'reference_columns',
 )  # fmt: skip
 _LISTS = ('impressions', 'labels', 'dense', 'sparse', 'embedding', 'actions', 'surfaces')
-_COMMAND_ONLY = ('command', 'function', 'logs', 'out', 'source', 'option')
+_COMMAND_ONLY = ('command', 'function', 'logs', 'out', 'append', 'source', 'option')
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.data.append import append
   from pinfm_jax.data.prepare import PrepareConfig, prepare
   from pinfm_jax.data.sources import prepare_source
   from pinfm_jax.overrides import literal, parse_assignments
@@ -137,6 +140,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
   for name in _LISTS:
     if name in settings:
       settings[name] = tuple(settings[name].split(','))
+  if arguments.append and arguments.source:
+    raise UserError('--append takes logs, not a public set: drop --source, or give --out')
   if arguments.source:
     if len(arguments.logs) > 1:
       raise UserError(f'--source takes one folder or file, got {len(arguments.logs)}')
@@ -145,9 +150,15 @@ def _prepare(arguments: argparse.Namespace) -> None:
   else:
     if arguments.option:
       raise UserError('--option belongs to --source; name the public set, or drop it')
+    if arguments.append:
+      _print_counts(arguments.append, append(arguments.append, arguments.logs, **settings).partitions[-1].counts)
+      return
     info = prepare(PrepareConfig(logs=tuple(arguments.logs), out=arguments.out, **settings))
-  counts = info.counts
-  print(f'{arguments.out}: {counts.users} users, {counts.items} items, {counts.requests} requests')
+  _print_counts(arguments.out, info.counts)
+
+
+def _print_counts(where: str, counts) -> None:
+  print(f'{where}: {counts.users} users, {counts.items} items, {counts.requests} requests')
   for kind in ('events', 'impressions'):
     rows = getattr(counts, kind)
     if rows.read:

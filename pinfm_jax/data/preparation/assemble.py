@@ -23,6 +23,7 @@ from pinfm_jax.data.preparation.partition import (
   request_part,
 )
 from pinfm_jax.data.preparation.spool import Spool, plan
+from pinfm_jax.data.preparation.stored import StoredUsers
 from pinfm_jax.data.preparation.writing import RecordSpool, ShardWriter, write_table
 from pinfm_jax.data.records import encode_histories, encode_requests
 from pinfm_jax.progress import Progress
@@ -43,6 +44,7 @@ class Ingested:
     time_known: what is known about the times.
     features: the candidates' features.
     sides: loaded item and user files.
+    stored: users of the data set that is appended to, or None.
   """
 
   config: PrepareConfig
@@ -53,6 +55,7 @@ class Ingested:
   time_known: TimeKnown
   features: Features
   sides: list[SideTable]
+  stored: StoredUsers | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Assembled:
   shards: tuple[DataFile, ...]
   tables: tuple[DataFile, ...]
   users: int
+  new_users: int
   items: int
   requests: int
   content_width: int
@@ -86,7 +90,7 @@ class Assembler:
     self._items = ItemTable()
     self._users: list[pl.DataFrame] = []
     self._requests: list[pl.DataFrame] = []
-    self._num_users = 0
+    self._num_users = self._new_users = 0
     self._times: list[int] = []
     self._event_rows: Counter[str] = Counter()
     self._impression_rows: Counter[str] = Counter()
@@ -115,6 +119,7 @@ class Assembler:
       shards=tuple(shards),
       tables=tuple(tables),
       users=self._num_users,
+      new_users=self._new_users,
       items=items.height,
       requests=num_requests,
       content_width=content_width,
@@ -143,27 +148,40 @@ class Assembler:
       self._config.cap,
       self._action_code,
       self._surface_code,
+      self._in.stored.next_ordinals if self._in.stored else None,
     )
-    self._write_histories(part)
+    rows_U = self._number(part.users['mixed'].to_numpy())
+    self._write_histories(part, rows_U)
     if requests:
-      self._spool_requests(part, requests)
+      self._spool_requests(part, requests, rows_U)
     self._num_users += part.users.height
     return rows.height + shown.height
 
-  def _write_histories(self, part: EventPart) -> None:
+  def _number(self, mixed: np.ndarray) -> np.ndarray:
+    """Rows of users: stored ones keep theirs, the others get the next ones."""
+    stored = self._in.stored
+    rows = stored.rows(mixed) if stored else np.full(len(mixed), -1)
+    new = np.flatnonzero(rows < 0)
+    rows[new] = (stored.count if stored else 0) + self._new_users + np.arange(len(new))
+    self._new_users += len(new)
+    return rows
+
+  def _write_histories(self, part: EventPart, rows_U: np.ndarray) -> None:
     records = encode_histories(part.events, part.offsets)
     shard = np.searchsorted(self._shard_last, part.users['mixed'].to_numpy())
     for number, count in zip(*np.unique(shard, return_counts=True), strict=True):
       self._histories.write(int(number), islice(records, int(count)))
-    self._users.append(part.users.drop('mixed'))
+    self._users.append(part.users.drop('mixed').with_columns(pl.Series('user_row', rows_U, pl.UInt32)))
     self._items.add(part.items)
     self._event_rows.update(kept=len(part.events), merged=part.merged, duplicates=part.duplicates, cut=part.cut)
     if len(part.events) and self._in.time_known.histories:
       self._times += [int(part.events.timestamp.min()), int(part.events.timestamp.max())]
 
-  def _spool_requests(self, events: EventPart, part: RequestPart) -> None:
+  def _spool_requests(self, events: EventPart, part: RequestPart, rows_U: np.ndarray) -> None:
     place, ends = history_ends(events, part)
-    rows = place + self._num_users
+    rows = rows_U[place]
+    if self._in.stored:
+      ends = ends + self._in.stored.events(events.users['mixed'].to_numpy())[place]
     self._request_records.append(encode_requests(part.candidates, rows, ends, part.offsets))
     table = part.requests.with_columns(
       request_ids(part.requests, self._config.request_by), pl.Series('user_row', rows, pl.UInt32)
@@ -178,7 +196,10 @@ class Assembler:
     users = pl.concat(self._users)
     if 'user_id' not in users.columns:
       users = users.with_columns(pl.col('user_key').reinterpret(signed=True).alias('user_id'))
-    return write_table(users.select('user_key', 'user_id', 'events'), self._folder / 'users.parquet')
+    names = ['user_key', 'user_id', 'events']
+    if self._in.stored:
+      names.insert(0, 'user_row')
+    return write_table(users.select(names), self._folder / 'users.parquet')
 
   def _write_requests(self) -> tuple[list[DataFile], DataFile]:
     """Puts the requests of all parts in the order of their first impressions."""

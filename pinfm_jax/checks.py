@@ -26,6 +26,7 @@ _MAY_BE_ZERO = (
 _CHOICES = {
   'evaluate.split': ('test', 'validation'),
   'finetune.init': ('pretrained', 'scratch'),
+  'pretrain.continue_on': ('new', 'all'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.dtype': ('float32', 'bfloat16'),

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--version', action='version', version=f'pinfm_jax {__version__}')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-  for add in (_add_run, _add_prepare, _add_download, _add_export, _add_score, _add_report):
+  for add in (_add_run, _add_prepare, _add_download, _add_export, _add_apply_delta, _add_score, _add_report):
     add(commands)
   return parser
 
@@ -191,6 +191,7 @@ def _add_export(commands) -> None:
   command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
   command.add_argument('--seed', type=int, help='of which seed (default: the first)')
   command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
+  command.add_argument('--base', metavar='BUNDLE', help='write just what this earlier bundle has not, as a delta')
   command.add_argument('--overwrite', action='store_true', help='replace a bundle at BUNDLE')
   command.set_defaults(function=_export)
 
@@ -201,8 +202,23 @@ def _export(arguments: argparse.Namespace) -> None:
   from pinfm_jax.stages.export import export_arm
 
   run = Run(saved_experiment(arguments.workdir), Path(arguments.workdir))
-  path = export_arm(run, arguments.out, arguments.arm, arguments.seed, arguments.storage, arguments.overwrite)
-  print(path)
+  a = arguments
+  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base))
+
+
+def _add_apply_delta(commands) -> None:
+  command = commands.add_parser('apply-delta', help='make a bundle from an earlier one and what has changed')
+  command.add_argument('base', metavar='BASE', help='the bundle that the delta was exported against')
+  command.add_argument('delta', metavar='DELTA', help='what `pinfm export --base BASE` wrote')
+  command.add_argument('--out', metavar='BUNDLE', required=True, help='the directory to make')
+  command.add_argument('--overwrite', action='store_true', help='replace a bundle at BUNDLE')
+  command.set_defaults(function=_apply_delta)
+
+
+def _apply_delta(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.serve.delta import apply_delta
+
+  print(apply_delta(arguments.base, arguments.delta, arguments.out, arguments.overwrite))
 
 
 def _add_score(commands) -> None:

@@ -99,6 +99,8 @@ class PretrainConfig:
   temperature: float = 0.05  # initial value of the learnable temperature
   checkpoint_every: int = 500
   log_every: int = 20
+  continue_from: str = ''  # workdir (or pretraining directory) of an earlier run on an earlier state of the data set
+  continue_on: str = 'new'  # segments with events that run has not read, or 'all'
   update: UpdateConfig = UpdateConfig()
 
 

@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pinfm_jax.errors import UserError
 from pinfm_jax.train.step import TrainState
+from pinfm_jax.train.stored_tables import chunked_saves
 
 logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports every file it touches
 
@@ -27,6 +28,7 @@ class Checkpoints:
     self._directory.mkdir(parents=True, exist_ok=True)
     self._checkpointer = ocp.training.Checkpointer(
       self._directory,
+      context=chunked_saves(),
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       cleanup_tmp_directories=True,

@@ -1,6 +1,7 @@
 """The pretraining task: PinFM over segments of the users' histories."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from jax.sharding import Mesh
 
 from pinfm_jax.config import PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.data.new_events import earlier_partitions, new_segments
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
+from pinfm_jax.train.growth import EarlierRun
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import sequence_losses
 from pinfm_jax.train.optimizer import Update
@@ -83,6 +86,8 @@ def pretrain(
 ) -> TrainState:
   """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
 
+  With `config.continue_from` it starts from what an earlier run has learned (see `train.growth`).
+
   Raises:
     UserError: the configuration does not fit the data, or see `train`.
   """
@@ -93,6 +98,15 @@ def pretrain(
     )
   segments = Segments.before(dataset, until_ms, config.segment_length)
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions))
+  position = {'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments}
+  warm_start = None
+  if config.continue_from:
+    earlier = EarlierRun.open(config.continue_from, seed)
+    partitions = earlier_partitions(dataset, earlier.data)
+    if config.continue_on == 'new':
+      segments = new_segments(segments, partitions, earlier.until_ms)
+    position |= {'continues': earlier.data, 'continues_step': earlier.step}
+    warm_start = partial(earlier.continued, model=model)
   loop = LoopConfig(
     label=f'pretrain (seed {seed})',
     steps=config.steps,
@@ -100,10 +114,10 @@ def pretrain(
     examples=config.batch_segments,
     checkpoint_every=config.checkpoint_every,
     log_every=config.log_every,
-    position={'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments},
+    position=position,
   )
 
   def batches(first_step: int):
     return training_batches(segments, config.batch_segments, seed, first_step, jax.process_index(), jax.process_count())
 
-  return train(task, mesh, directory, loop, batches)
+  return train(task, mesh, directory, loop, batches, warm_start=warm_start)

@@ -114,7 +114,7 @@ def test_damage_on_either_side_is_found(bundles, tmp_path):
     with pytest.raises(UserError) as caught:
       apply_delta(base, delta, tmp_path / 'new')
     assert '\n' not in str(caught.value)
-    path.write_bytes(content[:-1])
+    path.write_bytes(content[:-2])
     with pytest.raises(UserError):
       apply_delta(base, delta, tmp_path / 'new')
     path.unlink()

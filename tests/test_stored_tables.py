@@ -1,6 +1,5 @@
 """Tables are read from a checkpoint block by block, and exported without a copy of them."""
 
-import resource
 import subprocess
 import sys
 import tracemalloc
@@ -106,7 +105,7 @@ def test_bf16_bits_are_read_as_their_values(tmp_path):
 def test_quantising_holds_a_few_blocks_not_the_table():
   peaks = []
   for rows in (8_000, 64_000):
-    blocks = (np.full((1000, 32), start, np.uint16) for start in range(0, rows, 1000))
+    blocks = (np.full((1000, 32), start % 16_000, np.uint16) for start in range(0, rows, 1000))
     tracemalloc.start()
     assert sum(len(packed) for packed in quantise_parts(blocks, 'int4')) == rows
     peaks.append(tracemalloc.get_traced_memory()[1])
@@ -135,4 +134,4 @@ def test_reading_a_large_table_takes_the_memory_of_a_piece(tmp_path):
   result = subprocess.run([sys.executable, '-c', program, tmp_path], capture_output=True, text=True, check=True)
   count, kilobytes = map(int, result.stdout.split())
   assert count == len(rows)
-  assert kilobytes < 96_000, resource.RUSAGE_SELF
+  assert kilobytes < 96_000

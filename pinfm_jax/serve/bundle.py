@@ -145,7 +145,9 @@ def exported_content(ranker: TrainedRanker, storage: str) -> Content:
     'stats': {name: np.asarray(getattr(ranker.stats, name)) for name in STATS},
   }
   model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
-  return Content(layout, arrays, export_programs(model, arrays['params'], arrays['stats'], schema.history_length))
+  with _no_call_stacks():
+    programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
+  return Content(layout, arrays, programs)
 
 
 def manifest_of(ranker: TrainedRanker, layout: TableLayout | None, files: tuple[FileEntry, ...]) -> Manifest:
@@ -285,6 +287,20 @@ def complete_directory(out: Path, overwrite: bool, marker: str = MANIFEST, kind:
     shutil.rmtree(partial, ignore_errors=True)
     raise
   shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _no_call_stacks() -> Iterator[None]:
+  """Keeps who called the export out of the programs: the same model then gives the same bytes, a third fewer."""
+  names = {'jax_traceback_in_locations_limit': 0, 'jax_include_full_tracebacks_in_locations': False}
+  before = {name: getattr(jax.config, name) for name in names}
+  try:
+    for name, value in names.items():
+      jax.config.update(name, value)
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
 
 
 def _jax_range(version: str) -> JaxRange:

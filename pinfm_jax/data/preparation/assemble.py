@@ -84,8 +84,7 @@ class Assembler:
     self._surface_code = ingested.shared.surfaces.final()[1].astype(np.uint16)
     shards = self._shards(ingested.events)
     self._histories = ShardWriter(folder, 'histories', shards)
-    # Shards divide the hashes of the users evenly, so that they can be filled before the users are counted.
-    self._shard_last = np.array([((shard + 1) << 64) // shards - 1 for shard in range(shards)], np.uint64)
+    self._shard_last = last_hashes(shards)
     self._request_records = RecordSpool(spill / 'requests.bin')
     self._items = ItemTable()
     self._users: list[pl.DataFrame] = []
@@ -129,7 +128,7 @@ class Assembler:
     )
 
   def _shards(self, spool: Spool) -> int:
-    return self._config.shards or max(1, math.ceil(spool.rows / _ROWS_PER_SHARD))
+    return number_of_shards(self._config, spool.rows)
 
   def _part(self, first: int, last: int) -> int:
     """Writes the users of some buckets; returns how many rows that took."""
@@ -183,23 +182,15 @@ class Assembler:
     if self._in.stored:
       ends = ends + self._in.stored.events(events.users['mixed'].to_numpy())[place]
     self._request_records.append(encode_requests(part.candidates, rows, ends, part.offsets))
-    table = part.requests.with_columns(
-      request_ids(part.requests, self._config.request_by), pl.Series('user_row', rows, pl.UInt32)
-    )
-    self._requests.append(table.select('request_id', 'user_row', 'timestamp', 'candidates', 'order'))
+    self._requests.append(requests_table(part, self._config.request_by, rows))
     self._items.add(part.items.with_columns(pl.col('first_seen').alias('first_shown')))
     self._impression_rows.update(kept=len(part.candidates), merged=part.merged, duplicates=part.duplicates)
     if self._in.time_known.impressions:
       self._times += [int(part.candidates.timestamp.min()), int(part.candidates.timestamp.max())]
 
   def _write_users(self) -> DataFile:
-    users = pl.concat(self._users)
-    if 'user_id' not in users.columns:
-      users = users.with_columns(pl.col('user_key').reinterpret(signed=True).alias('user_id'))
-    names = ['user_key', 'user_id', 'events']
-    if self._in.stored:
-      names.insert(0, 'user_row')
-    return write_table(users.select(names), self._folder / 'users.parquet')
+    users = users_table(self._users, self._in.stored is not None)
+    return write_table(users, self._folder / 'users.parquet')
 
   def _write_requests(self) -> tuple[list[DataFile], DataFile]:
     """Puts the requests of all parts in the order of their first impressions."""
@@ -213,3 +204,31 @@ class Assembler:
       writer.write(shard, islice(records, size))
     shards = writer.close()
     return shards, write_table(table[order].drop('order'), self._folder / 'requests.parquet')
+
+
+def number_of_shards(config: PrepareConfig, rows: int) -> int:
+  """Record files for so many rows of input, unless the configuration says how many."""
+  return config.shards or max(1, math.ceil(rows / _ROWS_PER_SHARD))
+
+
+def last_hashes(shards: int) -> np.ndarray:
+  """The last hash of a user of each shard, uint64 [shards].
+
+  Shards divide the hashes of the users evenly, so that they can be filled before the users are counted.
+  """
+  return np.array([((shard + 1) << 64) // shards - 1 for shard in range(shards)], np.uint64)
+
+
+def users_table(parts: list[pl.DataFrame], with_rows: bool = False) -> pl.DataFrame:
+  """The table of users as it is stored, from that of every part; `with_rows` for one that is appended."""
+  users = pl.concat(parts)
+  if 'user_id' not in users.columns:
+    users = users.with_columns(pl.col('user_key').reinterpret(signed=True).alias('user_id'))
+  names = ['user_key', 'user_id', 'events']
+  return users.select(['user_row', *names] if with_rows else names)
+
+
+def requests_table(part: RequestPart, request_by: str, rows: np.ndarray) -> pl.DataFrame:
+  """The table of a part's requests with the rows of their users, not yet in the order of time."""
+  table = part.requests.with_columns(request_ids(part.requests, request_by), pl.Series('user_row', rows, pl.UInt32))
+  return table.select('request_id', 'user_row', 'timestamp', 'candidates', 'order')

@@ -68,6 +68,11 @@ class SparseCollector:
     self._name, self._grown = name, grown
     self._values: set[str] = set()
 
+  @property
+  def values(self) -> list[str]:
+    """The values met so far; beyond the limit not all of them."""
+    return sorted(self._values)
+
   def add(self, texts: pl.Series) -> None:
     """Takes a column of strings."""
     if len(self._values) <= VOCABULARY_LIMIT:

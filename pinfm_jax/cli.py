@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pinfm_jax import __version__
 from pinfm_jax.errors import UserError
@@ -11,7 +12,12 @@ from pinfm_jax.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code (0 good, 2 the user's mistake, 130 interrupted)."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  runner: list[str] = []
+  if argv[:1] == ['prepare-beam'] and '--' in argv:  # what follows belongs to Beam
+    argv, runner = argv[: argv.index('--')], argv[argv.index('--') + 1 :]
   arguments = _parser().parse_args(argv)
+  arguments.runner = runner
   try:
     arguments.function(arguments)
   except UserError as error:
@@ -31,7 +37,16 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--version', action='version', version=f'pinfm_jax {__version__}')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-  for add in (_add_run, _add_prepare, _add_download, _add_export, _add_apply_delta, _add_score, _add_report):
+  for add in (
+    _add_run,
+    _add_prepare,
+    _add_prepare_beam,
+    _add_download,
+    _add_export,
+    _add_apply_delta,
+    _add_score,
+    _add_report,
+  ):
     add(commands)
   return parser
 
@@ -82,6 +97,24 @@ def _add_prepare(commands) -> None:
   command.add_argument('--source', metavar='NAME', help='a public set: kuairand, globo, movielens or amazon')
   command.add_argument('--option', metavar='KEY=VALUE', nargs='+', action='extend', default=[],
                        help='an option of --source, for example category=Beauty')  # fmt: skip
+  _add_prepare_settings(command)
+  command.set_defaults(function=_prepare)
+
+
+def _add_prepare_beam(commands) -> None:
+  command = commands.add_parser(
+    'prepare-beam',
+    help='prepare raw activity logs with Apache Beam',
+    description='What `prepare` does, as an Apache Beam pipeline. Options of the pipeline stand after --, for example '
+    '-- --runner=FlinkRunner.',
+  )
+  command.add_argument('logs', metavar='LOG', nargs='+', help='event files, on paths that all workers share')
+  command.add_argument('--out', metavar='DIR', required=True, help='the data set to make, likewise')
+  _add_prepare_settings(command)
+  command.set_defaults(function=_prepare_beam)
+
+
+def _add_prepare_settings(command: argparse.ArgumentParser) -> None:
   for name, text in (
     (
       'columns',
@@ -117,14 +150,13 @@ def _add_prepare(commands) -> None:
   command.add_argument('--shards', type=int, help='record files (default: by size)')
   command.add_argument('--partitions', type=int, help='parts the users are processed in (default: by size)')
   command.add_argument('--overwrite', action='store_true', default=None, help='replace a data set at DIR')
-  command.set_defaults(function=_prepare)
 
 
 _MAPPINGS = (
   'columns', 'action_columns', 'impression_columns', 'item_columns', 'user_columns', 'reference_columns',
 )  # fmt: skip
 _LISTS = ('impressions', 'labels', 'dense', 'sparse', 'embedding', 'actions', 'surfaces')
-_COMMAND_ONLY = ('command', 'function', 'logs', 'out', 'append', 'source', 'option')
+_COMMAND_ONLY = ('command', 'function', 'logs', 'out', 'append', 'source', 'option', 'runner')
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -133,13 +165,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
   from pinfm_jax.data.sources import prepare_source
   from pinfm_jax.overrides import literal, parse_assignments
 
-  settings = {k: v for k, v in vars(arguments).items() if v is not None and k not in _COMMAND_ONLY}
-  for name in _MAPPINGS:
-    if name in settings:
-      settings[name] = parse_assignments(settings[name].split(','), f'--{name.replace("_", "-")}')
-  for name in _LISTS:
-    if name in settings:
-      settings[name] = tuple(settings[name].split(','))
+  settings = _prepare_settings(arguments)
   if arguments.append and arguments.source:
     raise UserError('--append takes logs, not a public set: drop --source, or give --out')
   if arguments.source:
@@ -155,6 +181,32 @@ def _prepare(arguments: argparse.Namespace) -> None:
       return
     info = prepare(PrepareConfig(logs=tuple(arguments.logs), out=arguments.out, **settings))
   _print_counts(arguments.out, info.counts)
+
+
+def _prepare_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+  from pinfm_jax.overrides import parse_assignments
+
+  settings = {k: v for k, v in vars(arguments).items() if v is not None and k not in _COMMAND_ONLY}
+  for name in _MAPPINGS:
+    if name in settings:
+      settings[name] = parse_assignments(settings[name].split(','), f'--{name.replace("_", "-")}')
+  for name in _LISTS:
+    if name in settings:
+      settings[name] = tuple(settings[name].split(','))
+  return settings
+
+
+def _prepare_beam(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.data.preparation.config import PrepareConfig
+
+  try:
+    from pinfm_jax.data.beam.pipeline import prepare_with_beam
+  except ModuleNotFoundError as error:
+    if error.name != 'apache_beam':
+      raise
+    raise UserError("apache-beam is not installed: pip install 'pinfm_jax[beam]'") from None
+  config = PrepareConfig(logs=tuple(arguments.logs), out=arguments.out, **_prepare_settings(arguments))
+  _print_counts(arguments.out, prepare_with_beam(config, arguments.runner).counts)
 
 
 def _print_counts(where: str, counts) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pinfm_jax.errors import UserError
 
@@ -211,17 +212,20 @@ class DatasetInfo:
       raise UserError(f'{path} lacks or misspells a field ({error}); prepare the data set again') from None
 
 
-def _from_document(document: dict) -> DatasetInfo:
-  features = document['features']
+def features_of(document: Mapping[str, Any]) -> Features:
+  """Features from their JSON values."""
   sparse = (
-    SparseFeature(f['name'], f['kind'], f['size'], _optional_tuple(f.get('values'))) for f in features['sparse']
+    SparseFeature(f['name'], f['kind'], f['size'], _optional_tuple(f.get('values'))) for f in document['sparse']
   )
+  vectors = tuple(EmbeddingFeature(**feature) for feature in document['embedding'])
+  return Features(tuple(document['dense']), tuple(sparse), vectors)
+
+
+def _from_document(document: dict) -> DatasetInfo:
   parsed = {
     'id_type': IdTypes(**document['id_type']),
     'time_known': TimeKnown(**document['time_known']),
-    'features': Features(
-      tuple(features['dense']), tuple(sparse), tuple(EmbeddingFeature(**f) for f in features['embedding'])
-    ),
+    'features': features_of(document['features']),
     'counts': _counts(document['counts']),
     'shards': tuple(DataFile(**shard) for shard in document['shards']),
     'tables': tuple(DataFile(**table) for table in document['tables']),

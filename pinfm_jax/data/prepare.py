@@ -17,6 +17,7 @@ from pinfm_jax.data.info import (
   IdTypes,
   Partition,
   RowCounts,
+  SparseFeature,
   TimeKnown,
 )
 from pinfm_jax.data.preparation.assemble import Assembled, Assembler, Ingested
@@ -111,18 +112,15 @@ def _ingest(config: PrepareConfig, spill: Path, rejects: RejectLog, stored: Stor
     if not spools[1].rows:
       raise UserError(f'every row of the impressions is malformed: see the reasons in {rejects.keep()}')
     sides = load_sides(config, impressions.names, shared, rejects)
-  known = not intake.order_only and config.time_unit != 'order'
+  sparse = {name: collector.feature() for name, collector in impressions.sparse.items()}
   return Ingested(
     config=config,
     shared=shared,
     events=spools[0],
     impressions=spools[1],
     order_only=intake.order_only,
-    time_known=TimeKnown(
-      histories=known if config.time_known is None else config.time_known,
-      impressions=bool(config.impressions) and config.impression_time_unit != 'order',
-    ),
-    features=_features(config, impressions, sides) if config.impressions else Features(),
+    time_known=time_known(config, intake.order_only),
+    features=ordered_features(config, sparse, impressions.widths, sides) if config.impressions else Features(),
     sides=sides,
     stored=stored.users if stored else None,
   )
@@ -148,12 +146,22 @@ def load_sides(
   return sides
 
 
-def _features(config: PrepareConfig, impressions: ImpressionIntake, sides: list[SideTable]) -> Features:
-  sparse = {name: collector.feature() for name, collector in impressions.sparse.items()}
-  widths = dict(impressions.widths)
+def time_known(config: PrepareConfig, order_only: bool) -> TimeKnown:
+  """What is known about the times of logs with or without (`order_only`) a time column."""
+  known = not order_only and config.time_unit != 'order'
+  return TimeKnown(
+    histories=known if config.time_known is None else config.time_known,
+    impressions=bool(config.impressions) and config.impression_time_unit != 'order',
+  )
+
+
+def ordered_features(
+  config: PrepareConfig, sparse: Mapping[str, SparseFeature], widths: Mapping[str, int], sides: Sequence[SideTable]
+) -> Features:
+  """The features in the order of the configuration, those of the impressions and those of the item and user files."""
   for side in sides:
-    sparse |= side.sparse
-    widths |= side.widths
+    sparse = {**sparse, **side.sparse}
+    widths = {**widths, **side.widths}
   vectors = tuple(EmbeddingFeature(name, widths[name]) for name in config.embedding)
   return Features(config.dense, tuple(sparse[name] for name in config.sparse), vectors)
 

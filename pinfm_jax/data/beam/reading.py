@@ -93,7 +93,7 @@ def packed(frame: pl.DataFrame) -> bytes:
 
 def unpacked(content: bytes) -> pl.DataFrame:
   """The frame of the bytes."""
-  return pl.read_ipc(io.BytesIO(content), memory_map=False)
+  return pl.read_ipc(io.BytesIO(content))
 
 
 def merged_names(pairs: Iterable[tuple[str, Sequence[str]]]) -> dict[str, list[str]]:

@@ -47,7 +47,7 @@ class AssemblePart(beam.DoFn):
   """(part, canonical rows) -> everything that is stored of its users, users numbered from 0 in every part.
 
   Outputs:
-    HISTORIES: (shard, (part, place, records)).
+    HISTORIES: (shard, ((part, place), records)).
     USERS: (part, Arrow bytes of the table of users).
     ITEMS: Arrow bytes for `ItemTable`.
     REQUESTS: (part, (Arrow bytes of the table of requests, records)), in no order.
@@ -58,9 +58,7 @@ class AssemblePart(beam.DoFn):
     """Takes what is the same for all parts; `columns` are the types of the canonical rows by kind."""
     self._config, self._order_only, self._time_known, self._columns = config, order_only, time_known, columns
 
-  def process(
-    self, element: tuple[int, Iterable[tuple]], settled: Settled, sides: list[SideTable]
-  ) -> Iterator[beam.pvalue.TaggedOutput]:
+  def process(self, element: tuple[int, Iterable[tuple]], settled: Settled, sides: list[SideTable]) -> Iterator[Any]:
     """Merges, caps and encodes one part."""
     number, frames = element[0], {'events': [], 'impressions': []}
     for kind, content, actions, surfaces in element[1]:
@@ -74,7 +72,7 @@ class AssemblePart(beam.DoFn):
     part = event_part(rows, users, self._order_only, self._config.cap, range(MAX_ACTIONS), same)
     shard = np.searchsorted(last_hashes(settled.shards[0]), part.users['mixed'].to_numpy())
     for place, chosen, records in _chunks(shard, encode_histories(part.events, part.offsets)):
-      yield beam.pvalue.TaggedOutput(HISTORIES, (chosen, (number, place, records)))
+      yield beam.pvalue.TaggedOutput(HISTORIES, (chosen, ((number, place), records)))
     yield beam.pvalue.TaggedOutput(USERS, (number, packed(part.users.drop('mixed'))))
     yield beam.pvalue.TaggedOutput(ITEMS, packed(part.items))
     fate = {'kept': len(part.events), 'merged': part.merged, 'duplicates': part.duplicates, 'cut': part.cut}
@@ -189,7 +187,7 @@ class WriteShard(beam.DoFn):
     number, chunks = element
     with tempfile.TemporaryDirectory(prefix='.shard-', dir=self._folder) as scratch:
       writer = ShardWriter(Path(scratch), self._kind, count, only=number)
-      for *_, records in sorted(chunks, key=lambda chunk: chunk[:-1]):
+      for _, records in sorted((chunk for chunk in chunks if chunk[1]), key=lambda chunk: chunk[0]):
         writer.write(number, records)
       (file,) = writer.close()
       (Path(scratch) / file.name).replace(Path(self._folder) / file.name)

@@ -38,6 +38,7 @@ _CHOICES = {
   'finetune.init': ('pretrained', 'scratch'),
   'pretrain.use_checkpoint': ('newest', 'best'),
   'pretrain.log_q': ('none', 'counts', 'sketch'),
+  'pretrain.continue_on': ('new', 'all'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.dtype': ('float32', 'bfloat16'),

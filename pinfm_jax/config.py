@@ -119,6 +119,8 @@ class PretrainConfig:
   keep_best: int = 0  # besides, so many with the lowest held-out loss
   use_checkpoint: str = 'newest'  # 'newest' or 'best': which one retrieval and fine-tuning use
   resume: str = ''  # directory of another pretraining run (same shapes and data) that a fresh run goes on from
+  continue_from: str = ''  # workdir (or pretraining directory) of an earlier run on an earlier state of the data set
+  continue_on: str = 'new'  # segments with events that run has not read, or 'all'
   update: UpdateConfig = UpdateConfig()
 
 

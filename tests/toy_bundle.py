@@ -61,6 +61,10 @@ class Toy:
 
   def export(self, out: Any, storage: str = 'int4', overwrite: bool = False, **changes: Any) -> Any:
     """Writes its bundle, some parts changed."""
+    return export_bundle(out, self.trained(**changes), storage, overwrite)
+
+  def trained(self, **changes: Any) -> TrainedRanker:
+    """What its bundle is made of, some parts changed."""
     parts = {
       'model_config': self.model,
       'ranker_config': self.ranker,
@@ -77,7 +81,7 @@ class Toy:
       'run': {'name': 'toy'},
       'items': self.tokens.items,
     }
-    return export_bundle(out, TrainedRanker(**{**parts, **changes}), storage, overwrite)
+    return TrainedRanker(**{**parts, **changes})
 
 
 def make_toy(sequence: str = 'pinfm', model: PinFMConfig = MODEL) -> Toy:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.negatives import NegativeSource
+from pinfm_jax.data.new_events import earlier_partitions, new_segments
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
@@ -19,6 +20,7 @@ from pinfm_jax.model.masking import HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
 from pinfm_jax.train.action_loss import action_loss, hidden_actions, init_action_head
 from pinfm_jax.train.checkpoint import Keep
+from pinfm_jax.train.growth import Continued, EarlierRun
 from pinfm_jax.train.heldout import held_out_loss, split_segments
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import Extra, sequence_losses
@@ -141,6 +143,7 @@ def pretrain(
   """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
 
   With `config.eval_every`, a share of the users does not train; the losses on their segments are logged as eval/....
+  With `config.continue_from` it starts from what an earlier run has learned (see `train.growth`).
 
   Raises:
     UserError: the configuration does not fit the data, or see `train`.
@@ -153,7 +156,14 @@ def pretrain(
   segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
   position = {'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments}
-  evaluate = None
+  warm_start = evaluate = None
+  if config.continue_from:
+    earlier = EarlierRun.open(config.continue_from, seed)
+    partitions = earlier_partitions(dataset, earlier.data)
+    if config.continue_on == 'new':
+      segments = new_segments(segments, partitions, earlier.until_ms)
+    position |= {'continues': earlier.data, 'continues_step': earlier.step}
+    warm_start = Continued(earlier, model)
   if config.eval_every:
     segments, held_out = split_segments(segments, config)
     evaluate = held_out_loss(for_measuring(task), held_out, config, mesh, layout)
@@ -182,7 +192,7 @@ def pretrain(
     return negatives.add(stream, first_step, rows)
 
   sketch = empty_sketch(config.sketch_width) if config.log_q == 'sketch' else None
-  return train(task, mesh, directory, loop, batches, sketch, evaluate=evaluate)
+  return train(task, mesh, directory, loop, batches, sketch, warm_start, evaluate)
 
 
 def for_measuring(task: PretrainTask) -> PretrainTask:

@@ -75,7 +75,8 @@ class PretrainTask:
       return constants
     events = segment_events(batch)
     item_T2, positive_T = events.item_UL2.reshape(-1, 2), positive_mask(events, self.action_bits).reshape(-1)
-    return update_sketch(constants, everywhere(item_T2), everywhere(positive_T), self.config.sketch_decay)
+    sketch = update_sketch(constants, everywhere(item_T2), everywhere(positive_T), self.config.sketch_decay)
+    return jax.tree.map(everywhere, sketch)
 
   def loss(
     self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: ItemSketch | None

@@ -144,6 +144,8 @@ class _Training:
     """Runs the steps that are left."""
     config, first = self._config, int(state.step)
     if first >= config.steps:
+      if self._checkpoints.latest_step is None:  # another run's last state: from now on it is this run's too
+        self._checkpoints.save(state, config.position)
       return state
     log = MetricsLog(self._directory, config.label, config.steps, config.examples, config.log_every, first)
     try:

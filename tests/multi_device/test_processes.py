@@ -77,6 +77,7 @@ def _start(commands: list[list[str]], out: Path, devices: int, timeout: int) -> 
   finally:
     for child in started:
       child.kill()
+      child.wait()
   errors = tuple((out / f'errors{process}').read_text() for process in range(len(commands)))
   return Ended(codes, errors, out)
 

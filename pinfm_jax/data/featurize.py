@@ -5,7 +5,6 @@ the columns are decided here alone.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -180,5 +179,6 @@ def item_age_hours(timestamp: np.ndarray, created_at: np.ndarray) -> np.ndarray:
 
 
 def _pad(array: np.ndarray, length: int) -> np.ndarray:
-  padding: Any = [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1)
-  return np.pad(array, padding)
+  padded = np.zeros((length, *array.shape[1:]), array.dtype)  # np.pad takes ten times as long
+  padded[: len(array)] = array
+  return padded

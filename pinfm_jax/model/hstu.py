@@ -96,12 +96,13 @@ def mix_causal(
     normaliser: n.
 
   Returns:
-    [U, L, H, K].
+    float32 [U, L, H, K]: the norm that follows takes out a mean much larger than the differences.
   """
   scores_UHLM = jnp.einsum('ulhk,umhk->uhlm', query_ULHK, kv.key, preferred_element_type=jnp.float32)
   weights_UHLM = jax.nn.silu(scores_UHLM + bias_LMH.transpose(2, 0, 1)) * (1 / normaliser)
   weights_UHLM = jnp.where(visible_keys(mask_UL, segment_UL), weights_UHLM, 0.0)
-  return jnp.einsum('uhlm,umhk->ulhk', weights_UHLM.astype(kv.value.dtype), kv.value)
+  weights_UHLM = weights_UHLM.astype(kv.value.dtype)
+  return jnp.einsum('uhlm,umhk->ulhk', weights_UHLM, kv.value, preferred_element_type=jnp.float32)
 
 
 def mix_context(
@@ -120,7 +121,7 @@ def mix_context(
     normaliser: n.
 
   Returns:
-    [U, C, H, K]; a user without events attends to itself alone.
+    float32 [U, C, H, K]; a user without events attends to itself alone.
   """
   distance_UL = jnp.sum(mask_UL, axis=1, keepdims=True) - jnp.arange(mask_UL.shape[1])
   bias_UH1L = bias_PH[jnp.maximum(distance_UL, 0)].transpose(0, 2, 1)[:, :, None, :]
@@ -130,4 +131,4 @@ def mix_context(
   own_UCH = jnp.einsum('uchk,uchk->uch', query_UCHK, own.key, preferred_element_type=jnp.float32) + bias_PH[0]
   own_weight_UCH = jax.nn.silu(own_UCH) * (1 / normaliser)
   mixed_UCHK = jnp.einsum('uhcl,ulhk->uchk', weights_UHCL, context.value, preferred_element_type=jnp.float32)
-  return (mixed_UCHK + own_weight_UCH[..., None] * own.value).astype(own.value.dtype)
+  return mixed_UCHK + own_weight_UCH[..., None] * own.value

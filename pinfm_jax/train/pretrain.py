@@ -107,8 +107,7 @@ def pretrain(
       'data': dataset.info.checksum,
       'until_ms': until_ms,
       'batch': config.batch_segments,
-      # Only where it is on, so that checkpoints of unpacked runs from before the option still resume.
-      **({'pack': True} if config.pack else {}),
+      'pack': config.pack or None,  # None is what a checkpoint from before the option has
     },
   )
 

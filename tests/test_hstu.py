@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pinfm_jax.config import TowerConfig
+from pinfm_jax.model.hstu import relative_bias
 from pinfm_jax.model.transformer import Decoder
 
 USERS, LENGTH, CANDIDATES, WIDTH, HEADS = 4, 9, 3, 16, 2
@@ -150,3 +151,28 @@ def test_the_distance_counts(inputs):
   flat = jax.tree.map(lambda p: p, alone)
   flat['params']['last']['position_bias'] = jnp.zeros_like(flat['params']['last']['position_bias'])
   np.testing.assert_allclose(run(flat, history), run(flat, swapped), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('length', [1, 2, 7])
+def test_the_bias_of_a_pair_is_that_of_its_distance(length):
+  table = np.arange(20.0).reshape(10, 2) + 1
+  bias = relative_bias(jnp.asarray(table), length)
+  for i, j in np.ndindex(length, length):
+    np.testing.assert_array_equal(bias[:, i, j], table[i - j] if j <= i else [0, 0])
+
+
+def test_exports_with_symbolic_sizes_for_all_platforms(inputs):
+  """As `serve.programs` does: one program for any number of users, candidates and events."""
+  params, history, candidates, _ = inputs
+  model = Decoder(CONFIG)
+  users, count, length = jax.export.symbolic_shape('U, C, L', constraints=[f'L <= {LENGTH}'])
+
+  def run(x, c, mask):
+    _, context = model.apply(params, x, mask, every_output=False, method='context')
+    return model.apply(params, c, context, mask, method='crossing')
+
+  shapes = ((users, length, WIDTH), jnp.float32), ((users, count, WIDTH), jnp.float32), ((users, length), bool)
+  shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+  exported = jax.export.export(jax.jit(run), platforms=('cpu', 'cuda', 'tpu'))(*shapes)
+  got = jax.jit(exported.call)(history, candidates, MASK)
+  np.testing.assert_allclose(got, dcat(params, history, candidates), rtol=1e-5, atol=1e-6)

@@ -61,9 +61,13 @@ def test_rematerialisation_saves_memory_and_changes_nothing(backbone):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('backbone', ['gpt2', 'hstu'])
-def test_bfloat16_stays_near_float32(backbone):
-  """2 % of the outputs' size on average: about 8 roundings of 2^-9 a layer, summed over the residual stream."""
+@pytest.mark.parametrize(('backbone', 'tolerance'), [('gpt2', 0.02), ('hstu', 0.04)])
+def test_bfloat16_stays_near_float32(backbone, tolerance):
+  """Root mean square over that of the outputs, after 4 layers.
+
+  A layer rounds its activations about 8 times by at most 2^-9. HSTU's second norm takes out a mean that is larger
+  than what is left, so the same roundings weigh more.
+  """
   tower = TOWERS[backbone]
   config = PinFMConfig(TableConfig(sub_tables=2, rows=10, width=8), tower, num_actions=3, num_surfaces=2)
   mask = jnp.arange(LENGTH)[None] < jnp.array([[40], [LENGTH]])
@@ -85,7 +89,7 @@ def test_bfloat16_stays_near_float32(backbone):
     assert h.dtype == jnp.float32  # what the losses see
   for low, full in zip(outputs['bfloat16'], outputs['float32'], strict=True):
     error = np.sqrt(np.mean(np.square(low - full)) / np.mean(np.square(full)))
-    assert 1e-4 < error < 0.02
+    assert 1e-4 < error < tolerance
 
 
 @pytest.mark.parametrize('backbone', ['gpt2', 'hstu'])

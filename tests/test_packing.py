@@ -1,5 +1,7 @@
 """Packed rows: every segment once and whole, few padded places, and no attention across segments."""
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import pytest
 from pinfm_jax.config import PinFMConfig, TableConfig, TowerConfig
 from pinfm_jax.data.packing import PackedSegments, pack
 from pinfm_jax.data.pipeline import Segments, training_batches
+from pinfm_jax.errors import UserError
 from pinfm_jax.model.pinfm import EventBatch, PinFM, segment_places
+from pinfm_jax.train.pretrain import pretrain
 
 LENGTH = 12
 SIZES = ((4, 5, 2), (12,), (3, 3, 3))  # segments of three rows
@@ -143,3 +147,15 @@ def test_the_last_event_alone_needs_one_history_a_row(packed_and_alone):
   model, params, events, vectors, *_ = packed_and_alone
   with pytest.raises(ValueError, match='one history a row'):
     model.apply(params, vectors, events, every_output=False, method='encode')
+
+
+def test_packed_pretraining_runs_and_is_not_resumed_unpacked(toy_run, tmp_path):
+  tower = replace(toy_run.model.tower, backbone='hstu', remat='full')
+  model = replace(toy_run.model, tower=tower)
+  config = replace(toy_run.experiment.pretrain, pack=True, steps=2)
+  until = toy_run.split.pretrain_until
+  state = pretrain(toy_run.dataset, until, model, config, toy_run.mesh, tmp_path, seed=0)
+  assert int(state.step) == 2
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+  with pytest.raises(UserError, match='with pack True, this run has None'):
+    pretrain(toy_run.dataset, until, model, replace(config, pack=False), toy_run.mesh, tmp_path, seed=0)

@@ -12,6 +12,7 @@ from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfi
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.negatives import NegativeSource
 from pinfm_jax.data.new_events import earlier_partitions, new_segments
+from pinfm_jax.data.packing import PackedSegments
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
@@ -156,7 +157,13 @@ def pretrain(
     )
   segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
-  position = {'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments}
+  position = {
+    'seed': seed,
+    'data': dataset.info.checksum,
+    'until_ms': until_ms,
+    'batch': config.batch_segments,
+    'pack': config.pack,
+  }
   warm_start = evaluate = None
   if config.continue_from:
     earlier = EarlierRun.open(config.continue_from, seed)
@@ -171,6 +178,7 @@ def pretrain(
     position['eval_share'] = config.eval_share
   negatives = NegativeSource.of(dataset, segments, config, task.action_bits, until_ms, seed)
   task = replace(task, catalogue=negatives.catalogue)
+  examples = PackedSegments.of(segments) if config.pack else segments
   loop = LoopConfig(
     label=f'pretrain (seed {seed})',
     steps=config.steps,
@@ -189,7 +197,7 @@ def pretrain(
   rows = process_rows(mesh, config.batch_segments)
 
   def batches(first_step: int):
-    stream = training_batches(segments, config.batch_segments, seed, first_step, rows)
+    stream = training_batches(examples, config.batch_segments, seed, first_step, rows)
     return negatives.add(stream, first_step, rows)
 
   sketch = empty_sketch(config.sketch_width) if config.log_q == 'sketch' else None

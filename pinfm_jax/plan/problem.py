@@ -85,7 +85,8 @@ def abstract_state(problem: Problem, mesh: Mesh | AbstractMesh) -> TrainState:
   """The training state as `jax.ShapeDtypeStruct`s with shardings."""
   create = init_state(problem.task, mesh, 0, layout=problem.layout)
   shardings = state_shardings(problem.task, mesh, layout=problem.layout)
-  return jax.tree.map(_with_sharding, jax.eval_shape(create), shardings)
+  with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
+    return jax.tree.map(_with_sharding, jax.eval_shape(create), shardings)
 
 
 def abstract_batch(problem: Problem, mesh: Mesh | AbstractMesh) -> Batch:

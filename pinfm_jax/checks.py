@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig
+from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig, PretrainConfig
 from pinfm_jax.data.simulator import SimulatorConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, from_dict
@@ -20,6 +20,8 @@ _MAY_BE_ZERO = (
   'mesh.exchange_capacity',
   'model.num_actions',
   'model.num_surfaces',
+  'pretrain.eval_every',
+  'pretrain.keep_best',
   'ranker.cross_layers',
   'ranker.item_buckets',
   'update.warmup_steps',
@@ -30,6 +32,7 @@ _CHOICES = {
   'pretrain.update.table_rule': ('adagrad', 'sgd'),
   'finetune.update.table_rule': ('adagrad', 'sgd'),
   'finetune.init': ('pretrained', 'scratch'),
+  'pretrain.use_checkpoint': ('newest', 'best'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.dtype': ('float32', 'bfloat16'),
@@ -63,6 +66,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_model(each.model)
     _check_mesh(each.mesh)
     _check_lengths(each)
+    _check_held_out(each.pretrain)
 
 
 def check_labels(experiment: Experiment, labels: tuple[str, ...]) -> None:
@@ -116,6 +120,20 @@ def _check_mesh(mesh: MeshConfig) -> None:
   if not axes or axes != mesh.table_axes:
     raise UserError(
       f'mesh.table_axes is {",".join(mesh.table_axes) or "empty"}; expected some of data,fsdp,model, in this order'
+    )
+
+
+def _check_held_out(pretrain: PretrainConfig) -> None:
+  if not 0 < pretrain.eval_share < 1:
+    raise UserError(f'pretrain.eval_share is {pretrain.eval_share}; expected a share between 0 and 1')
+  if pretrain.keep_best and not pretrain.eval_every:
+    raise UserError(
+      f'pretrain.keep_best is {pretrain.keep_best}, but nothing is measured (pretrain.eval_every=0); '
+      'set eval_every to a number of steps, or keep_best to 0'
+    )
+  if pretrain.use_checkpoint == 'best' and not pretrain.keep_best:
+    raise UserError(
+      "pretrain.use_checkpoint is 'best', but no best checkpoint is kept (pretrain.keep_best=0); set keep_best to 1"
     )
 
 

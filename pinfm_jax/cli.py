@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from pinfm_jax import __version__
@@ -43,17 +44,39 @@ def _add_run(commands) -> None:
   command.add_argument('--stages', metavar='A,B', help='only these stages (default: all)')
   command.add_argument('--set', metavar='KEY=VALUE', nargs='+', action='extend', default=[], dest='assignments',
                        help='change settings of the experiment, for example pretrain.steps=100')  # fmt: skip
+  command.add_argument('--profile', metavar='A:B', help='trace steps A to B of the training stages, for example 20:25')
+  _add_processes(command)
   command.set_defaults(function=_run)
+
+
+def _add_processes(command) -> None:
+  several = command.add_argument_group('several processes', 'start the same command in each; the workdir is shared')
+  several.add_argument('--distributed', metavar='WHERE', default='none', dest='method',
+                       help='auto, slurm, ompi, kubernetes, gke, tpu or none (default)')  # fmt: skip
+  several.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0, where nothing tells it')
+  several.add_argument('--process-id', type=int, metavar='I', help="this process's number, from 0")
+  several.add_argument('--num-processes', type=int, metavar='N', help='how many processes there are')
+  for name, default, text in (
+    ('init-timeout', 300, 'seconds that processes wait for each other at start and end'),
+    ('heartbeat-timeout', 100, 'seconds after which a silent process counts as dead'),
+    ('stage-timeout', 86_400, 'seconds that the others wait for what process 0 does alone'),
+  ):
+    place = f'{name.replace("-", "_")}_s'
+    several.add_argument(f'--{name}', type=int, metavar='S', default=default, dest=place, help=f'{text} ({default})')
 
 
 def _run(arguments: argparse.Namespace) -> None:
   from pinfm_jax.launch import load_experiment
   from pinfm_jax.overrides import parse_assignments
   from pinfm_jax.run import STAGES, run
+  from pinfm_jax.train.distributed import Launch, session
+  from pinfm_jax.train.profiling import Window
 
+  profile = None if arguments.profile is None else Window.parse(arguments.profile)
   experiment = load_experiment(arguments.file, parse_assignments(arguments.assignments))
   stages = tuple(STAGES) if arguments.stages is None else tuple(arguments.stages.split(','))
-  run(experiment, arguments.workdir or Path('runs') / experiment.name, stages)
+  with session(Launch(**{field.name: getattr(arguments, field.name) for field in fields(Launch)})):
+    run(experiment, arguments.workdir or Path('runs') / experiment.name, stages, profile)
 
 
 def _add_report(commands) -> None:

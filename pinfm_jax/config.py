@@ -101,6 +101,13 @@ class PretrainConfig:
   temperature: float = 0.05  # initial value of the learnable temperature
   checkpoint_every: int = 500
   log_every: int = 20
+  eval_every: int = 0  # steps between measurements on held-out users, who do not train; 0 = all users train
+  eval_share: float = 0.02  # of the users, chosen by hash: the same ones in every run
+  eval_batches: int = 8  # measured each time, of batch_segments held-out segments
+  keep_last: int = 2  # newest checkpoints that stay
+  keep_best: int = 0  # besides, so many with the lowest held-out loss
+  use_checkpoint: str = 'newest'  # 'newest' or 'best': which one retrieval and fine-tuning use
+  resume: str = ''  # directory of another pretraining run (same shapes and data) that a fresh run goes on from
   update: UpdateConfig = UpdateConfig()
 
 
@@ -146,6 +153,7 @@ class FinetuneConfig:
   cold_start: ColdStartConfig = ColdStartConfig()
   checkpoint_every: int = 500
   log_every: int = 20
+  resume: str = ''  # directory of another fine-tuning run (same shapes and data) that a fresh run goes on from
   update: UpdateConfig = UpdateConfig(pretrained_ratio=0.1, table_learning_rate=0.05)
 
 

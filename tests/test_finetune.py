@@ -15,7 +15,8 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.predict import predict, predictions_of
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.ranker import DenseStats
-from pinfm_jax.train.checkpoint import load_arrays
+from pinfm_jax.train import restore
+from pinfm_jax.train.checkpoint import described, load_arrays, plain
 from pinfm_jax.train.exchange import Exchange, read_vectors
 from pinfm_jax.train.finetune import (
   FinetuneTask,
@@ -24,10 +25,10 @@ from pinfm_jax.train.finetune import (
   ranking_batch,
   ranking_loss,
   training_steps,
-  warm_started,
   without_randomness,
 )
 from pinfm_jax.train.pretrain import pretrain
+from pinfm_jax.train.restore import WarmStart, fresh_state
 from pinfm_jax.train.step import init_state
 
 
@@ -88,10 +89,9 @@ def _random_params(task):
   return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
 
 
-def _filled_state(task, run, stats, value):
-  """A state in which every array is filled with one value."""
-  shapes = jax.eval_shape(init_state(task, run.mesh, 5, stats))
-  return jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), shapes)
+def _warm_started(task, run, stats, pretrained):
+  create, abstract = fresh_state(task, run.mesh, 5, stats)
+  return restore.warm_started(create, abstract, WarmStart(pretrained))
 
 
 def test_the_ranking_loss_is_the_weighted_cross_entropy_of_real_candidates():
@@ -226,8 +226,8 @@ def pretrained(toy_run, tmp_path_factory):
 
 
 def test_the_warm_start_copies_every_pretrained_array_bit_exactly(toy_run, task, stats, pretrained):
-  before = _filled_state(task, toy_run, stats, 3)
-  state = warm_started(before, pretrained)
+  before = init_state(task, toy_run.mesh, 5, stats)()
+  state = _warm_started(task, toy_run, stats, pretrained)
   source = load_arrays(pretrained / 'checkpoints')
   for name in ('pinfm', 'log_temperature'):
     jax.tree.map(np.testing.assert_array_equal, state.params[name], source['params'][name])
@@ -247,14 +247,24 @@ def test_the_warm_start_copies_every_pretrained_array_bit_exactly(toy_run, task,
 def test_the_warm_start_refuses_other_shapes(toy_run, task, stats, pretrained, change):
   ((part, fields),) = change.items()
   model = replace(task.model, **{part: replace(getattr(task.model, part), **fields)})
-  fresh = _filled_state(replace(task, model=model), toy_run, stats, 0)
-  with pytest.raises(UserError, match=r'holds an array of shape .* where the model has .*finetune\.init=scratch'):
-    warm_started(fresh, pretrained)
+  with pytest.raises(UserError, match=r'holds \S+ as float32\[.* where the model has .*finetune\.init=scratch'):
+    _warm_started(replace(task, model=model), toy_run, stats, pretrained)
 
 
-def test_a_missing_pretraining_is_named(tmp_path):
+def test_the_warm_start_draws_no_table_that_it_then_overwrites(toy_run, task, stats):
+  big = replace(task, model=replace(task.model, tables=replace(task.model.tables, rows=100_000)))
+  create, abstract = fresh_state(big, toy_run.mesh, 0, stats)
+  names = {name: '' for name in described(plain(abstract)) if name.startswith(('tables/', 'params/pinfm/'))}
+  compiled = restore.rest_of(create, plain(abstract), names).lower().compile()
+  table = abstract.tables.rows_GE.size * 4
+  memory = compiled.memory_analysis()
+  assert memory.temp_size_in_bytes + memory.output_size_in_bytes < table / 10
+  assert jax.jit(create).lower().compile().memory_analysis().output_size_in_bytes > table
+
+
+def test_a_missing_pretraining_is_named(toy_run, task, stats, tmp_path):
   with pytest.raises(UserError, match='has no checkpoints; run the stage that trains it first'):
-    warm_started(None, tmp_path)
+    _warm_started(task, toy_run, stats, tmp_path)
 
 
 def test_ids_and_vectors_belong_together(task, batch):

@@ -15,6 +15,8 @@ from pinfm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
+_ENDLESS = 2**31 - 1  # steps are int32 on the device
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -122,30 +124,31 @@ class Requests:
 
 
 def training_batches(
-  source: Any, batch: int, seed: int, first_step: int, process: int = 0, processes: int = 1, threads: int = 2
+  source: Any, batch: int, seed: int, first_step: int, rows: np.ndarray | None = None, threads: int = 2
 ) -> Iterator[Batch]:
   """Endless shuffled batches, one a step.
 
-  Example j of process p at step s has the global index s * GB + p * GB / P + j; every epoch is shuffled anew. So the
-  global batch of a step depends on (seed, step) alone, and a run that resumes starts at its step.
+  Row r of the global batch of step s is example s * GB + r of an endless order; every epoch is shuffled anew. So the
+  global batch of a step depends on (seed, step) alone: any number of processes makes the same one, and a run that
+  resumes starts at its step.
 
   Args:
     source: random-access examples.
     batch: GB, examples of the global batch.
     seed: of the order.
     first_step: step of the first batch returned.
-    process: p.
-    processes: P, a divisor of GB.
+    rows: the rows of the global batch that this process supplies (`sharding.process_rows`); None = all.
     threads: that read ahead.
-
-  Raises:
-    UserError: the batch does not divide over the processes.
   """
-  if batch % processes:
-    raise UserError(f'a global batch of {batch} does not divide over {processes} processes; make it a multiple')
   examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-  batches = examples.batch(batch // processes, drop_remainder=True)[process::processes][first_step:]
-  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
+  rows = np.arange(batch) if rows is None else rows
+
+  def load(step: int) -> Batch:
+    chosen = [examples[int(step) * batch + int(row)] for row in rows]
+    return {name: np.stack([example[name] for example in chosen]) for name in chosen[0]}
+
+  steps = grain.MapDataset.range(first_step, _ENDLESS).map(load)
+  return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
 
 
 def evaluation_batches(source: Any, batch: int) -> Iterator[tuple[Batch, int]]:

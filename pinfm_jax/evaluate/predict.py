@@ -1,5 +1,6 @@
 """Runs a trained ranker over evaluation requests."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from pinfm_jax.evaluate.ranking import RankingPredictions
 from pinfm_jax.progress import Progress
 from pinfm_jax.train.exchange import read_vectors
 from pinfm_jax.train.finetune import FinetuneTask, ranking_batch, without_randomness
+from pinfm_jax.train.sharding import on_every_device, put_examples
 from pinfm_jax.train.step import Batch
 
 Array = jax.Array
@@ -28,6 +30,8 @@ def predict(
 ) -> RankingPredictions:
   """The ranker's probabilities for every candidate of the requests, in their order.
 
+  On the mesh that is set (`jax.set_mesh`); of several processes, all take part and all get the result.
+
   Args:
     task: the fine-tuning task whose model was trained.
     params: its parameters.
@@ -42,7 +46,7 @@ def predict(
   )
   weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
 
-  @jax.jit
+  @partial(jax.jit, out_shardings=on_every_device())
   def scores(weights: Any, rows_GE: Array | None, stats: Any, batch: Batch) -> Array:
     vectors = (None, None)
     if rows_GE is not None:
@@ -52,7 +56,7 @@ def predict(
 
   progress, scored, done = Progress(label, len(requests), 'requests'), [], 0
   for batch, count in evaluation_batches(requests, task.config.batch_requests):
-    result = scores(weights, rows_GE, stats, {name: jnp.asarray(value) for name, value in batch.items()})
+    result = scores(weights, rows_GE, stats, put_examples(batch))
     scored.extend(np.asarray(result)[u][batch['candidate_mask'][u]] for u in range(count))
     done += count
     progress.update(done)

@@ -1,6 +1,7 @@
 """Whole-catalogue next-item evaluation of the pretrained tower: HR@k, NDCG@k, MRR, beside a popularity row."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from pinfm_jax.evaluate.metrics import hr_at_k, mrr, ndcg_at_k
 from pinfm_jax.model.hashing import key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
 from pinfm_jax.train.exchange import read_vectors
+from pinfm_jax.train.sharding import on_every_device, put_examples
 
 Array = jax.Array
 
@@ -86,18 +88,19 @@ def evaluate_retrieval(
 ) -> dict[str, float]:
   """HR@k, NDCG@k and MRR of the tower and of popularity, every item of the catalogue ranked, nothing filtered.
 
-  Ties are counted against the model: the target ranks behind every item with the same score. Runs under the mesh that
-  the tables lie on (`jax.set_mesh`), as `layout` says.
+  Ties are counted against the model: the target ranks behind every item with the same score. Runs on the mesh that is
+  set (`jax.set_mesh`), over which the tables lie as `layout` says; of several processes, all take part and all get the
+  result.
   """
   encode, represent = _programs(model, layout)
   z_VO = jnp.concatenate(
-    [represent(params, rows_GE, jnp.asarray(words)) for words in _chunks(key_words(task.catalogue_V), 4096)]
+    [represent(params, rows_GE, put_examples({'item': words})) for words in _chunks(key_words(task.catalogue_V), 4096)]
   )
   ranks = []
   for start in range(0, len(task.target_Q), chunk):
     part = {name: value[start : start + chunk] for name, value in task.histories.items()}
-    h_QO = encode(params, rows_GE, {name: jnp.asarray(value) for name, value in part.items()})
-    ranks.append(np.asarray(_ranks(h_QO @ z_VO.T, jnp.asarray(task.target_Q[start : start + chunk]))))
+    h_QO = encode(params, rows_GE, put_examples(part))
+    ranks.append(np.asarray(_ranks(h_QO @ z_VO.T, task.target_Q[start : start + chunk])))
   figures = _figures('tower', np.concatenate(ranks), ks)
   popularity_V = jnp.asarray(task.popularity_V, jnp.float32)
   popularity_ranks = [
@@ -116,16 +119,16 @@ def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
   def vectors(rows_GE: Array, words: Array) -> Array:
     return read_vectors(rows_GE, (words,), model.tables, layout.table_axes)[0]
 
-  @jax.jit
+  @partial(jax.jit, out_shardings=on_every_device())
   def encode(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
     events = EventBatch(inputs['item'], inputs['surface'], inputs['actions'], inputs['mask'])
     h_QLO, _ = PinFM(model).apply({'params': params}, vectors(rows_GE, events.item_UL2), events, method='encode')
     last_Q = jnp.sum(events.mask_UL, axis=1) - 1
     return h_QLO[jnp.arange(len(last_Q)), last_Q]
 
-  @jax.jit
-  def represent(params: Any, rows_GE: Array, words: Array) -> Array:
-    return PinFM(model).apply({'params': params}, vectors(rows_GE, words[:, None])[:, 0], method='targets')
+  @partial(jax.jit, out_shardings=on_every_device())
+  def represent(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
+    return PinFM(model).apply({'params': params}, vectors(rows_GE, inputs['item'][:, None])[:, 0], method='targets')
 
   return encode, represent
 

@@ -17,6 +17,7 @@ from pinfm_jax.data.splits import Split, split_by_time
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.train.finetune import FinetuneTask
+from pinfm_jax.train.profiling import Window
 from pinfm_jax.train.sharding import make_mesh
 
 
@@ -26,6 +27,7 @@ class Run:
 
   experiment: Experiment
   workdir: Path
+  profile: Window | None = None  # steps of each training run to trace
 
   @property
   def data_directory(self) -> Path:

@@ -16,11 +16,12 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.model.cold_start import randomise_candidates
 from pinfm_jax.model.pinfm import EventBatch, no_events
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
-from pinfm_jax.model.tables import Tables
-from pinfm_jax.train.checkpoint import load_arrays
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import sequence_losses
 from pinfm_jax.train.optimizer import Update
+from pinfm_jax.train.profiling import Window
+from pinfm_jax.train.restore import WarmStart
+from pinfm_jax.train.sharding import process_rows
 from pinfm_jax.train.step import Batch, TrainState
 
 Array = jax.Array
@@ -157,39 +158,15 @@ def dense_stats(requests: Requests, sample: int = 20_000) -> DenseStats:
   return DenseStats(*(jnp.asarray(v, jnp.float32) for v in (low, high, mean, scale)))
 
 
-def warm_started(state: TrainState, pretrained: Path) -> TrainState:
-  """Puts the pretrained tower, temperature, tables and their accumulators into a fresh state.
-
-  Raises:
-    UserError: the checkpoint's shapes differ from the model's.
-  """
-  source = load_arrays(pretrained / 'checkpoints')
-
-  def place(new: Any, old: Array) -> Array:
-    if new.shape != old.shape:
-      raise UserError(
-        f'{pretrained} holds an array of shape {new.shape} where the model has {old.shape}; '
-        'fine-tune with the model settings it was pretrained with, or set finetune.init=scratch'
-      )
-    return jax.device_put(new, old.sharding)
-
-  names = ('pinfm', 'log_temperature')
-  params = {**state.params, **{n: jax.tree.map(place, source['params'][n], state.params[n]) for n in names}}
-  accumulator = state.tables.accumulator_G
-  if accumulator is not None and 'accumulator' in source['tables']:
-    accumulator = place(source['tables']['accumulator'], accumulator)
-  tables = Tables(place(source['tables']['rows'], state.tables.rows_GE), accumulator)
-  return state.replace(params=params, tables=tables)
-
-
 def finetune(
   task: FinetuneTask,
   requests: Requests,
   mesh: Mesh,
   directory: Path,
   seed: int,
-  pretrained: Path | None,
+  pretrained: WarmStart | None,
   layout: MeshConfig = MeshConfig(),
+  profile: Window | None = None,
 ) -> TrainState:
   """Runs (or resumes) fine-tuning.
 
@@ -199,8 +176,9 @@ def finetune(
     mesh: the devices.
     directory: of the arm.
     seed: of initialisation and order.
-    pretrained: directory of the pretraining run to warm-start from, or None.
+    pretrained: the pretraining run to warm-start from, or None.
     layout: how the tables lie over the mesh.
+    profile: steps to trace.
   """
   config, positions = task.config, task.model.tower.max_positions
   if task.tables and config.history_length >= positions:
@@ -217,13 +195,17 @@ def finetune(
     checkpoint_every=config.checkpoint_every,
     log_every=config.log_every,
     position={'seed': seed, 'data': info.checksum, 'batch': config.batch_requests, 'examples': len(requests)},
+    resume=config.resume,
+    profile=profile,
+    layout=layout,
   )
+  rows = process_rows(mesh, config.batch_requests)
 
   def batches(first_step: int):
-    return training_batches(requests, config.batch_requests, seed, first_step, jax.process_index(), jax.process_count())
+    return training_batches(requests, config.batch_requests, seed, first_step, rows)
 
-  warm = (lambda state: warm_started(state, pretrained)) if pretrained and task.tables else None
-  return train(task, mesh, directory, loop, batches, dense_stats(requests), warm, layout)
+  warm_start = pretrained if task.tables else None
+  return train(task, mesh, directory, loop, batches, dense_stats(requests), warm_start)
 
 
 def training_steps(config: FinetuneConfig, examples: int) -> int:

@@ -1,6 +1,6 @@
 """The pretraining task: PinFM over segments of the users' histories."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
+from pinfm_jax.train.checkpoint import Keep
+from pinfm_jax.train.heldout import held_out_loss, split_segments
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import sequence_losses
 from pinfm_jax.train.optimizer import Update
+from pinfm_jax.train.profiling import Window
+from pinfm_jax.train.sharding import process_rows
 from pinfm_jax.train.step import Batch, TrainState
 
 Array = jax.Array
@@ -80,8 +84,11 @@ def pretrain(
   directory: Path,
   seed: int,
   layout: MeshConfig = MeshConfig(),
+  profile: Window | None = None,
 ) -> TrainState:
   """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
+
+  With `config.eval_every`, a share of the users does not train; the losses on their segments are logged as eval/....
 
   Raises:
     UserError: the configuration does not fit the data, or see `train`.
@@ -93,6 +100,12 @@ def pretrain(
     )
   segments = Segments.before(dataset, until_ms, config.segment_length)
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions))
+  position = {'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments}
+  evaluate = None
+  if config.eval_every:
+    segments, held_out = split_segments(segments, config)
+    evaluate = held_out_loss(without_dropout(task), held_out, config, mesh, layout)
+    position['eval_share'] = config.eval_share
   loop = LoopConfig(
     label=f'pretrain (seed {seed})',
     steps=config.steps,
@@ -100,10 +113,22 @@ def pretrain(
     examples=config.batch_segments,
     checkpoint_every=config.checkpoint_every,
     log_every=config.log_every,
-    position={'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments},
+    position=position,
+    eval_every=config.eval_every,
+    keep=Keep(config.keep_last, config.keep_best),
+    use_checkpoint=config.use_checkpoint,
+    resume=config.resume,
+    profile=profile,
+    layout=layout,
   )
+  rows = process_rows(mesh, config.batch_segments)
 
   def batches(first_step: int):
-    return training_batches(segments, config.batch_segments, seed, first_step, jax.process_index(), jax.process_count())
+    return training_batches(segments, config.batch_segments, seed, first_step, rows)
 
-  return train(task, mesh, directory, loop, batches, layout=layout)
+  return train(task, mesh, directory, loop, batches, evaluate=evaluate)
+
+
+def without_dropout(task: PretrainTask) -> PretrainTask:
+  """The same task for measuring: nothing is dropped at random."""
+  return replace(task, model=replace(task.model, tower=replace(task.model.tower, dropout=0.0)))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -115,6 +116,19 @@ def _init_tables(task: Task, mesh: Mesh, salt: Array, shardings: Tables) -> Tabl
 
   rows_GE = jax.shard_map(make, mesh=mesh, in_specs=P(), out_specs=spec, check_vma=False)(salt)
   return Tables(rows_GE, None if shardings.accumulator_G is None else jnp.zeros(rows, jnp.float32))
+
+
+def fitted_layout(task: Task, state: TrainState, layout: MeshConfig, batch: Batch) -> MeshConfig:
+  """The layout with an exchange capacity that serves batches like this one in a single round.
+
+  That is the largest request that a device has of another, and a sixteenth. A capacity that is set stays.
+  """
+  owners = math.prod(jax.sharding.get_mesh().shape[axis] for axis in layout.table_axes)
+  if state.tables is None or layout.exchange_capacity or owners == 1:
+    return layout
+  exchange = Exchange(task.tables, state.tables.rows_GE.shape[0], layout.table_axes)
+  largest = int(jax.jit(lambda batch: exchange.largest_request(task.ids(batch, state.step)))(batch))
+  return replace(layout, exchange_capacity=-(-largest * 17 // 256) * 16)
 
 
 def make_step(

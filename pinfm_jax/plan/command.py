@@ -60,7 +60,9 @@ def print_plan(problem: Any, chip: Chip) -> None:
   flops, moved = step_flops(problem), step_bytes(problem, needed.state, chip)
   _show(memory_table(needed, compiled, chip) + work_table(flops, moved, compiled, problem.devices))
   if chip.flops:
-    _show(estimate_table(estimate(problem, flops, moved, compiled.sent, chip), flops, problem, chip))
+    # What the program repeats on several devices takes time on each of them.
+    work = max(flops.one_device(problem.devices), compiled.matmul_flops)
+    _show(estimate_table(estimate(problem, work, moved, compiled.sent, chip), flops, problem, chip))
   else:
     _show(['', 'no estimate of time: rates of this machine are not known; name a chip with --chip'])
   fits = needed.total <= chip.usable

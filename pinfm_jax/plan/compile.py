@@ -143,7 +143,7 @@ def compile_here(problem: Problem, topology: str | None = None) -> Compiled:
 
 def _mesh(problem: Problem, topology: str | None) -> tuple[Mesh, str]:
   if topology is None:
-    devices, words = jax.devices(), f'{problem.devices} simulated CPU devices'
+    devices, words = jax.devices(), f'{problem.devices} simulated CPU device{"s" * (problem.devices > 1)}'
   else:
     from jax.experimental import topologies
 

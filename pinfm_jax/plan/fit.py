@@ -10,7 +10,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.plan.chips import Chip
 from pinfm_jax.plan.compile import Compiled
-from pinfm_jax.plan.memory import StateBytes, activation_bytes, batch_bytes, state_bytes
+from pinfm_jax.plan.memory import StateBytes, activation_bytes, batch_bytes, least_bytes, state_bytes
 from pinfm_jax.plan.problem import Problem, offers
 from pinfm_jax.train.sharding import AXES
 
@@ -20,17 +20,18 @@ MOST_COMPILES = 3
 
 @dataclass(frozen=True)
 class Memory:
-  """Bytes on one device during a step."""
+  """Bytes on one device during a step; `padding` is what state and batch take beyond their values."""
 
   state: StateBytes
   batches: int
+  padding: float
   temporaries: float
   not_in_place: float
 
   @property
   def total(self) -> float:
     """All of it."""
-    return self.state.total + self.batches + self.temporaries + self.not_in_place
+    return self.state.total + self.batches + self.padding + self.temporaries + self.not_in_place
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ class Suggestion:
 
 
 def memory(problem: Problem, compiled: Compiled, state: StateBytes | None = None) -> Memory:
-  """State and batches by arithmetic, temporaries from the compiled program."""
-  state = state or state_bytes(problem)
-  return Memory(state, BATCHES * batch_bytes(problem), compiled.temporaries, max(compiled.not_in_place, 0))
+  """State and batches by arithmetic, the rest from the compiled program."""
+  state, batch = state or state_bytes(problem), batch_bytes(problem)
+  padding = max(compiled.arguments - state.total - batch, 0)
+  return Memory(state, BATCHES * batch, padding, compiled.temporaries, max(compiled.not_in_place, 0))
 
 
 def nearest_fit(
@@ -85,7 +87,7 @@ def nearest_fit(
     compile_again: compiles a candidate.
   """
   scale, tried = compiled.temporaries / activation_bytes(problem), 0
-  for change, candidate, state in _candidates(problem):
+  for change, candidate, state in _candidates(problem, chip):
     total = state.total + BATCHES * batch_bytes(candidate) + scale * activation_bytes(candidate)
     if total > chip.usable:
       continue
@@ -100,8 +102,11 @@ def nearest_fit(
   return None
 
 
-def _candidates(problem: Problem) -> Iterator[tuple[Change, Problem, StateBytes]]:
-  """Changed problems from the smallest change on; the state's bytes are worked out once a mesh and table type."""
+def _candidates(problem: Problem, chip: Chip) -> Iterator[tuple[Change, Problem, StateBytes]]:
+  """Changed problems from the smallest change on, but for those whose tables alone do not fit.
+
+  The state's bytes take a second, so they are worked out once a mesh and table type.
+  """
   known: dict[tuple[Any, ...], StateBytes] = {}
   options = _options(problem)
   combinations = (_combine(problem, parts) for parts in itertools.product(*options))
@@ -112,6 +117,8 @@ def _candidates(problem: Problem) -> Iterator[tuple[Change, Problem, StateBytes]
     try:
       layout = candidate.layout
     except UserError:  # the batch does not divide over this mesh
+      continue
+    if least_bytes(candidate) > chip.usable:
       continue
     key = (candidate.shape, layout.table_axes, candidate.model.tables.dtype)
     if key not in known:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from pinfm_jax.model.tables import storage_dtype
 from pinfm_jax.plan.problem import Problem, abstract_batch, abstract_state
 
 
@@ -36,6 +37,15 @@ def state_bytes(problem: Problem) -> StateBytes:
   moments = (state.opt_state.mu, state.opt_state.nu)
   parts = [device_bytes(part) for part in (*state.tables, state.params, moments)]
   return StateBytes(*parts, device_bytes(state) - sum(parts))
+
+
+def least_bytes(problem: Problem) -> int:
+  """What the tables alone take of one device, rows not rounded up: cheap, for a search over many meshes."""
+  tables, layout = problem.model.tables, problem.layout
+  owners = math.prod(getattr(layout, axis) for axis in layout.table_axes)
+  row = tables.width * storage_dtype(tables).itemsize
+  row += 4 if problem.task.update.config.table_rule == 'adagrad' else 0
+  return tables.sub_tables * tables.rows * row // owners
 
 
 def batch_bytes(problem: Problem) -> int:

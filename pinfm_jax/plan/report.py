@@ -37,6 +37,7 @@ def memory_table(memory: Memory, compiled: Compiled, chip: Chip) -> list[str]:
     ('optimizer moments', state.moments, 'arithmetic'),
     ('step, keys, counters', state.rest, 'arithmetic'),
     ('batch inputs (two batches)', memory.batches, 'arithmetic'),
+    ('padding in the layout of the chip', memory.padding, f'compiled for {compiled.devices}'),
     ('activations and temporaries', memory.temporaries, f'compiled for {compiled.devices}'),
     ('outputs not in place', memory.not_in_place, f'compiled for {compiled.devices}'),
   ]
@@ -53,14 +54,17 @@ def memory_table(memory: Memory, compiled: Compiled, chip: Chip) -> list[str]:
 def work_table(flops: Flops, moved: Bytes, compiled: Compiled, devices: int) -> list[str]:
   """FLOPs, memory traffic and collectives of one step."""
   lines = ['', 'work of one step']
-  total = flops.model + flops.recomputed
+  share = flops.one_device(devices)
   lines += [
     _line('FLOPs, all devices', _si(flops.model), f'arithmetic: dense {_si(flops.dense)}, attention '
           f'{_si(flops.attention)}, logits {_si(flops.logits)}; recomputed besides {_si(flops.recomputed)}'),
-    _line('FLOPs, one device', _si(total / devices), 'arithmetic, recomputation included, spread evenly'),
+    _line('FLOPs, one device', _si(share), 'arithmetic, recomputation included, spread evenly'),
   ]  # fmt: skip
   if compiled.matmul_flops:
     lines.append(_line('', _si(compiled.matmul_flops), f'matmuls of the program for {compiled.devices}, loops counted'))
+    if compiled.matmul_flops > 1.2 * share:
+      times = compiled.matmul_flops / share
+      lines.append(f'  (the program computes {times:.1f} times the even share: several devices do the same work)')
   lines.append(_line('', _si(compiled.cost_flops), "XLA's cost analysis, which takes a loop's body once"))
   lines += [
     _line('bytes moved, one device', _bytes(moved.total), f'arithmetic: tower {_bytes(moved.tower)}, rows '

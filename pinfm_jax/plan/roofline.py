@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pinfm_jax.plan.chips import Chip
 from pinfm_jax.plan.problem import Problem
-from pinfm_jax.plan.work import Bytes, Flops
+from pinfm_jax.plan.work import Bytes
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Estimate:
     return max(terms, key=terms.get)
 
 
-def estimate(problem: Problem, flops: Flops, moved: Bytes, sent: float, chip: Chip) -> Estimate:
+def estimate(problem: Problem, flops: float, moved: Bytes, sent: float, chip: Chip) -> Estimate:
   """The three terms.
 
   Args:
-    problem: what runs; its work is taken as spread evenly over its devices.
-    flops: of the step over all devices.
+    problem: what runs.
+    flops: of one device.
     moved: memory traffic of one device.
     sent: bytes that one device sends to others.
     chip: peak rates. More devices than a node holds are charged at the network's rate for everything, since most of
@@ -48,5 +48,4 @@ def estimate(problem: Problem, flops: Flops, moved: Bytes, sent: float, chip: Ch
   """
   rate = chip.flops * (1.0 if problem.model.tower.dtype == 'bfloat16' else chip.float32)
   link = chip.link if problem.devices <= chip.node else chip.network
-  work = (flops.model + flops.recomputed) / problem.devices
-  return Estimate(work / rate, moved.total / chip.bandwidth, sent / link)
+  return Estimate(flops / rate, moved.total / chip.bandwidth, sent / link)

@@ -31,6 +31,10 @@ class Flops:
     """Without recomputation: what MFU counts."""
     return self.dense + self.attention + self.logits
 
+  def one_device(self, devices: int) -> float:
+    """A device's even share, recomputation included."""
+    return (self.model + self.recomputed) / devices
+
 
 @dataclass(frozen=True)
 class Bytes:

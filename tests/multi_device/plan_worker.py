@@ -55,7 +55,7 @@ def known_program() -> dict[str, list[float]]:
 
 
 def main(*meshes: str) -> None:
-  """Prints one line of JSON: for each mesh 'D,F,M' [arithmetic, bytes of the devices], and the known program's counts."""
+  """Prints one line of JSON: arithmetic and bytes of the devices by mesh 'D,F,M', and the known program's counts."""
   found = {}
   for text in meshes:
     sizes = dict(zip(('mesh.data', 'mesh.fsdp', 'mesh.model'), map(int, text.split(',')), strict=True))

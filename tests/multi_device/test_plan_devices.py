@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import plan_worker
 import pytest
 import toy
+from jax.sharding import AbstractMesh
 
 from pinfm_jax.cli import main
 from pinfm_jax.overrides import apply_overrides
@@ -19,6 +21,13 @@ from pinfm_jax.plan.work import step_flops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MESHES = ('8,1,1', '2,2,2', '1,8,1')
+
+
+@pytest.fixture(autouse=True)
+def no_mesh(one_device_mesh):
+  """A plan chooses its own mesh, as the command does."""
+  with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+    yield
 
 
 @pytest.fixture(scope='module')

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_apply_delta,
     _add_score,
     _add_report,
+    _add_plan,
   ):
     add(commands)
   return parser
@@ -308,6 +309,29 @@ def _score(arguments: argparse.Namespace) -> None:
   from pinfm_jax.serve.scorer import score_file
 
   print(f'{arguments.out}: {score_file(arguments.bundle, arguments.requests, arguments.out)} requests scored')
+
+
+def _add_plan(commands) -> None:
+  command = commands.add_parser(
+    'plan',
+    help='what pretraining needs on N devices, before it is started',
+    description='Memory of a device by part, FLOPs, traffic and an estimate of time of the pretraining of a launch '
+    'file. Compiles the real step for N devices that need not be there; nothing is allocated and no data are read.',
+  )
+  command.add_argument('file', metavar='FILE', help='a launch file, for example experiments/pinfm_20b.py')
+  command.add_argument('--devices', type=int, required=True, metavar='N', help='chips (GPUs, TPU chips)')
+  command.add_argument('--mesh', metavar='D,F,M', help="sizes of data, fsdp and model (default: the launch file's)")
+  command.add_argument('--platform', metavar='NAME', help="cpu, cuda or tpu (default: the chip's)")
+  command.add_argument('--chip', metavar='NAME', help='H100 (default), H200, A100-80GB, B200, v4, v5e, v5p, v6e')
+  command.add_argument('--set', metavar='KEY=VALUE', nargs='+', action='extend', default=[], dest='assignments',
+                       help='change settings of the experiment')  # fmt: skip
+  command.set_defaults(function=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.plan.command import plan
+
+  plan(arguments.file, arguments.devices, arguments.mesh, arguments.platform, arguments.chip, arguments.assignments)
 
 
 if __name__ == '__main__':

@@ -20,13 +20,12 @@ BATCH_AXES = ('data', 'fsdp')  # examples lie over these
 RULES = (('embed', 'fsdp'), ('mlp', 'model'), ('heads', 'model'), ('layers', None))
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-  """A ('data', 'fsdp', 'model') mesh over all devices; one axis may be 0, which takes the devices left.
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+  """Sizes of the ('data', 'fsdp', 'model') axes over a number of devices; one may be 0 and takes what is left.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  devices = jax.device_count()
   sizes = [config.data, config.fsdp, config.model]
   if sizes.count(0) == 1:
     rest = int(np.prod([size for size in sizes if size]))
@@ -36,7 +35,16 @@ def make_mesh(config: MeshConfig) -> Mesh:
       f'mesh {config.data} x {config.fsdp} x {config.model} does not cover the {devices} devices; '
       'set mesh.data=0 to take what is left, or sizes whose product is the number of devices'
     )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+  return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+  """A ('data', 'fsdp', 'model') mesh over all devices; one axis may be 0, which takes the devices left.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  return jax.make_mesh(mesh_sizes(config, jax.device_count()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def parameter_shardings(mesh: Mesh, boxed: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pinfm_jax import __version__
+from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
 
 
@@ -31,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--version', action='version', version=f'pinfm_jax {__version__}')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-  for add in (_add_run, _add_prepare, _add_download, _add_export, _add_score, _add_report):
+  for add in (_add_run, _add_prepare, _add_download, _add_export, _add_score, _add_report, add_bench):
     add(commands)
   return parser
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pinfm_jax.config import Experiment, PinFMConfig
+from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig
 from pinfm_jax.data.simulator import SimulatorConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, from_dict
@@ -17,6 +17,7 @@ _MAY_BE_ZERO = (
   'finetune.ntl_columns',
   'hash_seed',
   'mesh.data',
+  'mesh.exchange_capacity',
   'model.num_actions',
   'model.num_surfaces',
   'ranker.cross_layers',
@@ -25,6 +26,9 @@ _MAY_BE_ZERO = (
 )
 _CHOICES = {
   'evaluate.split': ('test', 'validation'),
+  'model.tables.dtype': ('float32', 'bfloat16'),
+  'pretrain.update.table_rule': ('adagrad', 'sgd'),
+  'finetune.update.table_rule': ('adagrad', 'sgd'),
   'finetune.init': ('pretrained', 'scratch'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
@@ -57,6 +61,7 @@ def check_experiment(experiment: Experiment) -> None:
   for each in (experiment, *(apply_overrides(experiment, arm.overrides) for arm in experiment.arms)):
     _check_values(each)
     _check_model(each.model)
+    _check_mesh(each.mesh)
     _check_lengths(each)
 
 
@@ -104,6 +109,14 @@ def _check_model(model: PinFMConfig) -> None:
     )
   if tables.width % 2:
     raise UserError(f'model.tables.width is {tables.width}; int4 packs two values a byte: make it even')
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+  axes = tuple(axis for axis in ('data', 'fsdp', 'model') if axis in mesh.table_axes)
+  if not axes or axes != mesh.table_axes:
+    raise UserError(
+      f'mesh.table_axes is {",".join(mesh.table_axes) or "empty"}; expected some of data,fsdp,model, in this order'
+    )
 
 
 def _check_lengths(experiment: Experiment) -> None:

@@ -35,6 +35,7 @@ class TableConfig:
   width: int = 32
   hash_seed: int = 0
   init_scale: float = 0.02
+  dtype: str = 'float32'  # of the stored rows: 'float32', or 'bfloat16' with stochastic rounding
 
   @property
   def item_width(self) -> int:
@@ -68,10 +69,11 @@ class PinFMConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-  """One optimizer for tower and tables: AdamW with warm-up and cosine, row-wise Adagrad for the rows."""
+  """One optimizer for tower and tables: AdamW with warm-up and cosine, row-wise Adagrad (or SGD) for the rows."""
 
   learning_rate: float = 1e-3
   table_learning_rate: float = 0.05
+  table_rule: str = 'adagrad'  # 'adagrad' (one float32 accumulator a row) or 'sgd' (no state)
   warmup_steps: int = 100
   final_ratio: float = 0.1  # of the peak learning rate, reached at the last step
   weight_decay: float = 0.01
@@ -168,11 +170,13 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh axes; 0 = all devices that are left."""
+  """Sizes of the mesh axes (0 = all devices that are left), and how table rows lie over them."""
 
   data: int = 0
   fsdp: int = 1
   model: int = 1
+  table_axes: tuple[str, ...] = ('data', 'fsdp', 'model')  # rows lie over these, with replicas over the others
+  exchange_capacity: int = 0  # rows a device may ask of another in a round; 0 = measured on the first batch
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from flax.core import meta
 
 from pinfm_jax.config import ColdStartConfig, FinetuneConfig
@@ -14,15 +15,14 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.predict import predict, predictions_of
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.ranker import DenseStats
-from pinfm_jax.model.tables import gather_rows, init_tables, item_vectors, plan_rows
 from pinfm_jax.train.checkpoint import load_arrays
+from pinfm_jax.train.exchange import Exchange, read_vectors
 from pinfm_jax.train.finetune import (
   FinetuneTask,
   dense_stats,
   finetune,
   ranking_batch,
   ranking_loss,
-  split_vectors,
   training_steps,
   warm_started,
   without_randomness,
@@ -59,19 +59,22 @@ def batch(requests):
 @pytest.fixture(scope='module')
 def loss_and_gradients(task, stats):
   """batch -> loss, figures, gradients of parameters and of table rows."""
-  tables = init_tables(jax.random.key(1), task.tables)
+  tables = toy.tables(task.tables)
+  exchange = Exchange(task.tables, tables.rows_GE.shape[0])
 
   @jax.jit
   def compute(params, batch):
-    plan = plan_rows(task.ids(batch, jnp.int32(3)), task.tables)
+    ids = task.ids(batch, jnp.int32(3))
+    plan = exchange.plan(ids)
 
     def loss(params, rows_KE):
-      return task.loss(params, item_vectors(rows_KE, plan), batch, jnp.int32(3), jax.random.key(0), stats)
+      vectors = exchange.vectors(rows_KE, plan, ids)
+      return task.loss(params, vectors, batch, jnp.int32(3), jax.random.key(0), stats)
 
     (value, figures), (grads, row_grad_KE) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-      params, gather_rows(tables.rows_GE, plan)
+      params, exchange.lookup(tables.rows_GE, plan)
     )
-    dense = jnp.zeros_like(tables.rows_GE).at[plan.unique_K].set(row_grad_KE, mode='drop')
+    dense = jnp.zeros_like(tables.rows_GE).at[plan.rows.unique_K].set(row_grad_KE, mode='drop')
     return value, figures, grads, dense
 
   params = _random_params(task)
@@ -254,25 +257,21 @@ def test_a_missing_pretraining_is_named(tmp_path):
     warm_started(None, tmp_path)
 
 
-def test_ids_and_split_vectors_belong_together(task, batch):
+def test_ids_and_vectors_belong_together(task, batch):
   still = replace(task, config=without_randomness(task.config))
-  tables = init_tables(jax.random.key(1), task.tables)
-  plan = plan_rows(still.ids(batch, jnp.int32(0)), task.tables)
-  inputs = ranking_batch(batch)
-  found = split_vectors(item_vectors(gather_rows(tables.rows_GE, plan), plan), inputs)
+  tables = toy.tables(task.tables)
+  found = read_vectors(tables.rows_GE, still.ids(batch, jnp.int32(0)), task.tables)
   rows, sizes = np.asarray(tables.rows_GE), (task.tables.sub_tables, task.tables.rows, task.tables.hash_seed)
   for vectors, name in zip(found, ('history_item', 'candidate_item'), strict=True):
     expected = rows[hash_rows(batch[name], *sizes)].reshape(*batch[name].shape[:2], -1)
     np.testing.assert_array_equal(vectors, expected)
-  assert split_vectors(None, inputs) == (None, None)
 
 
 def test_randomised_candidates_are_not_in_the_history(task, batch):
   config = replace(task.config, cold_start=ColdStartConfig(randomise=1.0))
-  ids = np.asarray(replace(task, config=config).ids(batch, jnp.int32(0)))
-  history = batch['history_item'].reshape(-1, 2)
-  np.testing.assert_array_equal(ids[: len(history)], history)
-  assert not np.any(np.all(ids[len(history) :] == batch['candidate_item'].reshape(-1, 2), axis=-1))
+  history, candidate = replace(task, config=config).ids(batch, jnp.int32(0))
+  np.testing.assert_array_equal(history, batch['history_item'])
+  assert not np.any(np.all(candidate == batch['candidate_item'], axis=-1))
 
 
 def test_predictions_stand_beside_what_happened(toy_run):
@@ -302,7 +301,7 @@ def test_predict_scores_each_candidate_in_its_place(toy_run, task, stats):
   requests = toy_run.requests(toy_run.experiment, 'test')
   task = replace(task, config=replace(task.config, batch_requests=60))
   assert len(requests) % 60
-  params, rows_GE = _random_params(task), 20 * init_tables(jax.random.key(1), task.tables).rows_GE
+  params, rows_GE = _random_params(task), 20 * toy.tables(task.tables).rows_GE
   found = predict(task, params, rows_GE, stats, requests, 'test')
   weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
   rows, sizes = np.asarray(rows_GE), (task.tables.sub_tables, task.tables.rows, task.tables.hash_seed)

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pinfm_jax.config import PinFMConfig
+from pinfm_jax.config import MeshConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import event_inputs, window_start
 from pinfm_jax.data.splits import usable_events
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.metrics import hr_at_k, mrr, ndcg_at_k
-from pinfm_jax.model.hashing import hash_rows, key_words
+from pinfm_jax.model.hashing import key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
+from pinfm_jax.train.exchange import read_vectors
 
 Array = jax.Array
 
@@ -75,13 +76,20 @@ def retrieval_task(
 
 
 def evaluate_retrieval(
-  task: RetrievalTask, model: PinFMConfig, params: Any, rows_GE: Array, ks: tuple[int, ...], chunk: int = 256
+  task: RetrievalTask,
+  model: PinFMConfig,
+  params: Any,
+  rows_GE: Array,
+  ks: tuple[int, ...],
+  chunk: int = 256,
+  layout: MeshConfig = MeshConfig(),
 ) -> dict[str, float]:
   """HR@k, NDCG@k and MRR of the tower and of popularity, every item of the catalogue ranked, nothing filtered.
 
-  Ties are counted against the model: the target ranks behind every item with the same score.
+  Ties are counted against the model: the target ranks behind every item with the same score. Runs under the mesh that
+  the tables lie on (`jax.set_mesh`), as `layout` says.
   """
-  encode, represent = _programs(model)
+  encode, represent = _programs(model, layout)
   z_VO = jnp.concatenate(
     [represent(params, rows_GE, jnp.asarray(words)) for words in _chunks(key_words(task.catalogue_V), 4096)]
   )
@@ -104,12 +112,9 @@ def evaluate_retrieval(
   }
 
 
-def _programs(model: PinFMConfig) -> tuple[Any, Any]:
-  tables = model.tables
-
+def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
   def vectors(rows_GE: Array, words: Array) -> Array:
-    rows = hash_rows(words, tables.sub_tables, tables.rows, tables.hash_seed)
-    return rows_GE[rows].reshape(*rows.shape[:-1], -1)
+    return read_vectors(rows_GE, (words,), model.tables, layout.table_axes)[0]
 
   @jax.jit
   def encode(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
@@ -120,7 +125,7 @@ def _programs(model: PinFMConfig) -> tuple[Any, Any]:
 
   @jax.jit
   def represent(params: Any, rows_GE: Array, words: Array) -> Array:
-    return PinFM(model).apply({'params': params}, vectors(rows_GE, words), method='targets')
+    return PinFM(model).apply({'params': params}, vectors(rows_GE, words[:, None])[:, 0], method='targets')
 
   return encode, represent
 

@@ -27,9 +27,11 @@ def _finetune(run: Run, seed: int, arm: Arm) -> None:
   part = run.requests(experiment, experiment.evaluate.split)  # before training: it may turn out to be empty
   task = run.task(experiment, training_steps(experiment.finetune, len(requests)))
   pretrained = run.pretrain_directory(seed) if needs_pretraining(experiment) else None
-  state = finetune(task, requests, run.mesh, directory, seed, pretrained)
+  state = finetune(task, requests, run.mesh, directory, seed, pretrained, experiment.mesh)
   with jax.set_mesh(run.mesh):
     rows_GE = state.tables.rows_GE if state.tables else None
-    predictions = predict(task, state.params, rows_GE, state.constants, part, f'{directory.name}: predict')
+    predictions = predict(
+      task, state.params, rows_GE, state.constants, part, f'{directory.name}: predict', experiment.mesh
+    )
   predictions.save(directory / 'predictions.npz')
   write_json(directory / 'results.json', {'steps': task.steps, 'requests': len(requests)})

@@ -1,5 +1,7 @@
 """Stage `pretrain`: one tower a seed, measured by whole-catalogue retrieval."""
 
+import jax
+
 from pinfm_jax.data.pipeline import action_bits
 from pinfm_jax.evaluate.retrieval import evaluate_retrieval, retrieval_task
 from pinfm_jax.stages.context import Run, needs_pretraining
@@ -24,7 +26,7 @@ def pretrain_stage(run: Run) -> None:
 def _pretrain(run: Run, seed: int) -> None:
   config, evaluate, directory = run.experiment.pretrain, run.experiment.evaluate, run.pretrain_directory(seed)
   until = run.split.pretrain_until
-  state = pretrain(run.dataset, until, run.model, config, run.mesh, directory, seed)
+  state = pretrain(run.dataset, until, run.model, config, run.mesh, directory, seed, run.experiment.mesh)
   task = retrieval_task(
     run.dataset,
     until,
@@ -33,5 +35,8 @@ def _pretrain(run: Run, seed: int) -> None:
     action_bits(config, run.dataset.info.actions),
     evaluate.retrieval_users,
   )
-  figures = evaluate_retrieval(task, run.model, state.params['pinfm'], state.tables.rows_GE, evaluate.ks)
+  with jax.set_mesh(run.mesh):
+    figures = evaluate_retrieval(
+      task, run.model, state.params['pinfm'], state.tables.rows_GE, evaluate.ks, layout=run.experiment.mesh
+    )
   write_json(directory / 'results.json', {f'retrieval/{name}': value for name, value in figures.items()})

@@ -135,7 +135,9 @@ def _plain(state: TrainState) -> dict[str, Any]:
     'opt_state': {'count': state.opt_state.count, 'mu': state.opt_state.mu, 'nu': state.opt_state.nu},
   }
   if tables is not None:
-    plain['tables'] = {'rows': tables.rows_GE, 'accumulator': tables.accumulator_G}
+    plain['tables'] = {'rows': tables.rows_GE}
+    if tables.accumulator_G is not None:
+      plain['tables']['accumulator'] = tables.accumulator_G
   if state.constants is not None:
     plain['constants'] = {field: getattr(state.constants, field) for field in state.constants.__dataclass_fields__}
   return plain
@@ -144,7 +146,7 @@ def _plain(state: TrainState) -> dict[str, Any]:
 def _rebuild(like: TrainState, plain: dict[str, Any]) -> TrainState:
   tables, constants = like.tables, like.constants
   if tables is not None:
-    tables = type(tables)(plain['tables']['rows'], plain['tables']['accumulator'])
+    tables = type(tables)(plain['tables']['rows'], plain['tables'].get('accumulator'))
   if constants is not None:
     constants = type(constants)(**plain['constants'])
   opt_state = type(like.opt_state)(**plain['opt_state'])

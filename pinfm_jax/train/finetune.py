@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pinfm_jax.config import FinetuneConfig, PinFMConfig, PretrainConfig, RankerConfig, TableConfig
+from pinfm_jax.config import FinetuneConfig, MeshConfig, PinFMConfig, PretrainConfig, RankerConfig, TableConfig
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, training_batches
 from pinfm_jax.errors import UserError
@@ -76,20 +76,20 @@ class FinetuneTask:
       params['log_temperature'] = jnp.log(jnp.float32(0.05))
     return params
 
-  def ids(self, batch: Batch, step: Array) -> Array:
-    """Ids of the histories, then those of the candidates, some of which are randomised (CIR)."""
+  def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
+    """Ids of the histories, and those of the candidates, some of which are randomised (CIR)."""
     candidate = batch['candidate_item']
     users, candidates = candidate.shape[:2]
     place_UC = jnp.arange(users * candidates, dtype=jnp.int32).reshape(users, candidates)
     candidate = randomise_candidates(candidate, place_UC, step, self.config.cold_start.randomise)
-    return jnp.concatenate([batch['history_item'].reshape(-1, 2), candidate.reshape(-1, 2)])
+    return batch['history_item'], candidate
 
   def loss(
-    self, params: Any, vectors_MV: Array | None, batch: Batch, step: Array, key: Array, constants: DenseStats
+    self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: DenseStats
   ) -> tuple[Array, dict[str, Array]]:
     """Ranking losses on the final prediction and on the module's own, their squared difference, and L_ntl."""
     inputs = ranking_batch(batch)
-    vectors = split_vectors(vectors_MV, inputs)
+    vectors = vectors or (None, None)
     weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
     need_ntl = self.tables is not None and self.config.ntl_weight > 0
     output = self.module.apply(
@@ -129,15 +129,6 @@ def ranking_batch(batch: Batch) -> RankingBatch:
   candidates = CandidateBatch(*(batch[f'candidate_{name}'] for name in names))
   index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
   return RankingBatch(events, candidates, batch['candidate_labels'], index_U)
-
-
-def split_vectors(vectors_MV: Array | None, batch: RankingBatch) -> tuple[Array | None, Array | None]:
-  """Undoes the concatenation of `FinetuneTask.ids`: vectors of the histories, vectors of the candidates."""
-  if vectors_MV is None:
-    return None, None
-  users, length = batch.events.mask_UL.shape
-  history, candidate = vectors_MV[: users * length], vectors_MV[users * length :]
-  return history.reshape(users, length, -1), candidate.reshape(users, -1, history.shape[-1])
 
 
 def ranking_loss(logits_UCT: Array, labels_UCT: Array, mask_UC: Array, weight_T: Array) -> Array:
@@ -184,15 +175,21 @@ def warm_started(state: TrainState, pretrained: Path) -> TrainState:
 
   names = ('pinfm', 'log_temperature')
   params = {**state.params, **{n: jax.tree.map(place, source['params'][n], state.params[n]) for n in names}}
-  tables = Tables(
-    place(source['tables']['rows'], state.tables.rows_GE),
-    place(source['tables']['accumulator'], state.tables.accumulator_G),
-  )
+  accumulator = state.tables.accumulator_G
+  if accumulator is not None and 'accumulator' in source['tables']:
+    accumulator = place(source['tables']['accumulator'], accumulator)
+  tables = Tables(place(source['tables']['rows'], state.tables.rows_GE), accumulator)
   return state.replace(params=params, tables=tables)
 
 
 def finetune(
-  task: FinetuneTask, requests: Requests, mesh: Mesh, directory: Path, seed: int, pretrained: Path | None
+  task: FinetuneTask,
+  requests: Requests,
+  mesh: Mesh,
+  directory: Path,
+  seed: int,
+  pretrained: Path | None,
+  layout: MeshConfig = MeshConfig(),
 ) -> TrainState:
   """Runs (or resumes) fine-tuning.
 
@@ -203,6 +200,7 @@ def finetune(
     directory: of the arm.
     seed: of initialisation and order.
     pretrained: directory of the pretraining run to warm-start from, or None.
+    layout: how the tables lie over the mesh.
   """
   config, positions = task.config, task.model.tower.max_positions
   if task.tables and config.history_length >= positions:
@@ -225,7 +223,7 @@ def finetune(
     return training_batches(requests, config.batch_requests, seed, first_step, jax.process_index(), jax.process_count())
 
   warm = (lambda state: warm_started(state, pretrained)) if pretrained and task.tables else None
-  return train(task, mesh, directory, loop, batches, dense_stats(requests), warm)
+  return train(task, mesh, directory, loop, batches, dense_stats(requests), warm, layout)
 
 
 def training_steps(config: FinetuneConfig, examples: int) -> int:

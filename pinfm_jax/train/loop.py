@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pinfm_jax.config import MeshConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
 from pinfm_jax.train.checkpoint import Checkpoints, abstract_state
@@ -40,6 +41,7 @@ def train(
   batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
   constants: Any = None,
   warm_start: Callable[[TrainState], TrainState] | None = None,
+  layout: MeshConfig = MeshConfig(),
 ) -> TrainState:
   """Trains to `config.steps`, from the directory's newest checkpoint if it has one.
 
@@ -53,6 +55,7 @@ def train(
     batches: first step -> the batches from that step on.
     constants: goes into the state as it is.
     warm_start: changes the fresh state, for example to pretrained values.
+    layout: how the tables lie over the mesh.
 
   Returns:
     The final state, which is also on disk.
@@ -68,11 +71,11 @@ def train(
     )
   checkpoints = Checkpoints(directory / 'checkpoints')
   with jax.set_mesh(mesh):
-    state = _start(task, mesh, config, checkpoints, constants, warm_start)
+    state = _start(task, mesh, config, checkpoints, constants, warm_start, layout)
     first = int(state.step)
     log = _Log(directory, config, first)
     if first < config.steps:
-      state = _run(task, mesh, config, batches, checkpoints, state, log)
+      state = _run(task, mesh, config, batches, checkpoints, state, log, layout)
     checkpoints.close()
     log.close()
   return state
@@ -85,10 +88,11 @@ def _start(
   checkpoints: Checkpoints,
   constants: Any,
   warm_start: Callable[[TrainState], TrainState] | None,
+  layout: MeshConfig,
 ) -> TrainState:
-  create = init_state(task, mesh, config.seed, constants)
+  create = init_state(task, mesh, config.seed, constants, layout)
   if checkpoints.latest_step is not None:
-    abstract = abstract_state(create, state_shardings(task, mesh, constants))
+    abstract = abstract_state(create, state_shardings(task, mesh, constants, layout))
     return checkpoints.restore(abstract, config.position)
   state = create()
   return warm_start(state) if warm_start else state
@@ -102,9 +106,10 @@ def _run(
   checkpoints: Checkpoints,
   state: TrainState,
   log: '_Log',
+  layout: MeshConfig,
 ) -> TrainState:
   first = int(state.step)
-  stream, run_step = batches(first), make_step(task)
+  stream, run_step = batches(first), make_step(task, layout)
   pending = None
   for step in range(first, config.steps):
     begin = time.monotonic()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pinfm_jax.config import PinFMConfig, PretrainConfig, TableConfig
+from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.errors import UserError
@@ -46,21 +46,20 @@ class PretrainTask:
     params = PinFM(self.model).init(key, vectors, events)['params']
     return {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
 
-  def ids(self, batch: Batch, step: Array) -> Array:
+  def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
     """The events' ids: targets are events too."""
-    return batch['item'].reshape(-1, 2)
+    return (batch['item'],)
 
   def loss(
-    self, params: Any, vectors_MV: Array, batch: Batch, step: Array, key: Array, constants: None
+    self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: None
   ) -> tuple[Array, dict[str, Array]]:
     """The three sequence losses of a batch of segments."""
     events = segment_events(batch)
-    users, length = events.mask_UL.shape
-    vectors_ULV = vectors_MV.reshape(users, length, -1)
+    (vectors_ULV,) = vectors
     model, weights = PinFM(self.model), {'params': params['pinfm']}
     h_ULO, _ = model.apply(weights, vectors_ULV, events, train=True, rngs={'dropout': key}, method='encode')
     z_ULO = model.apply(weights, vectors_ULV, method='targets')
-    index_U = jnp.arange(users, dtype=jnp.int32)
+    index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
     return sequence_losses(
       h_ULO, z_ULO, params['log_temperature'], events, self.config, self.action_bits, step, index_U
     )
@@ -80,6 +79,7 @@ def pretrain(
   mesh: Mesh,
   directory: Path,
   seed: int,
+  layout: MeshConfig = MeshConfig(),
 ) -> TrainState:
   """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
 
@@ -106,4 +106,4 @@ def pretrain(
   def batches(first_step: int):
     return training_batches(segments, config.batch_segments, seed, first_step, jax.process_index(), jax.process_count())
 
-  return train(task, mesh, directory, loop, batches)
+  return train(task, mesh, directory, loop, batches, layout=layout)

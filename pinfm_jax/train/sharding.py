@@ -13,6 +13,7 @@ from pinfm_jax.config import MeshConfig
 from pinfm_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'model')
+BATCH_AXES = ('data', 'fsdp')  # examples lie over these
 
 # Logical axis of a parameter -> mesh axis. An axis that does not divide a dimension leaves it whole.
 RULES = (('embed', 'fsdp'), ('mlp', 'model'), ('heads', 'model'), ('layers', None))
@@ -44,9 +45,9 @@ def parameter_shardings(mesh: Mesh, boxed: Any) -> Any:
   return jax.tree.map(lambda shape, spec: NamedSharding(mesh, _divisible(mesh, shape.shape, spec)), shapes, specs)
 
 
-def table_sharding(mesh: Mesh) -> NamedSharding:
-  """Tables (and accumulators) by rows over all mesh axes."""
-  return NamedSharding(mesh, P(AXES))
+def table_sharding(mesh: Mesh, axes: tuple[str, ...] = AXES) -> NamedSharding:
+  """Tables (and accumulators) by rows over the table axes; over the other axes they are replicated."""
+  return NamedSharding(mesh, P(axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -56,7 +57,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Examples over the data and fsdp axes."""
-  return NamedSharding(mesh, P(('data', 'fsdp')))
+  return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

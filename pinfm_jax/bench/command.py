@@ -20,7 +20,8 @@ def _add_tables(kinds) -> None:
     'gradients, in one process, interleaved.',
   )
   _add_common(command, 'tables')
-  command.add_argument('--parts', metavar='A,B', help='only these: step, alone, dense (default: all)')
+  command.add_argument('--parts', metavar='A,B', help='only these: step, alone, dense, traffic (default: all)')
+  command.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of the stored rows')
   command.set_defaults(function=_tables)
 
 
@@ -29,7 +30,8 @@ def _tables(arguments: argparse.Namespace) -> None:
   from pinfm_jax.bench.tables import FULL, PARTS, QUICK, bench_tables
 
   parts = PARTS if arguments.parts is None else tuple(arguments.parts.split(','))
-  bench_tables(arguments.out, parts, QUICK if arguments.quick else FULL)
+  sizes = replace(QUICK if arguments.quick else FULL, dtype=arguments.dtype)
+  bench_tables(arguments.out, parts, sizes)
 
 
 def _add_pretrain(kinds) -> None:

@@ -1,7 +1,7 @@
 """`pinfm bench tables`: what the number of table rows costs, in a whole pretraining step and in the tables alone."""
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,17 @@ from pinfm_jax.bench import plot
 from pinfm_jax.bench.results import Figure, Findings, environment, make_directory, write_findings
 from pinfm_jax.bench.segments import Stepper, random_segments
 from pinfm_jax.bench.timing import Spread, interleave, ratios
+from pinfm_jax.bench.traffic import DEVICES, measure_traffic
 from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig, TowerConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows
-from pinfm_jax.model.tables import gather_rows, init_tables, item_vectors, plan_rows, update_rows
+from pinfm_jax.model.tables import Tables, as_float32, gather_rows, init_rows, item_vectors, plan_rows, update_rows
 from pinfm_jax.train.pretrain import PretrainTask
 from pinfm_jax.train.sharding import make_mesh
 
 Array = jax.Array
 
-PARTS = ('step', 'alone', 'dense')
+PARTS = ('step', 'alone', 'dense', 'traffic')
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TableSizes:
     small: rows a sub-table of the full step's small tables.
     large: of its large tables.
     width: of a row.
+    dtype: of the stored rows.
     tower: of the full step: a small one, beside which the cost of the tables shows.
     segments: a batch of the full step.
     length: events a segment.
@@ -45,12 +47,14 @@ class TableSizes:
     ids: looked up and updated a step by the tables alone, all fresh.
     rounds: timed rounds.
     dense_rounds: timed rounds of the dense comparison.
+    quick: nothing is asked of these sizes, and the traffic is that of a small batch.
   """
 
   sub_tables: int = 8
   small: int = 128_000
   large: int = 8_000_000
   width: int = 32
+  dtype: str = 'float32'
   tower: TowerConfig = TowerConfig(layers=2, width=256, heads=8, output_width=256, max_positions=256)
   segments: int = 16
   length: int = 256
@@ -61,13 +65,14 @@ class TableSizes:
   ids: int = 16_384
   rounds: int = 15
   dense_rounds: int = 5
+  quick: bool = False
 
 
 FULL = TableSizes()
 QUICK = TableSizes(
   small=200, large=2_000, width=8, tower=TowerConfig(layers=1, width=16, heads=2, output_width=16, max_positions=16),
   segments=4, length=16, columns=16, alone_small=1_000, alone_large=8_000, dense_rows=20_000, ids=256, rounds=3,
-  dense_rounds=2,
+  dense_rounds=2, quick=True,
 )  # fmt: skip
 
 
@@ -75,7 +80,7 @@ def bench_tables(out: str | Path, parts: tuple[str, ...] = PARTS, sizes: TableSi
   """Measures the parts asked for; prints and writes the results.
 
   Args:
-    out: directory of results.json, results.md and tables.png.
+    out: directory of results.json, results.md, tables.png and traffic.png.
     parts: some of PARTS.
     sizes: what is measured.
 
@@ -89,14 +94,26 @@ def bench_tables(out: str | Path, parts: tuple[str, ...] = PARTS, sizes: TableSi
   figures: list[Figure] = []
   for part in parts:
     print(f'== {part}', flush=True)
-    figures += {'step': _full_step, 'alone': _alone, 'dense': _dense}[part](sizes)
+    if part == 'traffic':
+      figures += measure_traffic(directory, sizes.quick)
+    else:
+      figures += {'step': _full_step, 'alone': _alone, 'dense': _dense}[part](sizes)
     gc.collect()  # the next part needs the memory of this one's tables
-  notes = ('Every step brings fresh uniform ids, so that rows come from memory and not from a cache.',)
+  if sizes.quick:
+    figures = [replace(figure, at_most=None, at_least=None) for figure in figures]
+  notes = ['Every timed step brings fresh uniform ids, so that rows come from memory and not from a cache.']
+  if 'traffic' in parts:
+    notes.append(
+      f'Traffic: {DEVICES} simulated devices, 8 x 80 M x 32 float32 rows, global batch of 512 x 64 events (--quick: '
+      'less); the capacity is set on a first batch, the figures are of 8 others. What a device sends to itself counts.'
+    )
   settings = asdict(sizes) | {'tower': f'{sizes.tower.layers} layers x {sizes.tower.width}'}
   findings = Findings('Tables: cost against the number of rows', settings, figures, notes, machine)
   write_findings(findings, directory)
-  times = {figure.text: figure.value for figure in figures if figure.unit == 's'}
-  plot.bars(directory / 'tables.png', findings.title, times, 'seconds a step')
+  for unit, label, name in (('s', 'seconds a step', 'tables'), ('bytes', 'bytes a step', 'traffic')):
+    values = {figure.text: figure.value for figure in figures if figure.unit == unit}
+    if values:
+      plot.bars(directory / f'{name}.png', findings.title, values, label)
   return findings
 
 
@@ -117,7 +134,7 @@ def _full_step(sizes: TableSizes) -> list[Figure]:
   with jax.set_mesh(mesh):
     runs = {}
     for name, rows in (('small', sizes.small), ('large', sizes.large)):
-      tables = TableConfig(sub_tables=sizes.sub_tables, rows=rows, width=sizes.width)
+      tables = TableConfig(sub_tables=sizes.sub_tables, rows=rows, width=sizes.width, dtype=sizes.dtype)
       model = PinFMConfig(tables, sizes.tower, num_actions=actions, num_surfaces=surfaces)
       runs[name] = Stepper(PretrainTask(model, pretrain, 0), mesh, batches)
     seconds = interleave(runs, sizes.rounds)
@@ -138,7 +155,7 @@ def _alone(sizes: TableSizes) -> list[Figure]:
   """Lookup and update of one sub-table, large and small."""
   words = _fresh_ids(sizes.ids, sizes.rounds + 2)
   runs = {
-    name: _SparseTable(TableConfig(sub_tables=1, rows=rows, width=sizes.width), words)
+    name: _SparseTable(_one(rows, sizes), words)
     for name, rows in (('small', sizes.alone_small), ('large', sizes.alone_large))
   }
   seconds = interleave(runs, sizes.rounds)
@@ -159,7 +176,7 @@ def _alone(sizes: TableSizes) -> list[Figure]:
 def _dense(sizes: TableSizes) -> list[Figure]:
   """Lookup and update of one sub-table against the gradient of a dense lookup with Optax's Adagrad."""
   words = _fresh_ids(sizes.ids, sizes.dense_rounds + 1)
-  config = TableConfig(sub_tables=1, rows=sizes.dense_rows, width=sizes.width)
+  config = _one(sizes.dense_rows, sizes)
   runs = {'sparse': _SparseTable(config, words), 'dense': _DenseTable(config, words)}
   seconds = interleave(runs, sizes.dense_rounds, warmup=1)
   rows = _count(sizes.dense_rows)
@@ -179,21 +196,23 @@ class _SparseTable:
   def __init__(self, config: TableConfig, words_NM2: Array):
     self._words_NM2, self.steps = words_NM2, 0
     self._weight_MV = _weights(words_NM2.shape[1], config.item_width)
-    self._tables = jax.jit(lambda key: init_tables(key, config))(jax.random.key(0))
+    self._tables = jax.jit(
+      lambda salt: Tables(init_rows(config, config.rows, salt), jnp.zeros(config.rows, jnp.float32))
+    )(jnp.uint32(0))
 
-    def step(tables, words_M2, weight_MV):
+    def step(tables, words_M2, weight_MV, number):
       plan = plan_rows(words_M2, config)
-      gathered_KE = gather_rows(tables.rows_GE, plan)
-      grad_KE = jax.grad(lambda rows: _loss(item_vectors(rows, plan), weight_MV))(gathered_KE)
-      return update_rows(tables, plan, grad_KE, 0.05)
+      gathered_KE = as_float32(gather_rows(tables.rows_GE, plan.unique_K))
+      grad_KE = jax.grad(lambda rows: _loss(item_vectors(rows, plan.inverse_MS), weight_MV))(gathered_KE)
+      return update_rows(tables, plan.unique_K, grad_KE, 0.05, number)
 
-    arguments = self._tables, words_NM2[0], self._weight_MV
+    arguments = self._tables, words_NM2[0], self._weight_MV, jnp.uint32(0)
     self._step = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     self.temporary_bytes = self._step.memory_analysis().temp_size_in_bytes
 
   def __call__(self, number: int) -> Any:
     words_M2 = self._words_NM2[number % len(self._words_NM2)]
-    self._tables = self._step(self._tables, words_M2, self._weight_MV)
+    self._tables = self._step(self._tables, words_M2, self._weight_MV, jnp.uint32(number))
     self.steps += 1
     return self._tables
 
@@ -223,6 +242,10 @@ class _DenseTable:
     self._state = self._step(*self._state, words_M2, self._weight_MV)
     self.steps += 1
     return self._state
+
+
+def _one(rows: int, sizes: TableSizes) -> TableConfig:
+  return TableConfig(sub_tables=1, rows=rows, width=sizes.width, dtype=sizes.dtype)
 
 
 def _loss(vectors_MV: Array, weight_MV: Array) -> Array:

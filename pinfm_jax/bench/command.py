@@ -10,6 +10,7 @@ def add_bench(commands) -> None:
   kinds = command.add_subparsers(dest='kind', required=True, metavar='KIND')
   _add_tables(kinds)
   _add_pretrain(kinds)
+  _add_scaling(kinds)
 
 
 def _add_tables(kinds) -> None:
@@ -62,6 +63,24 @@ def _pretrain(arguments: argparse.Namespace) -> None:
   shape = replace(sizes.shape, **{k: given[k] for k in ('width', 'layers', 'heads', 'length') if k in given})
   rest = {k: given[k] for k in ('columns', 'rounds', 'batches', 'items') if k in given}
   bench_pretrain(arguments.out, arguments.rival, replace(sizes, shape=shape, **rest))
+
+
+def _add_scaling(kinds) -> None:
+  command = kinds.add_parser(
+    'scaling',
+    help='held-out loss against table rows and tower size',
+    description='Trains the points of a launch file and measures the loss of held-out users. Resumable.',
+  )
+  command.add_argument('file', metavar='FILE', help='a launch file with `scaling`: experiments/scaling_law.py')
+  _add_common(command, 'scaling')
+  command.set_defaults(function=_scaling)
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+  _threads(arguments)
+  from pinfm_jax.bench.scaling import bench_scaling
+
+  bench_scaling(arguments.file, arguments.out, arguments.quick)
 
 
 def _add_common(command: argparse.ArgumentParser, name: str) -> None:

@@ -6,15 +6,16 @@ Time:      5 points of about 5 minutes, and 2 minutes for the data; resumable
 Expected:  see experiments/README.md
 
 Rows matter when items collide, so the feed has 500,000 items, of which some 350,000 are used: 1 M rows in all are
-8 x 125,000, so that a row stands for three items; with 64 M rows hardly any row is shared. Requests hold one impression,
-since only the events are used. The held-out loss is measured on users who never train; all their items are used by
-others. One thing is varied at a time: rows with the middle tower, towers with the middle number of rows.
+8 x 125,000, so that a row stands for three items; with 64 M rows hardly any row is shared. Requests hold one
+impression, since only the events are used. The held-out loss is measured on users who never train. One thing is
+varied at a time: rows with the middle tower, towers with the middle number of rows.
 """
 
 from pinfm_jax.bench.scaling import Scaling
 from pinfm_jax.config import (
   DataConfig,
   Experiment,
+  FinetuneConfig,
   PinFMConfig,
   PretrainConfig,
   TableConfig,
@@ -54,6 +55,7 @@ experiment = Experiment(
     max_columns=2048,
     update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.05, warmup_steps=50),
   ),
+  finetune=FinetuneConfig(history_length=48, history_block=16),
   arms=(),
 )
 

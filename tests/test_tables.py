@@ -158,7 +158,7 @@ def test_stochastic_rounding_is_unbiased_and_takes_a_neighbour():
     distance = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(exact), 1e-30))) - 7)
     assert np.all(np.abs(found - exact) <= distance * 1.001 + 1e-12)
     mean += found / count
-  # Averaged over draws and elements the error must vanish: its deviation is below half a neighbour's distance / sqrt(n).
+  # Averaged over draws and elements the error must vanish: its deviation is below half a distance / sqrt(n).
   error = (mean - exact) / distance
   assert abs(error.mean()) < 4 * 0.5 / np.sqrt(error.size * count)
 

@@ -192,7 +192,7 @@ def _hash_cells(row_K: Array, column_E: Array, salt: Array) -> Array:
 
 
 def _store(values: Array, dtype: jnp.dtype, random_bits: Array | None) -> Array:
-  """float32 values in the storage type; bfloat16 is rounded to nearest, or stochastically by the lower 16 bits given."""
+  """float32 values as they are stored; to bfloat16 rounded to nearest, or stochastically by the 16 lower bits given."""
   if dtype == jnp.float32:
     return values
   if random_bits is None:

@@ -7,7 +7,7 @@ the gradients of a row that several devices used and updates it once.
 A round moves at most `capacity` rows between two devices, so shapes are static. Rows are split among rounds by where
 they lie in their owner's range: a row is then in the same round for every device, and its gradients meet there. With
 uniform ids one round is enough; with skewed ones the range is halved until every part fits, and nothing is dropped.
-The number of rounds changes no result.
+The number of rounds changes no row's sum, only the order in which the squares of all rows are added for the norm.
 """
 
 import math
@@ -201,6 +201,8 @@ class Exchange:
 
   def _rounds(self, unique_K: Array) -> Array:
     """Halves the owners' ranges until each part is asked for at most `capacity` rows by any device."""
+    if self._owners == 1:
+      return jnp.int32(1)
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
       rounds = state[0] * 2
@@ -269,6 +271,13 @@ class Exchange:
       return row_K, sums_KE
     gathered = (jax.lax.all_gather(x, self._replica_axes, axis=0, tiled=True) for x in (row_K, sums_KE))
     return sum_duplicates(*gathered)
+
+
+def fitted_capacity(tables: TableConfig, rows: int, axes: tuple[str, ...], ids: tuple[Array, ...]) -> int:
+  """A capacity that serves batches like this one in a single round: the largest request, a sixteenth, rounded up."""
+  exchange = Exchange(tables, rows, axes)
+  largest = int(jax.jit(exchange.largest_request)(ids))
+  return -(-largest * 17 // (16 * 16)) * 16
 
 
 def read_vectors(

@@ -78,7 +78,7 @@ def test_one_device_reads_the_rows_that_the_hash_names():
 
 
 def test_rounds_change_no_bit(out, seen):
-  for narrow, wide in (('8_narrow', '8'), ('replicas_narrow', 'replicas')):
+  for narrow, wide in (('8_narrow', '8_wide'), ('replicas_narrow', 'replicas_wide')):
     assert seen[narrow]['exchange/rounds'] > 1
     assert seen[wide]['exchange/rounds'] == 1
     for key, value in np.load(out / f'{wide}.npz').items():
@@ -101,11 +101,8 @@ def test_each_device_asks_for_its_distinct_rows_alone(name, seen):
   """The rows counted are those of NumPy's unique over each device's part of the ids."""
   mesh, axes, *_ = worker.CASES[name]
   data, fsdp, model = worker.MESHES[mesh]
-  total, largest, owners = (
-    0,
-    0,
-    int(np.prod([dict(zip(worker.AXES, (data, fsdp, model), strict=True))[a] for a in axes])),
-  )
+  sizes = dict(zip(worker.AXES, (data, fsdp, model), strict=True))
+  total, largest, owners = 0, 0, int(np.prod([sizes[axis] for axis in axes]))
   for device in range(data * fsdp):
     for m in range(model):
       parts = []

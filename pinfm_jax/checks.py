@@ -32,7 +32,10 @@ _CHOICES = {
   'finetune.init': ('pretrained', 'scratch'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
+  'model.tower.attention': ('auto', 'xla', 'flash'),
+  'model.tower.backbone': ('gpt2', 'hstu'),
   'model.tower.dtype': ('float32', 'bfloat16'),
+  'model.tower.remat': ('none', 'full', 'dots'),
 }
 
 
@@ -102,6 +105,11 @@ def _check_model(model: PinFMConfig) -> None:
   tower, tables = model.tower, model.tables
   if tower.width % tower.heads:
     raise UserError(f'model.tower.width {tower.width} is not a multiple of model.tower.heads {tower.heads}')
+  if tower.backbone == 'hstu' and tower.attention == 'flash':
+    raise UserError(
+      "model.tower.attention is 'flash', but flash kernels compute a softmax and model.tower.backbone 'hstu' has none; "
+      'set model.tower.attention=auto'
+    )
   if tables.sub_tables * tables.rows >= 2**31 - 2**28:
     raise UserError(
       f'model.tables: {tables.sub_tables} x {tables.rows} rows; rows are numbered by 31 bits, '

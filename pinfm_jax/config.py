@@ -45,8 +45,9 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class TowerConfig:
-  """The pre-LN decoder of PinFM and its pointwise MLPs."""
+  """The decoder of PinFM and its pointwise MLPs."""
 
+  backbone: str = 'gpt2'  # 'gpt2' (pre-LN) or 'hstu', which has no MLP: mlp_ratio is unused
   layers: int = 12
   width: int = 512
   heads: int = 8
@@ -55,6 +56,10 @@ class TowerConfig:
   max_positions: int = 512
   dropout: float = 0.0
   dtype: str = 'float32'  # of the activations; parameters, softmax and losses stay float32
+  remat: str = (
+    'none'  # 'full' or 'dots' (all but matmul outputs) is computed again in the backward pass, to save memory
+  )
+  attention: str = 'auto'  # 'xla' (plain), 'flash', or 'auto': flash where the device has a kernel for the sizes
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class PretrainConfig:
   steps: int = 1000
   batch_segments: int = 64  # U of the global batch
   segment_length: int = 384  # L
+  pack: bool = False  # several short segments share a row of length L; batch_segments then counts rows
   downstream_length: int = 256  # L_d: the future-token loss's anchor
   window: int = 16  # L'
   pairs: int = 4  # offsets drawn of the window for an anchor of the multi-token loss

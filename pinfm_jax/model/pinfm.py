@@ -102,9 +102,9 @@ class PinFM(nn.Module):
     action_bits_ULA = unpack_bits(events.actions_UL, self.config.num_actions)
     actions_ULV = action_bits_ULA.astype(jnp.float32) @ self.action_embedding[:-1]  # an event's actions are summed
     surfaces_ULV = self.surface_embedding[events.surface_UL]
-    x_ULD = self.phi_in(vectors_ULV + surfaces_ULV + actions_ULV) + self.position_embedding[:length]
+    x_ULD = self.phi_in(vectors_ULV + surfaces_ULV + actions_ULV) + self._positions(events)
     x_ULD = x_ULD.astype(self.config.tower.dtype)
-    output_ULD, kv = self.decoder.context(x_ULD, events.mask_UL, train, every_output)
+    output_ULD, kv = self.decoder.context(x_ULD, events.mask_UL, train, every_output, events.segment_UL)
     return self.phi_out(output_ULD), kv
 
   def cross(self, vectors_UCV: Array, context: LayerKV, mask_UL: Array, train: bool = False) -> Array:
@@ -124,9 +124,22 @@ class PinFM(nn.Module):
     x_UCD = x_UCD.astype(self.config.tower.dtype)
     return self.phi_out(self.decoder.crossing(x_UCD, context, mask_UL, train))
 
+  def _positions(self, events: EventBatch) -> Array:
+    """Position embeddings of the events, counted from the start of each segment: [L, D], or [U, L, D] if packed."""
+    if events.segment_UL is None:
+      return self.position_embedding[: events.mask_UL.shape[1]]
+    return self.position_embedding[segment_places(events.segment_UL)]
+
   def targets(self, vectors: Array) -> Array:
     """z = psi(emb(id)), unit length: [..., V] -> [..., O]."""
     return self.psi(vectors)
+
+
+def segment_places(segment_UL: Array) -> Array:
+  """Each event's place in its segment, from 0; the events of a segment stand together. int32 [U, L]."""
+  place_L = jnp.arange(segment_UL.shape[1], dtype=jnp.int32)
+  starts_UL = jnp.concatenate([jnp.ones_like(segment_UL[:, :1], bool), segment_UL[:, 1:] != segment_UL[:, :-1]], axis=1)
+  return place_L - jax.lax.cummax(jnp.where(starts_UL, place_L, 0), axis=1)
 
 
 def l2_normalise(x: Array) -> Array:

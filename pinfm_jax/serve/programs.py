@@ -12,7 +12,7 @@ batch. Parameters are arguments; item vectors enter as packed table rows (`serve
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -42,8 +42,9 @@ class ServingModel:
 
   @property
   def module(self) -> RankingModel:
-    """The Flax module."""
-    return RankingModel(self.model, self.ranker, self.spec)
+    """The Flax module, with plain attention: a program serves all platforms and any sizes, a flash kernel does not."""
+    tower = replace(self.model.tower, attention='xla', remat='none')
+    return RankingModel(replace(self.model, tower=tower), self.ranker, self.spec)
 
   def context(self, params: Tree, events: dict[str, Array]) -> dict[str, Array]:
     """The context pass: every layer's keys and values, and the user's representation."""

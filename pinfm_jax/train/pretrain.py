@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.data.packing import PackedSegments
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
@@ -92,6 +93,7 @@ def pretrain(
       f'{config.segment_length}; make segment_length larger, or set pretrain.ftl_weight=0'
     )
   segments = Segments.before(dataset, until_ms, config.segment_length)
+  examples = PackedSegments.of(segments) if config.pack else segments
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions))
   loop = LoopConfig(
     label=f'pretrain (seed {seed})',
@@ -100,10 +102,16 @@ def pretrain(
     examples=config.batch_segments,
     checkpoint_every=config.checkpoint_every,
     log_every=config.log_every,
-    position={'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments},
+    position={
+      'seed': seed,
+      'data': dataset.info.checksum,
+      'until_ms': until_ms,
+      'batch': config.batch_segments,
+      'pack': config.pack or None,  # None is what a checkpoint from before the option has
+    },
   )
 
   def batches(first_step: int):
-    return training_batches(segments, config.batch_segments, seed, first_step, jax.process_index(), jax.process_count())
+    return training_batches(examples, config.batch_segments, seed, first_step, jax.process_index(), jax.process_count())
 
   return train(task, mesh, directory, loop, batches, layout=layout)

@@ -30,9 +30,8 @@ def _tables(arguments: argparse.Namespace) -> None:
   _threads(arguments)
   from pinfm_jax.bench.tables import FULL, PARTS, QUICK, bench_tables
 
-  parts = PARTS if arguments.parts is None else tuple(arguments.parts.split(','))
   sizes = replace(QUICK if arguments.quick else FULL, dtype=arguments.dtype)
-  bench_tables(arguments.out, parts, sizes)
+  bench_tables(arguments.out, _parts(arguments, PARTS), sizes)
 
 
 def _add_pretrain(kinds) -> None:
@@ -43,6 +42,7 @@ def _add_pretrain(kinds) -> None:
     'github.com/pmixer/SASRec.pytorch at equal width, depth, heads, length and batch. Needs PyTorch for that.',
   )
   _add_common(command, 'pretrain')
+  command.add_argument('--parts', metavar='A,B', help='only these: speed, tower (default: both)')
   command.add_argument('--rival', metavar='DIR', help='a checkout of github.com/pmixer/SASRec.pytorch')
   for name, text in (
     ('width', 'of items and transformer'), ('layers', 'blocks'), ('heads', 'of the attention'),
@@ -56,13 +56,13 @@ def _add_pretrain(kinds) -> None:
 
 def _pretrain(arguments: argparse.Namespace) -> None:
   threads = _threads(arguments)
-  from pinfm_jax.bench.training import FULL, QUICK, bench_pretrain
+  from pinfm_jax.bench.training import FULL, PARTS, QUICK, bench_pretrain
 
   given = {name: value for name, value in vars(arguments).items() if value is not None}
   sizes = replace(QUICK if arguments.quick else FULL, threads=threads)
   shape = replace(sizes.shape, **{k: given[k] for k in ('width', 'layers', 'heads', 'length') if k in given})
   rest = {k: given[k] for k in ('columns', 'rounds', 'batches', 'items') if k in given}
-  bench_pretrain(arguments.out, arguments.rival, replace(sizes, shape=shape, **rest))
+  bench_pretrain(arguments.out, arguments.rival, _parts(arguments, PARTS), replace(sizes, shape=shape, **rest))
 
 
 def _add_scaling(kinds) -> None:
@@ -98,6 +98,10 @@ def _threads(arguments: argparse.Namespace) -> int:
   threads = len(os.sched_getaffinity(0)) if arguments.threads is None else arguments.threads
   use_threads(threads)
   return threads
+
+
+def _parts(arguments: argparse.Namespace, known: tuple[str, ...]) -> tuple[str, ...]:
+  return known if arguments.parts is None else tuple(arguments.parts.split(','))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -47,6 +47,14 @@ def bars(path: Path, title: str, values: Mapping[str, float], xlabel: str) -> No
     figure.savefig(path, dpi=150)
 
 
+def count(number: float) -> str:
+  """A number as '8 M', '128 k' or '200'."""
+  for scale, suffix in ((1_000_000, 'M'), (1_000, 'k')):
+    if number >= scale:
+      return f'{number / scale:.4g} {suffix}'
+  return f'{number:.4g}'
+
+
 Panel = tuple[str, str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
 
 
@@ -66,6 +74,9 @@ def lines(path: Path, panels: Sequence[Panel], ylabel: str, log_y: bool = False)
       for name, (x, y) in series.items():
         axes.plot(x, y, marker='o', label=name)
       axes.set_xscale('log')
+      places = sorted({value for x, _ in series.values() for value in x})
+      axes.set_xticks(places, [count(place) for place in places])
+      axes.set_xticks([], minor=True)
       if log_y:
         axes.set_yscale('log')
       axes.set_xlabel(xlabel)

@@ -159,7 +159,7 @@ def _alone(sizes: TableSizes) -> list[Figure]:
     for name, rows in (('small', sizes.alone_small), ('large', sizes.alone_large))
   }
   seconds = interleave(runs, sizes.rounds)
-  names = {'small': _count(sizes.alone_small), 'large': _count(sizes.alone_large)}
+  names = {'small': plot.count(sizes.alone_small), 'large': plot.count(sizes.alone_large)}
   return [
     Figure.of(
       'alone/ratio', f'tables alone, {names["large"]} over {names["small"]} rows',
@@ -179,7 +179,7 @@ def _dense(sizes: TableSizes) -> list[Figure]:
   config = _one(sizes.dense_rows, sizes)
   runs = {'sparse': _SparseTable(config, words), 'dense': _DenseTable(config, words)}
   seconds = interleave(runs, sizes.dense_rounds, warmup=1)
-  rows = _count(sizes.dense_rows)
+  rows = plot.count(sizes.dense_rows)
   return [
     Figure.of(
       'dense/ratio', f'jax.grad of a dense lookup with optax.adagrad over this, {rows} rows',
@@ -269,11 +269,4 @@ def _same_memory(name: str, text: str, large: int, small: int) -> Figure:
 
 
 def _shape(sizes: TableSizes, name: str) -> str:
-  return f'{sizes.sub_tables} x {_count(getattr(sizes, name))} rows'
-
-
-def _count(rows: int) -> str:
-  for scale, suffix in ((1_000_000, 'M'), (1_000, 'k')):
-    if rows >= scale:
-      return f'{rows / scale:g} {suffix}'
-  return str(rows)
+  return f'{sizes.sub_tables} x {plot.count(getattr(sizes, name))} rows'

@@ -28,8 +28,8 @@ from pinfm_jax.data.pipeline import Segments, training_batches
 from pinfm_jax.data.prepare import prepare
 from pinfm_jax.data.simulator import SimulatorConfig, simulate, simulated_prepare_config
 from pinfm_jax.model.tables import Tables, gather_rows, item_vectors, plan_rows, update_rows
-from pinfm_jax.train.exchange import Exchange
-from pinfm_jax.train.sharding import batch_sharding, make_mesh, replicated, table_sharding
+from pinfm_jax.train.exchange import Exchange, fitted_capacity
+from pinfm_jax.train.sharding import AXES, batch_sharding, make_mesh, replicated, table_sharding
 
 DEVICES = 8
 
@@ -43,8 +43,7 @@ class TrafficSizes:
     segments: of the global batch.
     length: events a segment.
     tables: the paper's, by default; plans need no memory for them.
-    batches: the first one sets the capacity, the others are measured.
-    margin: capacity over the largest request of the first batch.
+    batches: the first one sets the capacity (`train.exchange.fitted_capacity`), the others are measured.
   """
 
   feed: str = 'quickstart'
@@ -52,7 +51,6 @@ class TrafficSizes:
   length: int = 64
   tables: TableConfig = TableConfig()
   batches: int = 9
-  margin: float = 1.05
 
 
 QUICK = TrafficSizes('tiny', 32, 16, TableConfig(rows=5_000), batches=3)
@@ -145,8 +143,7 @@ def _figures(name: str, batches: list[np.ndarray], mesh: Mesh, sizes: TrafficSiz
   total = sizes.tables.sub_tables * sizes.tables.rows
   rows = -(-total // mesh.size) * mesh.size
   ids = [jax.device_put(batch, batch_sharding(mesh)) for batch in batches]
-  largest = int(jax.jit(lambda x: Exchange(sizes.tables, rows).largest_request((x,)))(ids[0]))
-  exchange = Exchange(sizes.tables, rows, capacity=math.ceil(sizes.margin * largest))
+  exchange = Exchange(sizes.tables, rows, capacity=fitted_capacity(sizes.tables, rows, AXES, (ids[0],)))
   traffic = jax.jit(lambda x: exchange.traffic(exchange.plan((x,))), out_shardings=replicated(mesh))
   found = [{k.split('/')[1]: float(v) for k, v in traffic(x).items()} for x in ids[1:]]
   needed, places, rounds = (float(np.mean([f[k] for f in found])) for k in ('rows', 'places', 'rounds'))

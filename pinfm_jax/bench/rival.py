@@ -40,11 +40,11 @@ def torch_is_installed() -> bool:
   return importlib.util.find_spec('torch') is not None
 
 
-def load_rival(directory: str | Path) -> ModuleType:
-  """The module of the rival's model class, from `python/model.py` (or `model.py`) of a checkout.
+def find_rival(directory: str | Path) -> Path:
+  """The file of the rival's model class: `python/model.py` (or `model.py`) of a checkout.
 
   Raises:
-    UserError: there is no such file, or it does not define SASRec.
+    UserError: there is no such file.
   """
   root = Path(directory)
   path = next((p for p in (root / 'python' / 'model.py', root / 'model.py') if p.is_file()), None)
@@ -52,6 +52,15 @@ def load_rival(directory: str | Path) -> ModuleType:
     raise UserError(
       f'--rival {directory} holds no python/model.py; expected a checkout of github.com/pmixer/SASRec.pytorch'
     )
+  return path
+
+
+def load_rival(path: Path) -> ModuleType:
+  """Imports the file of the rival's model class.
+
+  Raises:
+    UserError: it cannot be imported, or does not define SASRec.
+  """
   spec = importlib.util.spec_from_file_location('pinfm_bench_rival', path)
   module = importlib.util.module_from_spec(spec)
   try:

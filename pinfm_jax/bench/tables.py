@@ -111,7 +111,10 @@ def bench_tables(out: str | Path, parts: tuple[str, ...] = PARTS, sizes: TableSi
   findings = Findings('Tables: cost against the number of rows', settings, figures, notes, machine)
   write_findings(findings, directory)
   for unit, label, name in (('s', 'seconds a step', 'tables'), ('bytes', 'bytes a step', 'traffic')):
-    values = {figure.text: figure.value for figure in figures if figure.unit == unit}
+    wanted = [
+      figure for figure in figures if figure.unit == unit and figure.name.startswith('traffic') == (unit != 's')
+    ]
+    values = {figure.text: figure.value for figure in wanted}
     if values:
       plot.bars(directory / f'{name}.png', findings.title, values, label)
   return findings
@@ -143,7 +146,7 @@ def _full_step(sizes: TableSizes) -> list[Figure]:
       'step/ratio', f'full step, {_shape(sizes, "large")} over {_shape(sizes, "small")}',
       ratios(seconds['large'], seconds['small']), at_most=1.15,
     ),
-    _same_memory('step', 'full step', runs['large'].temporary_bytes, runs['small'].temporary_bytes),
+    *_memory('step', 'full step', runs['large'], runs['small']),
     *(
       Figure.of(f'step/{name}', f'full step, {_shape(sizes, name)}', Spread.of(seconds[name]), unit='s')
       for name in ('small', 'large')
@@ -165,7 +168,7 @@ def _alone(sizes: TableSizes) -> list[Figure]:
       'alone/ratio', f'tables alone, {names["large"]} over {names["small"]} rows',
       ratios(seconds['large'], seconds['small']), at_most=2.5,
     ),
-    _same_memory('alone', 'tables alone', runs['large'].temporary_bytes, runs['small'].temporary_bytes),
+    *_memory('alone', 'tables alone', runs['large'], runs['small']),
     *(
       Figure.of(f'alone/{name}', f'tables alone, {names[name]} rows', Spread.of(seconds[name]), unit='s')
       for name in ('small', 'large')
@@ -196,7 +199,7 @@ class _SparseTable:
   def __init__(self, config: TableConfig, words_NM2: Array):
     self._words_NM2, self.steps = words_NM2, 0
     self._weight_MV = _weights(words_NM2.shape[1], config.item_width)
-    self._tables = jax.jit(
+    self.arrays = jax.jit(
       lambda salt: Tables(init_rows(config, config.rows, salt), jnp.zeros(config.rows, jnp.float32))
     )(jnp.uint32(0))
 
@@ -206,15 +209,15 @@ class _SparseTable:
       grad_KE = jax.grad(lambda rows: _loss(item_vectors(rows, plan.inverse_MS), weight_MV))(gathered_KE)
       return update_rows(tables, plan.unique_K, grad_KE, 0.05, number)
 
-    arguments = self._tables, words_NM2[0], self._weight_MV, jnp.uint32(0)
+    arguments = self.arrays, words_NM2[0], self._weight_MV, jnp.uint32(0)
     self._step = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     self.temporary_bytes = self._step.memory_analysis().temp_size_in_bytes
 
   def __call__(self, number: int) -> Any:
     words_M2 = self._words_NM2[number % len(self._words_NM2)]
-    self._tables = self._step(self._tables, words_M2, self._weight_MV, jnp.uint32(number))
+    self.arrays = self._step(self.arrays, words_M2, self._weight_MV, jnp.uint32(number))
     self.steps += 1
-    return self._tables
+    return self.arrays
 
 
 class _DenseTable:
@@ -232,16 +235,16 @@ class _DenseTable:
       return optax.apply_updates(table_RE, update_RE), state
 
     table_RE = jax.jit(lambda: jnp.full((config.rows, config.width), config.init_scale))()
-    self._state = table_RE, jax.jit(optimizer.init)(table_RE)
-    arguments = *self._state, words_NM2[0], self._weight_MV
+    self.arrays = table_RE, jax.jit(optimizer.init)(table_RE)
+    arguments = *self.arrays, words_NM2[0], self._weight_MV
     self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
     self.temporary_bytes = self._step.memory_analysis().temp_size_in_bytes
 
   def __call__(self, number: int) -> Any:
     words_M2 = self._words_NM2[number % len(self._words_NM2)]
-    self._state = self._step(*self._state, words_M2, self._weight_MV)
+    self.arrays = self._step(*self.arrays, words_M2, self._weight_MV)
     self.steps += 1
-    return self._state
+    return self.arrays
 
 
 def _one(rows: int, sizes: TableSizes) -> TableConfig:
@@ -262,10 +265,13 @@ def _fresh_ids(ids: int, steps: int) -> Array:
   return jnp.asarray(np.random.default_rng(0).integers(0, 2**32, (steps, ids, 2), dtype=np.uint32))
 
 
-def _same_memory(name: str, text: str, large: int, small: int) -> Figure:
-  return Figure(
-    f'{name}/temporary_ratio', f'{text}: temporary memory, large over small', large / max(small, 1), at_most=1.0
-  )
+def _memory(name: str, text: str, large: Any, small: Any) -> list[Figure]:
+  """Temporary memory of both compiled programs, which should be equal."""
+  ratio = large.temporary_bytes / max(small.temporary_bytes, 1)
+  return [
+    Figure(f'{name}/temporary_ratio', f'{text}: temporary memory, large over small', ratio, at_most=1.0, at_least=1.0),
+    Figure(f'{name}/temporary', f'{text}: temporary memory, large', large.temporary_bytes, unit='bytes'),
+  ]
 
 
 def _shape(sizes: TableSizes, name: str) -> str:

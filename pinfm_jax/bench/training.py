@@ -12,7 +12,7 @@ import numpy as np
 
 from pinfm_jax.bench import plot
 from pinfm_jax.bench.results import Figure, Findings, environment, make_directory, write_findings
-from pinfm_jax.bench.rival import Rival, Shape, load_rival, rival_commit, torch_is_installed
+from pinfm_jax.bench.rival import Rival, Shape, find_rival, load_rival, rival_commit, torch_is_installed
 from pinfm_jax.bench.segments import Stepper, random_segments
 from pinfm_jax.bench.timing import Spread, interleave, ratios
 from pinfm_jax.bench.tower import measure_tower
@@ -70,7 +70,7 @@ def bench_pretrain(
 
   Args:
     out: directory of results.json, results.md and pretrain.png.
-    rival: checkout of the rival (see `rival.load_rival`), or None to measure our step alone.
+    rival: checkout of the rival (see `rival.find_rival`), or None to measure our step alone.
     parts: some of PARTS.
     sizes: what is measured.
 
@@ -157,8 +157,9 @@ def _ours(items: int, batch: int, sizes: TrainingSizes) -> Stepper:
 
 def _module(rival: str | Path | None) -> ModuleType | None:
   """The rival's module, or None where there is none to drive; what is left out is said at once."""
-  if rival is not None and torch_is_installed():
-    return load_rival(rival)
+  path = None if rival is None else find_rival(rival)
+  if path is not None and torch_is_installed():
+    return load_rival(path)
   print(_SKIPPED[rival is None], flush=True)
   return None
 

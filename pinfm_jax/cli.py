@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pinfm_jax import __version__
+from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
 
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_score,
     _add_report,
     _add_plan,
+    add_bench,
   ):
     add(commands)
   return parser

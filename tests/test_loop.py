@@ -37,7 +37,7 @@ class Line:
     return {'pinfm': {'slope': jnp.zeros(()), 'offset': jax.random.normal(key)}, 'log_temperature': jnp.zeros(())}
 
   def ids(self, batch, step):
-    return batch['id']
+    return ()
 
   def observe(self, constants, batch, step):
     return constants
@@ -55,11 +55,11 @@ class WithTables(Line):
   tables: TableConfig | None = TableConfig(sub_tables=2, rows=1000, width=4)
 
   def ids(self, batch, step):
-    return batch['id'] + step.astype(jnp.uint32)
+    return (batch['id'][:, None] + step.astype(jnp.uint32),)
 
-  def loss(self, params, vectors_MV, batch, step, key, constants):
+  def loss(self, params, vectors, batch, step, key, constants):
     loss, figures = super().loss(params, None, batch, step, key, constants)
-    return loss + jnp.mean(jnp.square(vectors_MV - 1)), figures
+    return loss + jnp.mean(jnp.square(vectors[0] - 1)), figures
 
 
 @flax.struct.dataclass

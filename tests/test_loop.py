@@ -100,8 +100,8 @@ def kept(directory):
 def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read(mesh, tmp_path, monkeypatch):
   events, make, read = [], loop.make_step, MetricsLog.read
 
-  def spied(task):
-    step = make(task)
+  def spied(task, layout):
+    step = make(task, layout)
 
     def run(state, batch):
       events.append(f'dispatch {sum(e.startswith("d") for e in events) + 1}')
@@ -313,8 +313,8 @@ def test_the_best_checkpoint_warms_up_another_run(mesh, tmp_path):
 def test_the_tables_stay_in_place_over_steps_measurements_and_saves(mesh, tmp_path, monkeypatch):
   addresses, make = [], loop.make_step
 
-  def spied(task):
-    step = make(task)
+  def spied(task, layout):
+    step = make(task, layout)
 
     def run(state, batch):
       addresses.append(state.tables.rows_GE.unsafe_buffer_pointer())

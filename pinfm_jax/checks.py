@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pinfm_jax.config import Experiment, PinFMConfig
+from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig, PretrainConfig
 from pinfm_jax.data.simulator import SimulatorConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, from_dict
@@ -17,15 +17,28 @@ _MAY_BE_ZERO = (
   'finetune.ntl_columns',
   'hash_seed',
   'mesh.data',
+  'mesh.exchange_capacity',
+  'model.content_width',
   'model.num_actions',
   'model.num_surfaces',
+  'model.tower.time_gap_buckets',
+  'pretrain.eval_every',
+  'pretrain.impression_negatives',
+  'pretrain.keep_best',
+  'pretrain.uniform_negatives',
   'ranker.cross_layers',
   'ranker.item_buckets',
   'update.warmup_steps',
 )
 _CHOICES = {
   'evaluate.split': ('test', 'validation'),
+  'model.tables.dtype': ('float32', 'bfloat16'),
+  'pretrain.update.table_rule': ('adagrad', 'sgd'),
+  'finetune.update.table_rule': ('adagrad', 'sgd'),
   'finetune.init': ('pretrained', 'scratch'),
+  'pretrain.use_checkpoint': ('newest', 'best'),
+  'pretrain.log_q': ('none', 'counts', 'sketch'),
+  'pretrain.continue_on': ('new', 'all'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.attention': ('auto', 'xla', 'flash'),
@@ -60,7 +73,10 @@ def check_experiment(experiment: Experiment) -> None:
   for each in (experiment, *(apply_overrides(experiment, arm.overrides) for arm in experiment.arms)):
     _check_values(each)
     _check_model(each.model)
+    _check_mesh(each.mesh)
     _check_lengths(each)
+    _check_held_out(each.pretrain)
+    _check_negatives(each.pretrain)
 
 
 def check_labels(experiment: Experiment, labels: tuple[str, ...]) -> None:
@@ -112,6 +128,40 @@ def _check_model(model: PinFMConfig) -> None:
     )
   if tables.width % 2:
     raise UserError(f'model.tables.width is {tables.width}; int4 packs two values a byte: make it even')
+  if 0 < tower.time_gap_buckets < 3:
+    raise UserError(
+      f'model.tower.time_gap_buckets is {tower.time_gap_buckets}; expected 0 (off) or at least 3: '
+      'one for no event before, one for gaps below a second, one for longer ones'
+    )
+  if model.id_mask >= 1:
+    raise UserError(f'model.id_mask is {model.id_mask}; expected a share below 1')
+  if model.id_mask and not model.content:
+    raise UserError(
+      f'model.id_mask is {model.id_mask}, which leaves nothing of an item without content: '
+      'set model.content=true, or model.id_mask=0'
+    )
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+  axes = tuple(axis for axis in ('data', 'fsdp', 'model') if axis in mesh.table_axes)
+  if not axes or axes != mesh.table_axes:
+    raise UserError(
+      f'mesh.table_axes is {",".join(mesh.table_axes) or "empty"}; expected some of data,fsdp,model, in this order'
+    )
+
+
+def _check_held_out(pretrain: PretrainConfig) -> None:
+  if not 0 < pretrain.eval_share < 1:
+    raise UserError(f'pretrain.eval_share is {pretrain.eval_share}; expected a share between 0 and 1')
+  if pretrain.keep_best and not pretrain.eval_every:
+    raise UserError(
+      f'pretrain.keep_best is {pretrain.keep_best}, but nothing is measured (pretrain.eval_every=0); '
+      'set eval_every to a number of steps, or keep_best to 0'
+    )
+  if pretrain.use_checkpoint == 'best' and not pretrain.keep_best:
+    raise UserError(
+      "pretrain.use_checkpoint is 'best', but no best checkpoint is kept (pretrain.keep_best=0); set keep_best to 1"
+    )
 
 
 def _check_lengths(experiment: Experiment) -> None:
@@ -155,8 +205,37 @@ def _check_lengths(experiment: Experiment) -> None:
   for name, update in (('pretrain', pretrain.update), ('finetune', finetune.update)):
     if not 0 <= update.beta1 < 1 or not 0 <= update.beta2 < 1:
       raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')
+  if pretrain.action_mask >= 1:
+    raise UserError(f'pretrain.action_mask is {pretrain.action_mask}; expected a share below 1')
   if pretrain.temperature <= 0:
     raise UserError(f'pretrain.temperature is {pretrain.temperature}; expected a positive number')
+
+
+def _check_negatives(config: PretrainConfig) -> None:
+  if config.uniform_negatives % config.batch_segments:
+    raise UserError(
+      f'pretrain.uniform_negatives is {config.uniform_negatives}; expected a multiple of pretrain.batch_segments '
+      f'{config.batch_segments}: every segment carries as many'
+    )
+  if config.impression_negatives and not config.positive_actions:
+    raise UserError(
+      f'pretrain.impression_negatives is {config.impression_negatives}, but pretrain.positive_actions is empty, so '
+      'that every event is positive; name the positive actions, or set pretrain.impression_negatives=0'
+    )
+  if config.impression_negatives and not config.ntl_weight:
+    raise UserError(
+      f'pretrain.impression_negatives is {config.impression_negatives}, but only the next-token loss uses them and '
+      'pretrain.ntl_weight is 0; set one of both'
+    )
+  if config.impression_negatives > config.window:
+    raise UserError(
+      f'pretrain.impression_negatives {config.impression_negatives} exceeds pretrain.window {config.window}, the '
+      'events after an anchor that are looked at; make the window larger'
+    )
+  if not 0 < config.sketch_decay <= 1:
+    raise UserError(f'pretrain.sketch_decay is {config.sketch_decay}; expected above 0 and at most 1 (1 = never fades)')
+  if 4 * config.sketch_width >= 2**31:
+    raise UserError(f'pretrain.sketch_width is {config.sketch_width}; expected fewer than {2**29} counters')
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

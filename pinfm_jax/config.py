@@ -35,6 +35,7 @@ class TableConfig:
   width: int = 32
   hash_seed: int = 0
   init_scale: float = 0.02
+  dtype: str = 'float32'  # of the stored rows: 'float32', or 'bfloat16' with stochastic rounding
 
   @property
   def item_width(self) -> int:
@@ -55,28 +56,31 @@ class TowerConfig:
   max_positions: int = 512
   dropout: float = 0.0
   dtype: str = 'float32'  # of the activations; parameters, softmax and losses stay float32
-  remat: str = (
-    'none'  # 'full' or 'dots' (all but matmul outputs) is computed again in the backward pass, to save memory
-  )
+  time_gap_buckets: int = 0  # embeddings of the log2 time since the event before; 0 = off, 32 cover 17 years
+  remat: str = 'none'  # what the backward pass computes again, to save memory: 'full', or 'dots' (all but the matmuls)
   attention: str = 'auto'  # 'xla' (plain), 'flash', or 'auto': flash where the device has a kernel for the sizes
 
 
 @dataclass(frozen=True)
 class PinFMConfig:
-  """The pretrained model. The vocabulary sizes come from the prepared data set."""
+  """The pretrained model. The vocabulary sizes and the content's width come from the prepared data set."""
 
   tables: TableConfig = TableConfig()
   tower: TowerConfig = TowerConfig()
   num_actions: int = 0  # 0 = taken from the data set
   num_surfaces: int = 0
+  content: bool = False  # add the items' projected content vectors to their id vectors
+  content_width: int = 0  # 0 = taken from the data set
+  id_mask: float = 0.0  # share of id vectors hidden in training, so that items learn to work by content alone
 
 
 @dataclass(frozen=True)
 class UpdateConfig:
-  """One optimizer for tower and tables: AdamW with warm-up and cosine, row-wise Adagrad for the rows."""
+  """One optimizer for tower and tables: AdamW with warm-up and cosine, row-wise Adagrad (or SGD) for the rows."""
 
   learning_rate: float = 1e-3
   table_learning_rate: float = 0.05
+  table_rule: str = 'adagrad'  # 'adagrad' (one float32 accumulator a row) or 'sgd' (no state)
   warmup_steps: int = 100
   final_ratio: float = 0.1  # of the peak learning rate, reached at the last step
   weight_decay: float = 0.01
@@ -102,9 +106,25 @@ class PretrainConfig:
   mtl_weight: float = 1.0
   ftl_weight: float = 1.0
   max_columns: int = 16_384  # K: unique items of the global batch that serve as negatives
+  uniform_negatives: int = 0  # random items of the catalogue a step as further columns
+  impression_negatives: int = 0  # nearest shown events outside A_pos within L' as further negatives of L_ntl
+  log_q: str = 'none'  # popularity correction of the columns: 'none', 'counts' (exact) or 'sketch' (streaming)
+  sketch_width: int = 1_048_576  # counters of each of the sketch's 4 rows
+  sketch_decay: float = 0.999  # a step; what the sketch has counted fades with it
   temperature: float = 0.05  # initial value of the learnable temperature
+  action_mask: float = 0.0  # share of events whose actions are hidden and predicted (UniPinRec: 0.2); 0 = off
+  action_weight: float = 1.0  # of that loss
   checkpoint_every: int = 500
   log_every: int = 20
+  eval_every: int = 0  # steps between measurements on held-out users, who do not train; 0 = all users train
+  eval_share: float = 0.02  # of the users, chosen by hash: the same ones in every run
+  eval_batches: int = 8  # measured each time, of batch_segments held-out segments
+  keep_last: int = 2  # newest checkpoints that stay
+  keep_best: int = 0  # besides, so many with the lowest held-out loss
+  use_checkpoint: str = 'newest'  # 'newest' or 'best': which one retrieval and fine-tuning use
+  resume: str = ''  # directory of another pretraining run (same shapes and data) that a fresh run goes on from
+  continue_from: str = ''  # workdir (or pretraining directory) of an earlier run on an earlier state of the data set
+  continue_on: str = 'new'  # segments with events that run has not read, or 'all'
   update: UpdateConfig = UpdateConfig()
 
 
@@ -150,6 +170,7 @@ class FinetuneConfig:
   cold_start: ColdStartConfig = ColdStartConfig()
   checkpoint_every: int = 500
   log_every: int = 20
+  resume: str = ''  # directory of another fine-tuning run (same shapes and data) that a fresh run goes on from
   update: UpdateConfig = UpdateConfig(pretrained_ratio=0.1, table_learning_rate=0.05)
 
 
@@ -174,11 +195,13 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh axes; 0 = all devices that are left."""
+  """Sizes of the mesh axes (0 = all devices that are left), and how table rows lie over them."""
 
   data: int = 0
   fsdp: int = 1
   model: int = 1
+  table_axes: tuple[str, ...] = ('data', 'fsdp', 'model')  # rows lie over these, with replicas over the others
+  exchange_capacity: int = 0  # rows a device may ask of another in a round; 0 = measured on the first batch
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,12 @@ class Progress:
 
   On a terminal the line is redrawn in place; in a log file each line stands alone. Work that ends within `every_s`
   prints nothing but its closing line.
+
+  Attributes:
+    quiet: set on the class, it prints nothing: of several processes one speaks for all.
   """
+
+  quiet = False
 
   def __init__(
     self, label: str, total: float | None, unit: str, every_s: float | None = None, stream: TextIO | None = None
@@ -64,6 +69,8 @@ class Progress:
     return '  '.join(parts + ([note] if note else []))
 
   def _print(self, text: str, end: str) -> None:
+    if self.quiet:
+      return
     clear = '\x1b[2K' if self._stream.isatty() else ''
     self._stream.write(clear + text + end)
     self._stream.flush()

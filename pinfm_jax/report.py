@@ -119,7 +119,8 @@ def _training(path: Path, missing: list[str]) -> Training:
   for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
     try:
       row = json.loads(line)
-      by_step[int(row['step'])] = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+      figures = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+      by_step[int(row['step'])] = by_step.get(int(row['step']), {}) | figures  # eval/... have lines of their own
     except (ValueError, KeyError, TypeError):
       broken += 1
   directory = path.parent
@@ -207,11 +208,11 @@ def _cold_start(run: RunFiles) -> str:
 def _curves(run: RunFiles) -> str:
   figures = []
   for stage in dict.fromkeys(training.stage for training in run.trainings):
-    for name, label in (('loss', 'loss'), ('examples_per_s', 'examples / s')):
+    for name, label in (('loss', 'loss'), ('eval/loss', 'held-out loss'), ('examples_per_s', 'examples / s')):
       series = {t.seed: t.series(name) for t in run.trainings if t.stage == stage}
       series = {seed: points for seed, points in series.items() if points[0]}
       if series:
-        figures.append(plots.curves(stage, series, label, from_zero=name != 'loss'))
+        figures.append(plots.curves(stage, series, label, from_zero=name == 'examples_per_s'))
   return _section('Learning curves', _grid(figures, 'grid pairs')) if figures else ''
 
 

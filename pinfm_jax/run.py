@@ -6,7 +6,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,6 +23,8 @@ from pinfm_jax.stages.finetune import finetune_stage
 from pinfm_jax.stages.prepare import prepare_stage
 from pinfm_jax.stages.pretrain import pretrain_stage
 from pinfm_jax.stages.report import report_stage
+from pinfm_jax.train.distributed import is_first, on_first
+from pinfm_jax.train.profiling import Window
 from pinfm_jax.workdir import OtherSettingsError, write_json, write_text
 
 STAGES: Mapping[str, Callable[[Run], None]] = {
@@ -32,15 +35,25 @@ STAGES: Mapping[str, Callable[[Run], None]] = {
   'export': export_stage,
   'report': report_stage,
 }
+TRAINING = ('pretrain', 'finetune')
+BY_FIRST = ('evaluate', 'export', 'report')  # of several processes, the first does these alone
 
 
-def run(experiment: Experiment, workdir: str | Path, stages: Sequence[str] = tuple(STAGES)) -> None:
+def run(
+  experiment: Experiment,
+  workdir: str | Path,
+  stages: Sequence[str] = tuple(STAGES),
+  profile: Window | None = None,
+) -> None:
   """Runs or resumes stages.
+
+  Of several processes (`train.distributed`), all call it with the same arguments, on a directory that all see.
 
   Args:
     experiment: what to run.
     workdir: where everything is written; finished stages found there are kept.
     stages: which ones; they run in the order of STAGES.
+    profile: steps of each training run among the stages to trace, into its folder profile/.
 
   Raises:
     UserError: unknown stages, data that does not fit, a workdir of another configuration.
@@ -48,26 +61,50 @@ def run(experiment: Experiment, workdir: str | Path, stages: Sequence[str] = tup
   unknown = [stage for stage in stages if stage not in STAGES]
   if unknown:
     raise UserError(f"unknown stage '{unknown[0]}'; expected some of {','.join(STAGES)}")
-  context = Run(experiment, Path(workdir))
+  if profile:
+    _check_profile(experiment, stages, profile)
+  context = Run(experiment, Path(workdir), profile)
+  with ExitStack() as lock:
+    on_first('the workdir', lambda: _take(context.workdir, lock))
+    _run_stages(context, stages)
+
+
+def _check_profile(experiment: Experiment, stages: Sequence[str], profile: Window) -> None:
+  if not any(stage in TRAINING for stage in stages):
+    raise UserError(f'--profile traces training steps, but --stages {",".join(stages)} trains nothing; add pretrain')
+  steps = experiment.pretrain.steps
+  if 'pretrain' in stages and profile.last > steps:
+    raise UserError(
+      f'--profile {profile.first}:{profile.last} goes beyond pretrain.steps {steps}; give a window within, '
+      'or name the stage to trace (--stages finetune)'
+    )
+
+
+def _take(workdir: Path, lock: ExitStack) -> None:
+  """Makes the workdir and holds its lock as long as `lock` is open."""
   try:
-    context.workdir.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f'{workdir} cannot be made ({error.strerror}); give another --workdir') from error
-  with only_run(context.workdir):
-    _run_stages(context, stages)
+  lock.enter_context(only_run(workdir))
 
 
 def _run_stages(context: Run, stages: Sequence[str]) -> None:
   description = context.workdir / 'experiment.json'
-  earlier = description.read_text(encoding='utf-8') if description.exists() else None
-  write_json(description, to_dict(context.experiment))
+  earlier = None
+  if is_first():
+    earlier = description.read_text(encoding='utf-8') if description.exists() else None
+    write_json(description, to_dict(context.experiment))
   keep_compiled_programs(context.workdir / 'compiled')
   try:
     for name, stage in STAGES.items():
       if name in stages:
         begin = time.monotonic()
         print(f'== {name}', flush=True)
-        stage(context)
+        if name in BY_FIRST:
+          on_first(name, partial(stage, context))
+        else:
+          stage(context)
         print(f'== {name} took {duration(time.monotonic() - begin)}', flush=True)
   except OtherSettingsError:
     if earlier is not None:

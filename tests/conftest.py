@@ -43,6 +43,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f'{len(skipped)} skipped because {_NO_DATA}: {", ".join(skipped)}')
 
 
+@pytest.fixture(autouse=True, scope='session')
+def one_device_mesh():
+  """The mesh of one device, under which everything runs that touches tables or shards a batch."""
+  import jax
+
+  from pinfm_jax.config import MeshConfig
+  from pinfm_jax.train.sharding import make_mesh
+
+  with jax.set_mesh(make_mesh(MeshConfig())) as mesh:
+    yield mesh
+
+
 @pytest.fixture(scope='session')
 def toy_run(tmp_path_factory: pytest.TempPathFactory):
   """The toy experiment with its data prepared (see tests/toy.py)."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from flax.core import meta
 
 from pinfm_jax.config import ColdStartConfig, FinetuneConfig
@@ -14,20 +15,20 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.predict import predict, predictions_of
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.ranker import DenseStats
-from pinfm_jax.model.tables import gather_rows, init_tables, item_vectors, plan_rows
-from pinfm_jax.train.checkpoint import load_arrays
+from pinfm_jax.train import restore
+from pinfm_jax.train.checkpoint import described, load_arrays, plain
+from pinfm_jax.train.exchange import Exchange, read_vectors
 from pinfm_jax.train.finetune import (
   FinetuneTask,
   dense_stats,
   finetune,
   ranking_batch,
   ranking_loss,
-  split_vectors,
   training_steps,
-  warm_started,
   without_randomness,
 )
 from pinfm_jax.train.pretrain import pretrain
+from pinfm_jax.train.restore import WarmStart, fresh_state
 from pinfm_jax.train.step import init_state
 
 
@@ -59,19 +60,22 @@ def batch(requests):
 @pytest.fixture(scope='module')
 def loss_and_gradients(task, stats):
   """batch -> loss, figures, gradients of parameters and of table rows."""
-  tables = init_tables(jax.random.key(1), task.tables)
+  tables = toy.tables(task.tables)
+  exchange = Exchange(task.tables, tables.rows_GE.shape[0])
 
   @jax.jit
   def compute(params, batch):
-    plan = plan_rows(task.ids(batch, jnp.int32(3)), task.tables)
+    ids = task.ids(batch, jnp.int32(3))
+    plan = exchange.plan(ids)
 
     def loss(params, rows_KE):
-      return task.loss(params, item_vectors(rows_KE, plan), batch, jnp.int32(3), jax.random.key(0), stats)
+      vectors = exchange.vectors(rows_KE, plan, ids)
+      return task.loss(params, vectors, batch, jnp.int32(3), jax.random.key(0), stats)
 
     (value, figures), (grads, row_grad_KE) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-      params, gather_rows(tables.rows_GE, plan)
+      params, exchange.lookup(tables.rows_GE, plan)
     )
-    dense = jnp.zeros_like(tables.rows_GE).at[plan.unique_K].set(row_grad_KE, mode='drop')
+    dense = jnp.zeros_like(tables.rows_GE).at[plan.rows.unique_K].set(row_grad_KE, mode='drop')
     return value, figures, grads, dense
 
   params = _random_params(task)
@@ -85,10 +89,9 @@ def _random_params(task):
   return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
 
 
-def _filled_state(task, run, stats, value):
-  """A state in which every array is filled with one value."""
-  shapes = jax.eval_shape(init_state(task, run.mesh, 5, stats))
-  return jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), shapes)
+def _warm_started(task, run, stats, pretrained):
+  create, abstract = fresh_state(task, run.mesh, 5, stats)
+  return restore.warm_started(create, abstract, WarmStart(pretrained))
 
 
 def test_the_ranking_loss_is_the_weighted_cross_entropy_of_real_candidates():
@@ -223,8 +226,8 @@ def pretrained(toy_run, tmp_path_factory):
 
 
 def test_the_warm_start_copies_every_pretrained_array_bit_exactly(toy_run, task, stats, pretrained):
-  before = _filled_state(task, toy_run, stats, 3)
-  state = warm_started(before, pretrained)
+  before = init_state(task, toy_run.mesh, 5, stats)()
+  state = _warm_started(task, toy_run, stats, pretrained)
   source = load_arrays(pretrained / 'checkpoints')
   for name in ('pinfm', 'log_temperature'):
     jax.tree.map(np.testing.assert_array_equal, state.params[name], source['params'][name])
@@ -244,35 +247,51 @@ def test_the_warm_start_copies_every_pretrained_array_bit_exactly(toy_run, task,
 def test_the_warm_start_refuses_other_shapes(toy_run, task, stats, pretrained, change):
   ((part, fields),) = change.items()
   model = replace(task.model, **{part: replace(getattr(task.model, part), **fields)})
-  fresh = _filled_state(replace(task, model=model), toy_run, stats, 0)
-  with pytest.raises(UserError, match=r'holds an array of shape .* where the model has .*finetune\.init=scratch'):
-    warm_started(fresh, pretrained)
+  with pytest.raises(UserError, match=r'holds \S+ as float32\[.* where the model has .*finetune\.init=scratch'):
+    _warm_started(replace(task, model=model), toy_run, stats, pretrained)
 
 
-def test_a_missing_pretraining_is_named(tmp_path):
+def test_the_warm_start_draws_no_table_that_it_then_overwrites(toy_run, task, stats):
+  big = replace(task, model=replace(task.model, tables=replace(task.model.tables, rows=100_000)))
+  create, abstract = fresh_state(big, toy_run.mesh, 0, stats)
+  names = {name: '' for name in described(plain(abstract)) if name.startswith(('tables/', 'params/pinfm/'))}
+  compiled = restore.rest_of(create, plain(abstract), names).lower().compile()
+  table = abstract.tables.rows_GE.size * 4
+  memory = compiled.memory_analysis()
+  assert memory.temp_size_in_bytes + memory.output_size_in_bytes < table / 10
+  assert jax.jit(create).lower().compile().memory_analysis().output_size_in_bytes > table
+
+
+def test_a_missing_pretraining_is_named(toy_run, task, stats, tmp_path):
   with pytest.raises(UserError, match='has no checkpoints; run the stage that trains it first'):
-    warm_started(None, tmp_path)
+    _warm_started(task, toy_run, stats, tmp_path)
 
 
-def test_ids_and_split_vectors_belong_together(task, batch):
+def test_ids_and_vectors_belong_together(task, batch):
   still = replace(task, config=without_randomness(task.config))
-  tables = init_tables(jax.random.key(1), task.tables)
-  plan = plan_rows(still.ids(batch, jnp.int32(0)), task.tables)
-  inputs = ranking_batch(batch)
-  found = split_vectors(item_vectors(gather_rows(tables.rows_GE, plan), plan), inputs)
+  tables = toy.tables(task.tables)
+  found = read_vectors(tables.rows_GE, still.ids(batch, jnp.int32(0)), task.tables)
   rows, sizes = np.asarray(tables.rows_GE), (task.tables.sub_tables, task.tables.rows, task.tables.hash_seed)
   for vectors, name in zip(found, ('history_item', 'candidate_item'), strict=True):
     expected = rows[hash_rows(batch[name], *sizes)].reshape(*batch[name].shape[:2], -1)
     np.testing.assert_array_equal(vectors, expected)
-  assert split_vectors(None, inputs) == (None, None)
 
 
 def test_randomised_candidates_are_not_in_the_history(task, batch):
   config = replace(task.config, cold_start=ColdStartConfig(randomise=1.0))
-  ids = np.asarray(replace(task, config=config).ids(batch, jnp.int32(0)))
-  history = batch['history_item'].reshape(-1, 2)
-  np.testing.assert_array_equal(ids[: len(history)], history)
-  assert not np.any(np.all(ids[len(history) :] == batch['candidate_item'].reshape(-1, 2), axis=-1))
+  history, candidate = replace(task, config=config).ids(batch, jnp.int32(0))
+  np.testing.assert_array_equal(history, batch['history_item'])
+  assert not np.any(np.all(candidate == batch['candidate_item'], axis=-1))
+
+
+def test_the_seed_of_the_run_reaches_what_the_task_draws(task, requests, batch, toy_run, tmp_path, monkeypatch):
+  ids = [np.asarray(replace(task, seed=seed).ids(batch, jnp.int32(0))[1]) for seed in (0, 1, 0)]
+  assert np.any(ids[0] != ids[1])
+  np.testing.assert_array_equal(ids[0], ids[2])
+  seen = []
+  monkeypatch.setattr('pinfm_jax.train.finetune.train', lambda task, *_: seen.append(task))
+  finetune(task, requests, toy_run.mesh, tmp_path, 7, None)
+  assert seen[0] == replace(task, seed=7)
 
 
 def test_predictions_stand_beside_what_happened(toy_run):
@@ -302,7 +321,7 @@ def test_predict_scores_each_candidate_in_its_place(toy_run, task, stats):
   requests = toy_run.requests(toy_run.experiment, 'test')
   task = replace(task, config=replace(task.config, batch_requests=60))
   assert len(requests) % 60
-  params, rows_GE = _random_params(task), 20 * init_tables(jax.random.key(1), task.tables).rows_GE
+  params, rows_GE = _random_params(task), 20 * toy.tables(task.tables).rows_GE
   found = predict(task, params, rows_GE, stats, requests, 'test')
   weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
   rows, sizes = np.asarray(rows_GE), (task.tables.sub_tables, task.tables.rows, task.tables.hash_seed)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from pinfm_jax.config import TableConfig, UpdateConfig
-from pinfm_jax.model.tables import Tables, init_tables, plan_rows
+from pinfm_jax.model.tables import Tables, plan_rows, update_rows
 from pinfm_jax.train.optimizer import Update
 
 TABLES = TableConfig(sub_tables=2, rows=20, width=3)
@@ -99,9 +100,9 @@ def test_against_numpy(clip_norm):
   config, steps, pretrained = replace(CONFIG, clip_norm=clip_norm), 8, ('pinfm', 'log_temperature')
   rng = np.random.default_rng(0)
   update = Update(config, steps, pretrained)
-  params, tables = _float32(_params(rng)), init_tables(jax.random.key(0), TABLES)
+  params, tables = _float32(_params(rng)), toy.tables(TABLES)
   oracle = _Oracle(config, steps, pretrained, params, tables)
-  apply, opt_state = jax.jit(update.apply), update.init(params)
+  apply, opt_state = _step_of(update), update.init(params)
   for step in range(steps):
     words = jnp.asarray(rng.integers(0, 6, (7, 2)), jnp.uint32)
     plan = plan_rows(words, TABLES)
@@ -118,13 +119,25 @@ def test_against_numpy(clip_norm):
   np.testing.assert_allclose(tables.accumulator_G, oracle.accumulator, rtol=1e-4, atol=1e-7)
 
 
+def _step_of(update):
+  """Parameters and tables in one step, as `train.step` puts them together."""
+
+  @jax.jit
+  def step(params, opt_state, grads, tables, plan, row_grad, step):
+    params, opt_state, rows, norm = update.apply(params, opt_state, grads, jnp.sum(jnp.square(row_grad)), step)
+    tables = update_rows(tables, plan.unique_K, row_grad * rows.clip, rows.learning_rate, jnp.uint32(0))
+    return params, opt_state, tables, norm
+
+  return step
+
+
 def _one_step(config, grads, row_scale, params, pretrained=()):
   """Tower and rows after one step from `params`; every row's gradient is `row_scale`."""
   update = Update(config, 10, pretrained)
   plan = plan_rows(jnp.arange(8, dtype=jnp.uint32).reshape(4, 2), TABLES)
   rows = jnp.where((plan.unique_K < 40)[:, None], row_scale, jnp.zeros((len(plan.unique_K), 3)))
   tables = Tables(jnp.zeros((40, 3)), jnp.zeros(40))
-  return jax.jit(update.apply)(params, update.init(params), grads, tables, plan, rows, jnp.int32(0))
+  return _step_of(update)(params, update.init(params), grads, tables, plan, rows, jnp.int32(0))
 
 
 def test_only_kernels_decay():
@@ -178,9 +191,8 @@ def test_a_ratio_of_zero_freezes_bit_exactly():
 def test_a_model_without_tables():
   params = {'ranker': {'heads': {'kernel': jnp.ones((2, 2))}}}
   update = Update(UpdateConfig(warmup_steps=1, clip_norm=1.0), 10)
-  after, _, tables, norm = update.apply(
-    params, update.init(params), jax.tree.map(lambda x: 5 * x, params), None, None, None, jnp.int32(0)
+  after, _, _, norm = update.apply(
+    params, update.init(params), jax.tree.map(lambda x: 5 * x, params), 0.0, jnp.int32(0)
   )
-  assert tables is None
   np.testing.assert_allclose(norm, 10.0, rtol=1e-6)
   assert np.all(np.asarray(after['ranker']['heads']['kernel']) < 1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from flax.core import meta
 
 from pinfm_jax.data.featurize import window_start
@@ -14,7 +15,6 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.retrieval import RetrievalTask, evaluate_retrieval, retrieval_task
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
-from pinfm_jax.model.tables import init_tables
 
 KS = (1, 5, 20)
 
@@ -38,7 +38,7 @@ def params(model):
 
 @pytest.fixture(scope='module')
 def rows(model):
-  return 50 * init_tables(jax.random.key(1), model.tables).rows_GE
+  return 50 * toy.tables(model.tables).rows_GE
 
 
 @pytest.fixture(scope='module')

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
+
 from pinfm_jax.config import (
   Arm,
   DataConfig,
@@ -15,6 +17,7 @@ from pinfm_jax.config import (
   TowerConfig,
   UpdateConfig,
 )
+from pinfm_jax.model.tables import Tables, init_rows, table_rows
 
 SIMULATOR = {'users': 120, 'items': 150, 'days': 6, 'topics': 6, 'content_width': 8, 'sessions_a_day': 1.0}
 UPDATE = UpdateConfig(learning_rate=3e-3, warmup_steps=2)
@@ -39,3 +42,9 @@ EXPERIMENT = Experiment(
   ),
   arms=(Arm('without PinFM', {'ranker.sequence': 'none'}), Arm('with PinFM')),
 )  # fmt: skip
+
+
+def tables(config: TableConfig, seed: int = 1) -> Tables:
+  """Fresh tables with Adagrad accumulators, on one device."""
+  rows = table_rows(config, 1)
+  return Tables(init_rows(config, rows, jnp.uint32(seed)), jnp.zeros(rows))

@@ -52,7 +52,7 @@ class PackedSegments:
       user = int(self.segments.user_row[which])
       events = slice(int(self.segments.start[which]), int(self.segments.stop[which]))
       count = events.stop - events.start
-      columns = event_inputs(self.segments.dataset.history(user), events, count)
+      columns = event_inputs(self.segments.dataset.history(user), events, count, self.segments.tokens)
       parts.append({**columns, 'user': np.full(count, user, np.uint32), 'segment': np.full(count, number, np.int32)})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {

@@ -11,9 +11,12 @@ from pinfm_jax.config import FinetuneConfig, PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, event_inputs, history_inputs
 from pinfm_jax.data.splits import usable_events
+from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+_ENDLESS = 2**31 - 1  # steps are int32 on the device
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,12 @@ class Segments:
   user_row: np.ndarray
   start: np.ndarray
   stop: np.ndarray
+  tokens: TokenInputs = PLAIN
 
   @classmethod
-  def before(cls, dataset: PreparedDataset, until_ms: int | None, length: int) -> 'Segments':
+  def before(
+    cls, dataset: PreparedDataset, until_ms: int | None, length: int, tokens: TokenInputs = PLAIN
+  ) -> 'Segments':
     """Cuts every user's usable events (see `usable_events`).
 
     Segments of fewer than two events have no target and are left out.
@@ -48,7 +54,7 @@ class Segments:
     keep = np.array(stops, np.int64) - np.array(starts, np.int64) >= 2
     if not keep.any():
       raise UserError(f'no user of {dataset.path} has two events before the pretraining split; lower finetune_days')
-    return cls(dataset, length, np.array(rows)[keep], np.array(starts)[keep], np.array(stops)[keep])
+    return cls(dataset, length, np.array(rows)[keep], np.array(starts)[keep], np.array(stops)[keep], tokens)
 
   def __len__(self) -> int:
     return len(self.user_row)
@@ -56,7 +62,8 @@ class Segments:
   def __getitem__(self, index: SupportsIndex) -> Batch:
     index = int(index)
     row = int(self.user_row[index])
-    events = event_inputs(self.dataset.history(row), slice(int(self.start[index]), int(self.stop[index])), self.length)
+    place = slice(int(self.start[index]), int(self.stop[index]))
+    events = event_inputs(self.dataset.history(row), place, self.length, self.tokens)
     return {**events, 'user': np.full(self.length, row, np.uint32)}
 
 
@@ -71,6 +78,7 @@ class Requests:
   first: np.ndarray
   keys: np.ndarray | None  # item keys and contents, if the schema has content vectors
   content: np.ndarray | None
+  tokens: TokenInputs = PLAIN
 
   @classmethod
   def between(
@@ -80,6 +88,7 @@ class Requests:
     config: FinetuneConfig,
     times_ms: tuple[int, int],
     min_candidates: int = 1,
+    tokens: TokenInputs = PLAIN,
   ) -> 'Requests':
     """The requests whose first impression falls into [begin, end) and that have at least `min_candidates`.
 
@@ -100,7 +109,7 @@ class Requests:
     if schema.content_width:
       keys = dataset.items['item_key'].to_numpy()
       content = np.nan_to_num(dataset.items['content'].to_numpy())  # an item without content has zeros
-    return cls(dataset, schema, config, np.repeat(rows, chunks), first, keys, content)
+    return cls(dataset, schema, config, np.repeat(rows, chunks), first, keys, content, tokens)
 
   def __len__(self) -> int:
     return len(self.request_row)
@@ -109,11 +118,12 @@ class Requests:
     index = int(index)
     request = self.dataset.request(int(self.request_row[index]))
     config = self.config
-    history = self.dataset.history(request.user_row)
-    events = history_inputs(history, request.history_end, config.history_length, config.history_block)
+    history, end = self.dataset.history(request.user_row), request.history_end
+    events = history_inputs(history, end, config.history_length, config.history_block, self.tokens)
+    last_event = int(history.timestamp[end - 1]) if end else None
     rows = slice(int(self.first[index]), int(self.first[index]) + config.candidates)
     content = self.content[np.searchsorted(self.keys, request.item)] if self.schema.content_width else None
-    candidates = candidate_inputs(request, rows, config.candidates, self.schema, content)
+    candidates = candidate_inputs(request, rows, config.candidates, self.schema, content, self.tokens, last_event)
     return {
       **{f'history_{name}': value for name, value in events.items()},
       **{f'candidate_{name}': value for name, value in candidates.items()},
@@ -122,30 +132,31 @@ class Requests:
 
 
 def training_batches(
-  source: Any, batch: int, seed: int, first_step: int, process: int = 0, processes: int = 1, threads: int = 2
+  source: Any, batch: int, seed: int, first_step: int, rows: np.ndarray | None = None, threads: int = 2
 ) -> Iterator[Batch]:
   """Endless shuffled batches, one a step.
 
-  Example j of process p at step s has the global index s * GB + p * GB / P + j; every epoch is shuffled anew. So the
-  global batch of a step depends on (seed, step) alone, and a run that resumes starts at its step.
+  Row r of the global batch of step s is example s * GB + r of an endless order; every epoch is shuffled anew. So the
+  global batch of a step depends on (seed, step) alone: any number of processes makes the same one, and a run that
+  resumes starts at its step.
 
   Args:
     source: random-access examples.
     batch: GB, examples of the global batch.
     seed: of the order.
     first_step: step of the first batch returned.
-    process: p.
-    processes: P, a divisor of GB.
+    rows: the rows of the global batch that this process supplies (`sharding.process_rows`); None = all.
     threads: that read ahead.
-
-  Raises:
-    UserError: the batch does not divide over the processes.
   """
-  if batch % processes:
-    raise UserError(f'a global batch of {batch} does not divide over {processes} processes; make it a multiple')
   examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-  batches = examples.batch(batch // processes, drop_remainder=True)[process::processes][first_step:]
-  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
+  rows = np.arange(batch) if rows is None else rows
+
+  def load(step: int) -> Batch:
+    chosen = [examples[int(step) * batch + int(row)] for row in rows]
+    return {name: np.stack([example[name] for example in chosen]) for name in chosen[0]}
+
+  steps = grain.MapDataset.range(first_step, _ENDLESS).map(load)
+  return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
 
 
 def evaluation_batches(source: Any, batch: int) -> Iterator[tuple[Batch, int]]:

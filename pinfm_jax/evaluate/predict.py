@@ -1,26 +1,37 @@
 """Runs a trained ranker over evaluation requests."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pinfm_jax.config import HOUR_MS
+from pinfm_jax.config import HOUR_MS, MeshConfig
 from pinfm_jax.data.pipeline import Requests, evaluation_batches
 from pinfm_jax.evaluate.ranking import RankingPredictions
-from pinfm_jax.model.tables import gather_rows, item_vectors, plan_rows
 from pinfm_jax.progress import Progress
-from pinfm_jax.train.finetune import FinetuneTask, ranking_batch, split_vectors, without_randomness
+from pinfm_jax.train.exchange import read_vectors
+from pinfm_jax.train.finetune import FinetuneTask, ranking_batch, without_randomness
+from pinfm_jax.train.sharding import on_every_device, put_examples
 from pinfm_jax.train.step import Batch
 
 Array = jax.Array
 
 
 def predict(
-  task: FinetuneTask, params: Any, rows_GE: Array | None, stats: Any, requests: Requests, label: str
+  task: FinetuneTask,
+  params: Any,
+  rows_GE: Array | None,
+  stats: Any,
+  requests: Requests,
+  label: str,
+  layout: MeshConfig = MeshConfig(),
 ) -> RankingPredictions:
   """The ranker's probabilities for every candidate of the requests, in their order.
+
+  On the mesh that is set (`jax.set_mesh`); of several processes, all take part and all get the result.
 
   Args:
     task: the fine-tuning task whose model was trained.
@@ -29,24 +40,22 @@ def predict(
     stats: normalisation of the dense features.
     requests: what to score.
     label: of the progress line.
+    layout: how the tables lie over the mesh of the context.
   """
-  task = FinetuneTask(
-    task.model, task.ranker, without_randomness(task.config), task.schema, task.steps, task.action_bits
-  )
+  task = replace(task, config=without_randomness(task.config))
   weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
 
-  @jax.jit
+  @partial(jax.jit, out_shardings=on_every_device())
   def scores(weights: Any, rows_GE: Array | None, stats: Any, batch: Batch) -> Array:
-    vectors_MV = None
+    vectors = (None, None)
     if rows_GE is not None:
-      plan = plan_rows(task.ids(batch, jnp.int32(0)), task.tables)
-      vectors_MV = item_vectors(gather_rows(rows_GE, plan), plan)
+      vectors = read_vectors(rows_GE, task.ids(batch, jnp.int32(0)), task.tables, layout.table_axes)
     inputs = ranking_batch(batch)
-    return jax.nn.sigmoid(task.module.apply(weights, *split_vectors(vectors_MV, inputs), inputs, stats).logits_UCT)
+    return jax.nn.sigmoid(task.module.apply(weights, *vectors, inputs, stats).logits_UCT)
 
   progress, scored, done = Progress(label, len(requests), 'requests'), [], 0
   for batch, count in evaluation_batches(requests, task.config.batch_requests):
-    result = scores(weights, rows_GE, stats, {name: jnp.asarray(value) for name, value in batch.items()})
+    result = scores(weights, rows_GE, stats, put_examples(batch))
     scored.extend(np.asarray(result)[u][batch['candidate_mask'][u]] for u in range(count))
     done += count
     progress.update(done)

@@ -1,20 +1,24 @@
 """Whole-catalogue next-item evaluation of the pretrained tower: HR@k, NDCG@k, MRR, beside a popularity row."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pinfm_jax.config import PinFMConfig
+from pinfm_jax.config import MeshConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import event_inputs, window_start
 from pinfm_jax.data.splits import usable_events
+from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.metrics import hr_at_k, mrr, ndcg_at_k
-from pinfm_jax.model.hashing import hash_rows, key_words
+from pinfm_jax.model.hashing import key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
+from pinfm_jax.train.exchange import read_vectors
+from pinfm_jax.train.sharding import on_every_device, put_examples
 
 Array = jax.Array
 
@@ -29,6 +33,7 @@ class RetrievalTask:
     histories: padded model inputs, each [Q, L, ...], of the last events before the time.
     target_Q: place in the catalogue of each user's first positive event after the time.
     unseen: share of users left out because their target was first seen after the time.
+    content_VW: content of the catalogue, for a model with content.
   """
 
   catalogue_V: np.ndarray
@@ -36,10 +41,18 @@ class RetrievalTask:
   histories: dict[str, np.ndarray]
   target_Q: np.ndarray
   unseen: float
+  content_VW: np.ndarray | None = None
 
 
 def retrieval_task(
-  dataset: PreparedDataset, until_ms: int | None, length: int, block: int, action_bits: int, users: int, seed: int = 0
+  dataset: PreparedDataset,
+  until_ms: int | None,
+  length: int,
+  block: int,
+  action_bits: int,
+  users: int,
+  seed: int = 0,
+  tokens: TokenInputs = PLAIN,
 ) -> RetrievalTask:
   """Collects the task over at most `users` users, drawn by seed.
 
@@ -66,30 +79,42 @@ def retrieval_task(
     if place == len(catalogue_V) or catalogue_V[place] != history.item[target]:
       unseen += 1
       continue
-    examples.append(event_inputs(history, slice(window_start(end, length, block), end), length))
+    examples.append(event_inputs(history, slice(window_start(end, length, block), end), length, tokens))
     targets.append(place)
   if not targets:
     raise UserError('every next item was first seen after the pretraining split: nothing to rank in the catalogue')
   histories = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
-  return RetrievalTask(catalogue_V, popularity_V, histories, np.array(targets), unseen / len(chosen))
+  content_VW = tokens.items.inputs(catalogue_V)['content'] if tokens.items else None
+  return RetrievalTask(catalogue_V, popularity_V, histories, np.array(targets), unseen / len(chosen), content_VW)
 
 
 def evaluate_retrieval(
-  task: RetrievalTask, model: PinFMConfig, params: Any, rows_GE: Array, ks: tuple[int, ...], chunk: int = 256
+  task: RetrievalTask,
+  model: PinFMConfig,
+  params: Any,
+  rows_GE: Array,
+  ks: tuple[int, ...],
+  chunk: int = 256,
+  layout: MeshConfig = MeshConfig(),
 ) -> dict[str, float]:
   """HR@k, NDCG@k and MRR of the tower and of popularity, every item of the catalogue ranked, nothing filtered.
 
-  Ties are counted against the model: the target ranks behind every item with the same score.
+  Ties are counted against the model: the target ranks behind every item with the same score. Runs on the mesh that is
+  set (`jax.set_mesh`), over which the tables lie as `layout` says; of several processes, all take part and all get the
+  result.
   """
-  encode, represent = _programs(model)
-  z_VO = jnp.concatenate(
-    [represent(params, rows_GE, jnp.asarray(words)) for words in _chunks(key_words(task.catalogue_V), 4096)]
-  )
+  encode, represent = _programs(model, layout)
+  catalogue = {'item': key_words(task.catalogue_V)}
+  if task.content_VW is not None:
+    catalogue['content'] = task.content_VW
+  parts = [{name: value[start : start + 4096] for name, value in catalogue.items()}
+           for start in range(0, len(task.catalogue_V), 4096)]  # fmt: skip
+  z_VO = jnp.concatenate([represent(params, rows_GE, put_examples(part)) for part in parts])
   ranks = []
   for start in range(0, len(task.target_Q), chunk):
     part = {name: value[start : start + chunk] for name, value in task.histories.items()}
-    h_QO = encode(params, rows_GE, {name: jnp.asarray(value) for name, value in part.items()})
-    ranks.append(np.asarray(_ranks(h_QO @ z_VO.T, jnp.asarray(task.target_Q[start : start + chunk]))))
+    h_QO = encode(params, rows_GE, put_examples(part))
+    ranks.append(np.asarray(_ranks(h_QO @ z_VO.T, task.target_Q[start : start + chunk])))
   figures = _figures('tower', np.concatenate(ranks), ks)
   popularity_V = jnp.asarray(task.popularity_V, jnp.float32)
   popularity_ranks = [
@@ -104,23 +129,25 @@ def evaluate_retrieval(
   }
 
 
-def _programs(model: PinFMConfig) -> tuple[Any, Any]:
-  tables = model.tables
+def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
+  def items(params: Any, rows_GE: Array, words: Array, content: Array | None) -> Array:
+    (vectors,) = read_vectors(rows_GE, (words,), model.tables, layout.table_axes)
+    return PinFM(model).apply({'params': params}, vectors, content, method='items')
 
-  def vectors(rows_GE: Array, words: Array) -> Array:
-    rows = hash_rows(words, tables.sub_tables, tables.rows, tables.hash_seed)
-    return rows_GE[rows].reshape(*rows.shape[:-1], -1)
-
-  @jax.jit
+  @partial(jax.jit, out_shardings=on_every_device())
   def encode(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
-    events = EventBatch(inputs['item'], inputs['surface'], inputs['actions'], inputs['mask'])
-    h_QLO, _ = PinFM(model).apply({'params': params}, vectors(rows_GE, events.item_UL2), events, method='encode')
+    columns = [inputs[name] for name in ('item', 'surface', 'actions', 'mask')]
+    events = EventBatch(*columns, gap_UL=inputs.get('gap'), content_ULW=inputs.get('content'))
+    items_ULV = items(params, rows_GE, events.item_UL2, events.content_ULW)
+    h_QLO, _ = PinFM(model).apply({'params': params}, items_ULV, events, method='encode')
     last_Q = jnp.sum(events.mask_UL, axis=1) - 1
     return h_QLO[jnp.arange(len(last_Q)), last_Q]
 
-  @jax.jit
-  def represent(params: Any, rows_GE: Array, words: Array) -> Array:
-    return PinFM(model).apply({'params': params}, vectors(rows_GE, words), method='targets')
+  @partial(jax.jit, out_shardings=on_every_device())
+  def represent(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
+    words, content = inputs['item'][:, None], inputs.get('content')
+    items_V1V = items(params, rows_GE, words, None if content is None else content[:, None])
+    return PinFM(model).apply({'params': params}, items_V1V[:, 0], method='targets')
 
   return encode, represent
 

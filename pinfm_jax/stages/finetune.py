@@ -1,11 +1,15 @@
 """Stage `finetune`: every arm's ranker with every seed, and its predictions on the evaluation split."""
 
+from functools import partial
+
 import jax
 
 from pinfm_jax.config import Arm
 from pinfm_jax.evaluate.predict import predict
 from pinfm_jax.stages.context import Run, needs_pretraining
+from pinfm_jax.train.distributed import on_first
 from pinfm_jax.train.finetune import finetune, training_steps
+from pinfm_jax.train.restore import WarmStart
 from pinfm_jax.workdir import claim, has_work, is_done, write_json
 
 
@@ -14,11 +18,16 @@ def finetune_stage(run: Run) -> None:
   for seed in run.experiment.seeds:
     for arm in run.experiment.arms:
       directory = run.arm_directory(seed, arm)
-      claim(directory, run.finetune_settings(run.arm_experiment(arm), seed), has_work(directory))
-      if is_done(directory):
+      if on_first('finetune: settings', partial(_finished, run, seed, arm)):
         print(f'{directory}: finished earlier')
       else:
         _finetune(run, seed, arm)
+
+
+def _finished(run: Run, seed: int, arm: Arm) -> bool:
+  directory = run.arm_directory(seed, arm)
+  claim(directory, run.finetune_settings(run.arm_experiment(arm), seed), has_work(directory))
+  return is_done(directory)
 
 
 def _finetune(run: Run, seed: int, arm: Arm) -> None:
@@ -26,10 +35,17 @@ def _finetune(run: Run, seed: int, arm: Arm) -> None:
   requests = run.requests(experiment, 'finetune')
   part = run.requests(experiment, experiment.evaluate.split)  # before training: it may turn out to be empty
   task = run.task(experiment, training_steps(experiment.finetune, len(requests)))
-  pretrained = run.pretrain_directory(seed) if needs_pretraining(experiment) else None
-  state = finetune(task, requests, run.mesh, directory, seed, pretrained)
+  pretrained = None
+  if needs_pretraining(experiment):
+    pretrained = WarmStart(run.pretrain_directory(seed), experiment.pretrain.use_checkpoint)
+  state = finetune(task, requests, run.mesh, directory, seed, pretrained, experiment.mesh, run.profile)
   with jax.set_mesh(run.mesh):
     rows_GE = state.tables.rows_GE if state.tables else None
-    predictions = predict(task, state.params, rows_GE, state.constants, part, f'{directory.name}: predict')
-  predictions.save(directory / 'predictions.npz')
-  write_json(directory / 'results.json', {'steps': task.steps, 'requests': len(requests)})
+    label = f'{directory.name}: predict'
+    predictions = predict(task, state.params, rows_GE, state.constants, part, label, experiment.mesh)
+
+  def write() -> None:
+    predictions.save(directory / 'predictions.npz')
+    write_json(directory / 'results.json', {'steps': task.steps, 'requests': len(requests)})
+
+  on_first('finetune: results', write)

@@ -8,6 +8,7 @@ from pinfm_jax.data.sources import prepare_source
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import from_dict
 from pinfm_jax.stages.context import Run
+from pinfm_jax.train.distributed import on_first
 from pinfm_jax.workdir import claim
 
 
@@ -17,6 +18,12 @@ def prepare_stage(run: Run) -> None:
   Raises:
     UserError: no path for a public source, or see `prepare`.
   """
+  on_first('prepare', lambda: _prepare(run))
+  counts = run.dataset.info.counts
+  print(f'data: {counts.users} users, {counts.items} items, {counts.events.kept} events, {counts.requests} requests')
+
+
+def _prepare(run: Run) -> None:
   data = run.experiment.data
   if data.source != 'prepared':
     settings = {
@@ -28,8 +35,6 @@ def prepare_stage(run: Run) -> None:
     claim(run.workdir / 'prepare', {'data': settings}, started=made)  # a failed try binds nobody to its settings
     if not made:
       _make(run)
-  counts = run.dataset.info.counts
-  print(f'data: {counts.users} users, {counts.items} items, {counts.events.kept} events, {counts.requests} requests')
 
 
 def _make(run: Run) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints of a training run (Orbax v1): atomic, resumable, and checked against the data they were trained on."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,20 @@ from orbax.checkpoint import v1 as ocp
 
 from pinfm_jax.errors import UserError
 from pinfm_jax.train.step import TrainState
+from pinfm_jax.train.stored_tables import chunked_saves, read_sharded
 
 logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports every file it touches
+
+_read_alone = False  # see load_arrays
+SELECTED = 'selected'  # the one figure of a checkpoint by which the best are kept: the lower, the better
+
+
+@dataclass(frozen=True)
+class Keep:
+  """Which checkpoints stay: the newest `last`, and the `best` by their held-out loss."""
+
+  last: int = 2
+  best: int = 0
 
 
 class Checkpoints:
@@ -21,15 +35,28 @@ class Checkpoints:
   state it holds the data position: the next step, the order's seed and the data set's checksum.
   """
 
-  def __init__(self, directory: Path, keep: int = 2):
-    """Opens (or makes) the directory; `keep` newest checkpoints stay."""
+  def __init__(self, directory: Path, keep: Keep = Keep(), blocking: bool | None = None, read_only: bool = False):
+    """Opens (or makes) the directory.
+
+    Args:
+      directory: of the checkpoints; all processes give the same one.
+      keep: which checkpoints stay.
+      blocking: whether `save` returns only when all is on disk; None = on CPU. There an array that is being written
+        in the background cannot be donated, so the next step would copy the tables. An accelerator's save copies
+        the state to the host first, then trains on while it is written.
+      read_only: leave what lies there as it is, half-written saves of a run that may be at work included.
+    """
+    if _read_alone:
+      raise RuntimeError('this process has read a checkpoint alone (load_arrays): start new processes to train again')
     self._directory = Path(directory).absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
+    self.blocking = jax.default_backend() == 'cpu' if blocking is None else blocking
     self._checkpointer = ocp.training.Checkpointer(
       self._directory,
-      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      context=chunked_saves(),
+      preservation_policy=_policy(keep),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=not read_only,
     )
 
   @property
@@ -38,58 +65,108 @@ class Checkpoints:
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
 
-  def save(self, state: TrainState, position: dict[str, Any]) -> None:
-    """Writes the state and returns when it is on disk.
+  @property
+  def best_step(self) -> int | None:
+    """Step of the checkpoint with the lowest held-out loss, the earlier of equals; None if none was measured."""
+    measured = [(c.metrics[SELECTED], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+    return min(measured)[1] if measured else None
 
-    It blocks: on CPU a save in the background makes the next step copy the tables that are being written.
+  def save(self, state: TrainState, position: dict[str, Any], held_out_loss: float | None = None) -> None:
+    """Writes the state; see `blocking` for when it is on disk.
+
+    Args:
+      state: what `restore` gives back.
+      position: what a run that continues must agree with.
+      held_out_loss: by which the best are kept, if it was measured.
     """
     step = int(state.step)
-    if self.latest_step != step:
-      self._checkpointer.save_checkpointables(step, {'state': _plain(state), 'position': position})
+    if self.latest_step == step:
+      return
+    metrics = None if held_out_loss is None else {SELECTED: held_out_loss}
+    response = self._checkpointer.save_checkpointables_async(
+      step, {'state': plain(state), 'position': position}, metrics=metrics
+    )
+    if self.blocking and response is not None:
+      response.result()
 
-  def restore(self, abstract: TrainState, position: dict[str, Any]) -> TrainState:
-    """Reads the newest checkpoint into the shardings of an abstract state.
+  def restore(self, abstract: TrainState, position: dict[str, Any], step: int | None = None) -> TrainState:
+    """Reads a checkpoint into the shardings of an abstract state.
 
     Args:
       abstract: shapes, types and shardings (`abstract_state`).
-      position: what the run expects; but for the step it must equal what was saved.
+      position: what the run expects; it must equal what was saved.
+      step: of the checkpoint; None = the newest.
 
     Raises:
       UserError: the checkpoint belongs to other data or another configuration, or cannot be read.
     """
-    step = self.latest_step
-    self._check_layout(step, _plain(abstract))
+    step = self.latest_step if step is None else step
+    self._check_layout(step, plain(abstract))
+    loaded = self._load(step, {'state': plain(abstract), 'position': None})
+    saved = loaded['position']
+    for name in (*position, *saved):
+      if saved.get(name) != position.get(name):
+        raise UserError(
+          f'{self._directory}/{step} was written with {name} {saved.get(name)!r}, this run has {position.get(name)!r}; '
+          'use another --workdir or the settings it was written with'
+        )
+    return rebuilt(abstract, loaded['state'])
+
+  def position(self, step: int) -> dict[str, Any]:
+    """The data position that a checkpoint was saved with."""
+    return self._load(step, {'position': None})['position']
+
+  def layout(self, step: int) -> dict[str, Any]:
+    """Shape and type of every array of a checkpoint's state, as nested dicts."""
+    return self._checkpointer.checkpointables_metadata(step).metadata['state']
+
+  def read(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a part of a checkpoint's state, each array into its sharding; `...` leaves one out.
+
+    Args:
+      step: of the checkpoint.
+      abstract: nested dicts as `layout` gives them, with shardings.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    return self._load(step, {'state': abstract})['state']
+
+  def close(self) -> None:
+    """Waits for what is under way."""
+    self._checkpointer.close()
+
+  def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Reads through Orbax, but for tables: it would hold a device's whole part twice while it reads."""
+    tables = abstract.get('state', {}).get('tables', {})
+    if tables:
+      left_out = {**abstract['state'], 'tables': jax.tree.map(lambda _: ..., tables)}
+      abstract = {**abstract, 'state': left_out}
     try:
-      loaded = self._checkpointer.load_checkpointables(step, {'state': _plain(abstract), 'position': None})
+      loaded = self._checkpointer.load_checkpointables(step, abstract)
+      if tables:
+        path = self._directory / str(step)
+        loaded['state']['tables'] = {
+          name: wanted if wanted is ... else read_sharded(path, f'tables.{name}', wanted)
+          for name, wanted in tables.items()
+        }
+      return loaded
     except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
       reason = str(error).strip().splitlines()[0][:300]
       raise UserError(
         f'{self._directory}/{step} does not fit this configuration ({reason}); '
         'use the configuration it was written with, or another --workdir'
       ) from error
-    saved = loaded['position']
-    for name, expected in position.items():
-      if saved.get(name) != expected:
-        raise UserError(
-          f'{self._directory}/{step} was written with {name} {saved.get(name)!r}, this run has {expected!r}; '
-          'use another --workdir or the settings it was written with'
-        )
-    return _rebuild(abstract, loaded['state'])
 
   def _check_layout(self, step: int, expected: dict[str, Any]) -> None:
-    """Compares names and shapes before anything is read: Orbax would fail halfway, with reads under way."""
-    found = _shapes(self._checkpointer.checkpointables_metadata(step).metadata['state'])
-    wanted = _shapes(expected)
+    """Compares names, shapes and types before anything is read: Orbax would fail halfway, with reads under way."""
+    found, wanted = described(self.layout(step)), described(expected)
     for name in (*wanted, *found):
       if found.get(name) != wanted.get(name):
         raise UserError(
           f'{self._directory}/{step} does not fit this configuration (it has {name} of shape {found.get(name)}, '
           f'the model {wanted.get(name)}); use the configuration it was written with, or another --workdir'
         )
-
-  def close(self) -> None:
-    """Waits for what is under way."""
-    self._checkpointer.close()
 
 
 def abstract_state(create: Any, shardings: TrainState) -> TrainState:
@@ -99,53 +176,77 @@ def abstract_state(create: Any, shardings: TrainState) -> TrainState:
 
 
 def load_arrays(directory: Path) -> dict[str, Any]:
-  """The newest checkpoint's state as a nested dict of NumPy arrays, for export and warm starts across shapes.
+  """The newest checkpoint's state as a nested dict of NumPy arrays, for the export.
+
+  Of several processes one may call it alone, once they have trained: Orbax numbers its operations in each process, so
+  after one that was not common they can write no checkpoint together (`Checkpoints` refuses, where Orbax would hang).
 
   Raises:
     UserError: there is no checkpoint.
   """
-  directory = Path(directory).absolute()
-  if not directory.is_dir():
+  global _read_alone
+  steps = [int(path.name) for path in Path(directory).glob('[0-9]*') if path.name.isdigit()]
+  if not steps:
     raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
-  checkpointer = ocp.training.Checkpointer(directory)
-  if checkpointer.latest is None:
-    raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
-  step = checkpointer.latest.step
-  layout = checkpointer.checkpointables_metadata(step).metadata['state']
-  # Abstract NumPy arrays ask Orbax for host memory, whatever devices wrote the checkpoint; `empty` touches no page.
-  abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), layout)
-  loaded = checkpointer.load_checkpointables(step, {'state': abstract})
-  checkpointer.close()
-  return loaded['state']
+  path, here, context = Path(directory).absolute() / str(max(steps)), jax.process_index(), ocp.Context()
+  if jax.process_count() > 1:  # Orbax would wait for the others
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = here, {here}
+    context.multiprocessing.barrier_sync_key_prefix = f'alone{here}'
+    _read_alone = True
+  with context:
+    layout = ocp.checkpointables_metadata(path).metadata['state']
+    # Abstract NumPy arrays ask Orbax for host memory, whatever devices wrote the checkpoint; `empty` touches no page.
+    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), layout)
+    return ocp.load_checkpointables(path, {'state': abstract})['state']
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """Shapes by name: 'params/pinfm/psi/..'."""
+def described(tree: Any) -> dict[str, str]:
+  """Type and shape by name: 'params/pinfm/psi/..' -> 'float32[8,4]'."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+    for path, leaf in leaves
+  }
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
-  """The state as nested dicts, which is the layout on disk."""
+def plain(state: TrainState) -> dict[str, Any]:
+  """The state as nested dicts, which is the layout on disk; what a state does not have (None) is left out."""
   tables = state.tables
-  plain = {
+  nested = {
     'step': state.step,
     'rng': state.rng,
     'params': state.params,
     'opt_state': {'count': state.opt_state.count, 'mu': state.opt_state.mu, 'nu': state.opt_state.nu},
   }
   if tables is not None:
-    plain['tables'] = {'rows': tables.rows_GE, 'accumulator': tables.accumulator_G}
+    nested['tables'] = {'rows': tables.rows_GE, 'accumulator': tables.accumulator_G}
+    nested['tables'] = {name: array for name, array in nested['tables'].items() if array is not None}
   if state.constants is not None:
-    plain['constants'] = {field: getattr(state.constants, field) for field in state.constants.__dataclass_fields__}
-  return plain
+    nested['constants'] = {field: getattr(state.constants, field) for field in state.constants.__dataclass_fields__}
+  return nested
 
 
-def _rebuild(like: TrainState, plain: dict[str, Any]) -> TrainState:
+def rebuilt(like: TrainState, nested: dict[str, Any]) -> TrainState:
+  """The inverse of `plain`, for a state of the same kind."""
   tables, constants = like.tables, like.constants
   if tables is not None:
-    tables = type(tables)(plain['tables']['rows'], plain['tables']['accumulator'])
+    tables = type(tables)(nested['tables']['rows'], nested['tables'].get('accumulator'))
   if constants is not None:
-    constants = type(constants)(**plain['constants'])
-  opt_state = type(like.opt_state)(**plain['opt_state'])
-  return TrainState(plain['step'], plain['rng'], plain['params'], opt_state, tables, constants)
+    constants = type(constants)(**nested['constants'])
+  opt_state = type(like.opt_state)(**nested['opt_state'])
+  return TrainState(nested['step'], nested['rng'], nested['params'], opt_state, tables, constants)
+
+
+def _policy(keep: Keep) -> Any:
+  policies = ocp.training.preservation_policies
+  kept = [policies.LatestN(keep.last)]
+  if keep.best:
+    # Orbax keeps the last of its ascending order, so the order is reversed for a loss.
+    best = policies.BestN(
+      get_metric_fn=lambda metrics: metrics[SELECTED],
+      reverse=True,
+      n=keep.best,
+      keep_checkpoints_without_metrics=False,
+    )
+    kept.append(best)
+  return policies.AnyPreservationPolicy(kept)

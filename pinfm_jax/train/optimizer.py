@@ -1,16 +1,22 @@
 """One update rule for tower and tables: schedule, ratios and clipping apply to both alike."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from pinfm_jax.config import UpdateConfig
-from pinfm_jax.model.tables import RowPlan, Tables, update_rows
 
 Array = jax.Array
+
+
+class RowStep(NamedTuple):
+  """What the table rows take from a step: the factor of their gradients, and their learning rate."""
+
+  clip: Array
+  learning_rate: Array
 
 
 @dataclass(frozen=True)
@@ -39,34 +45,29 @@ class Update:
     return self._adam().init(params)
 
   def apply(
-    self, params: Any, opt_state: optax.OptState, grads: Any, tables: Tables | None, plan: RowPlan | None,
-    row_grad_KE: Array | None, step: Array,
-  ) -> tuple[Any, optax.OptState, Tables | None, Array]:  # fmt: skip
-    """One step of everything.
+    self, params: Any, opt_state: optax.OptState, grads: Any, row_squares: Array | float, step: Array
+  ) -> tuple[Any, optax.OptState, RowStep, Array]:
+    """One step of the parameters, and what the rows' step must be (`train.exchange` carries it out).
 
     Args:
       params: the parameter tree.
       opt_state: from `init`.
       grads: gradients of the parameters.
-      tables: item tables, or None for a model without.
-      plan: the rows the batch touched.
-      row_grad_KE: gradients of those rows.
+      row_squares: sum of squares of the rows' gradients, which count in the global norm; 0 without tables.
       step: int32.
 
     Returns:
-      New parameters, optimizer state and tables, and the gradients' global norm before clipping.
+      New parameters and optimizer state, the rows' step, and the gradients' global norm before clipping.
     """
-    norm = optax.tree.norm((grads, row_grad_KE))
-    clip = jnp.minimum(1.0, self.config.clip_norm / (norm + 1e-9)) if self.config.clip_norm else 1.0
+    norm = jnp.sqrt(optax.tree.norm(grads, squared=True) + row_squares)
+    clip = jnp.minimum(1.0, self.config.clip_norm / (norm + 1e-9)) if self.config.clip_norm else jnp.ones(())
     shape = self.schedule(step)
     grads = jax.tree.map(lambda g: g * clip, grads)
     updates, opt_state = self._adam().update(grads, opt_state, params)
     rate = self.config.learning_rate * shape
     params = jax.tree_util.tree_map_with_path(lambda path, p, u: self._move(path, p, u, rate), params, updates)
-    if tables is not None:
-      rate = self.config.table_learning_rate * self.config.pretrained_ratio * shape
-      tables = update_rows(tables, plan, row_grad_KE * clip, rate)
-    return params, opt_state, tables, norm
+    row_step = RowStep(clip, self.config.table_learning_rate * self.config.pretrained_ratio * shape)
+    return params, opt_state, row_step, norm
 
   def _adam(self) -> optax.GradientTransformation:
     return optax.scale_by_adam(self.config.beta1, self.config.beta2)

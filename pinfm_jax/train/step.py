@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -10,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from pinfm_jax.config import TableConfig
-from pinfm_jax.model.tables import Tables, gather_rows, init_tables, item_vectors, plan_rows
-from pinfm_jax.train.optimizer import Update
+from pinfm_jax.config import MeshConfig, TableConfig
+from pinfm_jax.model.hashing import hash_uniform
+from pinfm_jax.model.tables import Tables, init_rows, table_rows
+from pinfm_jax.train.exchange import Exchange, fitted_capacity
+from pinfm_jax.train.optimizer import RowStep, Update
 from pinfm_jax.train.sharding import parameter_shardings, replicated, table_sharding
 
 Array = jax.Array
@@ -33,7 +37,7 @@ class TrainState:
     params: dense parameters.
     opt_state: their optimizer state.
     tables: item tables with their accumulators, or None.
-    constants: values that are read and never trained (normalisation statistics), or None.
+    constants: values that no gradient trains: normalisation statistics, running item counts (`Task.observe`); or None.
   """
 
   step: Array
@@ -53,65 +57,126 @@ class Task(Protocol):
   def init(self, key: Array) -> Any:
     """Fresh parameters, boxed with their logical axes."""
 
-  def ids(self, batch: Batch, step: Array) -> Array:
-    """uint32 [M, 2]: every id whose vector the loss needs."""
+  def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
+    """uint32 arrays [A, B, 2] of every id whose vector the loss needs; A lies over the mesh as examples do."""
+
+  def observe(self, constants: Any, batch: Batch, step: Array) -> Any:
+    """The constants after a step's batch was seen, before its loss; most tasks return them as they are."""
 
   def loss(
-    self, params: Any, vectors_MV: Array | None, batch: Batch, step: Array, key: Array, constants: Any
+    self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: Any
   ) -> tuple[Array, dict[str, Array]]:
-    """The loss and the figures to log."""
+    """The loss and the figures to log; `vectors` are those of `ids`, [A, B, V], none for a task without tables."""
 
 
-def state_shardings(task: Task, mesh: Mesh, constants: Any = None) -> TrainState:
+def state_shardings(task: Task, mesh: Mesh, constants: Any = None, layout: MeshConfig = MeshConfig()) -> TrainState:
   """Shardings of the whole state: parameters by the logical rules, their moments alike, tables by rows."""
   boxed = jax.eval_shape(task.init, jax.random.key(0))
   params = parameter_shardings(mesh, boxed)
-  rows = table_sharding(mesh)
+  rows = table_sharding(mesh, layout.table_axes)
+  accumulator = rows if task.update.config.table_rule == 'adagrad' else None
   return TrainState(
     step=replicated(mesh),
     rng=replicated(mesh),
     params=params,
     opt_state=optax.ScaleByAdamState(count=replicated(mesh), mu=params, nu=params),
-    tables=Tables(rows, rows) if task.tables else None,
+    tables=Tables(rows, accumulator) if task.tables else None,
     constants=jax.tree.map(lambda _: replicated(mesh), constants),
   )
 
 
-def init_state(task: Task, mesh: Mesh, seed: int, constants: Any = None) -> Callable[[], TrainState]:
+def stored_rows(task: Task, mesh: Mesh) -> int:
+  """G, rows of the stored table on this mesh: all sub-tables, rounded up."""
+  return table_rows(task.tables, math.lcm(mesh.size, ROW_MULTIPLE))
+
+
+def init_state(
+  task: Task, mesh: Mesh, seed: int, constants: Any = None, layout: MeshConfig = MeshConfig()
+) -> Callable[[], TrainState]:
   """A function that makes the fresh state where its shards live; pass it to `jax.eval_shape` for the abstract state."""
-  shardings = state_shardings(task, mesh, constants)
+  shardings = state_shardings(task, mesh, constants, layout)
 
   def create() -> TrainState:
     key_params, key_tables, key_run = jax.random.split(jax.random.key(seed), 3)
     params = nn.unbox(task.init(key_params))
-    tables = init_tables(key_tables, task.tables, math.lcm(mesh.size, ROW_MULTIPLE)) if task.tables else None
+    tables = None
+    if task.tables:
+      tables = _init_tables(task, mesh, jax.random.bits(key_tables, dtype=jnp.uint32), shardings.tables)
     run = jax.random.key_data(key_run)
     return TrainState(jnp.zeros((), jnp.int32), run, params, task.update.init(params), tables, constants)
 
   return jax.jit(create, out_shardings=shardings)
 
 
-def make_step(task: Task) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-  """The jitted step. The state is donated: parameters and tables are updated in place."""
+def _init_tables(task: Task, mesh: Mesh, salt: Array, shardings: Tables) -> Tables:
+  """Each device makes its own rows; nothing the size of a table stands beside the table."""
+  rows, spec = stored_rows(task, mesh), shardings.rows_GE.spec
+  axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
+  own = rows // math.prod(mesh.shape[axis] for axis in axes)
+
+  def make(salt: Array) -> Array:
+    return init_rows(task.tables, own, salt, jax.lax.axis_index(axes) * own)
+
+  rows_GE = jax.shard_map(make, mesh=mesh, in_specs=P(), out_specs=spec, check_vma=False)(salt)
+  return Tables(rows_GE, None if shardings.accumulator_G is None else jnp.zeros(rows, jnp.float32))
+
+
+def fitted_layout(task: Task, state: TrainState, layout: MeshConfig, batch: Batch) -> MeshConfig:
+  """The layout with an exchange capacity that serves batches like this one in a single round; one that is set stays."""
+  owners = math.prod(jax.sharding.get_mesh().shape[axis] for axis in layout.table_axes)
+  if state.tables is None or layout.exchange_capacity or owners == 1:
+    return layout
+  ids = jax.jit(task.ids)(batch, state.step)
+  capacity = fitted_capacity(task.tables, state.tables.rows_GE.shape[0], layout.table_axes, ids)
+  return replace(layout, exchange_capacity=capacity)
+
+
+def make_step(
+  task: Task, layout: MeshConfig = MeshConfig()
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+  """The jitted step, to be called under `jax.set_mesh`. The state is donated: everything is updated in place."""
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    plan = gathered_KE = None
-    if state.tables is not None:
-      plan = plan_rows(task.ids(batch, state.step), task.tables)
-      gathered_KE = gather_rows(state.tables.rows_GE, plan)
+    state = state.replace(constants=task.observe(state.constants, batch, state.step))
+    if state.tables is None:
+      return _dense_step(task, state, batch, key)
+    exchange = Exchange(task.tables, state.tables.rows_GE.shape[0], layout.table_axes, layout.exchange_capacity)
+    ids = task.ids(batch, state.step)
+    plan = exchange.plan(ids)
 
-    def loss(params: Any, rows_KE: Array | None) -> tuple[Array, dict[str, Array]]:
-      vectors_MV = None if rows_KE is None else item_vectors(rows_KE, plan)
-      return task.loss(params, vectors_MV, batch, state.step, key, state.constants)
+    def loss(params: Any, rows_KE: Array) -> tuple[Array, dict[str, Array]]:
+      vectors = exchange.vectors(rows_KE, plan, ids)
+      return task.loss(params, vectors, batch, state.step, key, state.constants)
 
+    rows_KE = exchange.lookup(state.tables.rows_GE, plan)
     (value, figures), (grads, row_grad_KE) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-      state.params, gathered_KE
+      state.params, rows_KE
     )
-    params, opt_state, tables, norm = task.update.apply(
-      state.params, state.opt_state, grads, state.tables, plan, row_grad_KE, state.step
-    )
-    figures = {'loss': value, 'grad_norm': norm, 'learning_rate': task.update.schedule(state.step), **figures}
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tables=tables), figures
+    summed = exchange.sum_gradients(plan, row_grad_KE)
+    state, row_step, figures = _apply(task, state, value, figures, grads, summed.squares)
+    salt = hash_uniform(state.step, state.rng[-1])
+    tables = exchange.update(state.tables, plan, row_grad_KE, summed, *row_step, salt)
+    return state.replace(tables=tables), figures | exchange.traffic(plan)
 
   return jax.jit(step, donate_argnums=0)
+
+
+def _dense_step(task: Task, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+  """The step of a model without item tables."""
+
+  def loss(params: Any) -> tuple[Array, dict[str, Array]]:
+    return task.loss(params, (), batch, state.step, key, state.constants)
+
+  (value, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+  state, _, figures = _apply(task, state, value, figures, grads, 0.0)
+  return state, figures
+
+
+def _apply(
+  task: Task, state: TrainState, loss: Array, figures: dict[str, Array], grads: Any, row_squares: Array | float
+) -> tuple[TrainState, RowStep, dict[str, Array]]:
+  """Moves the parameters and completes the figures."""
+  params, opt_state, row_step, norm = task.update.apply(state.params, state.opt_state, grads, row_squares, state.step)
+  figures = {'loss': loss, 'grad_norm': norm, 'learning_rate': task.update.schedule(state.step), **figures}
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), row_step, figures

@@ -18,10 +18,14 @@ _MAY_BE_ZERO = (
   'hash_seed',
   'mesh.data',
   'mesh.exchange_capacity',
+  'model.content_width',
   'model.num_actions',
   'model.num_surfaces',
+  'model.tower.time_gap_buckets',
   'pretrain.eval_every',
+  'pretrain.impression_negatives',
   'pretrain.keep_best',
+  'pretrain.uniform_negatives',
   'ranker.cross_layers',
   'ranker.item_buckets',
   'update.warmup_steps',
@@ -33,9 +37,14 @@ _CHOICES = {
   'finetune.update.table_rule': ('adagrad', 'sgd'),
   'finetune.init': ('pretrained', 'scratch'),
   'pretrain.use_checkpoint': ('newest', 'best'),
+  'pretrain.log_q': ('none', 'counts', 'sketch'),
+  'pretrain.continue_on': ('new', 'all'),
   'ranker.sequence': ('pinfm', 'none'),
   'serve.storage': ('int4', 'int8', 'float32'),
+  'model.tower.attention': ('auto', 'xla', 'flash'),
+  'model.tower.backbone': ('gpt2', 'hstu'),
   'model.tower.dtype': ('float32', 'bfloat16'),
+  'model.tower.remat': ('none', 'full', 'dots'),
 }
 
 
@@ -67,6 +76,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_mesh(each.mesh)
     _check_lengths(each)
     _check_held_out(each.pretrain)
+    _check_negatives(each.pretrain)
 
 
 def check_labels(experiment: Experiment, labels: tuple[str, ...]) -> None:
@@ -106,6 +116,11 @@ def _check_model(model: PinFMConfig) -> None:
   tower, tables = model.tower, model.tables
   if tower.width % tower.heads:
     raise UserError(f'model.tower.width {tower.width} is not a multiple of model.tower.heads {tower.heads}')
+  if tower.backbone == 'hstu' and tower.attention == 'flash':
+    raise UserError(
+      "model.tower.attention is 'flash', but flash kernels compute a softmax and model.tower.backbone 'hstu' has none; "
+      'set model.tower.attention=auto'
+    )
   if tables.sub_tables * tables.rows >= 2**31 - 2**28:
     raise UserError(
       f'model.tables: {tables.sub_tables} x {tables.rows} rows; rows are numbered by 31 bits, '
@@ -113,6 +128,18 @@ def _check_model(model: PinFMConfig) -> None:
     )
   if tables.width % 2:
     raise UserError(f'model.tables.width is {tables.width}; int4 packs two values a byte: make it even')
+  if 0 < tower.time_gap_buckets < 3:
+    raise UserError(
+      f'model.tower.time_gap_buckets is {tower.time_gap_buckets}; expected 0 (off) or at least 3: '
+      'one for no event before, one for gaps below a second, one for longer ones'
+    )
+  if model.id_mask >= 1:
+    raise UserError(f'model.id_mask is {model.id_mask}; expected a share below 1')
+  if model.id_mask and not model.content:
+    raise UserError(
+      f'model.id_mask is {model.id_mask}, which leaves nothing of an item without content: '
+      'set model.content=true, or model.id_mask=0'
+    )
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
@@ -178,8 +205,37 @@ def _check_lengths(experiment: Experiment) -> None:
   for name, update in (('pretrain', pretrain.update), ('finetune', finetune.update)):
     if not 0 <= update.beta1 < 1 or not 0 <= update.beta2 < 1:
       raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')
+  if pretrain.action_mask >= 1:
+    raise UserError(f'pretrain.action_mask is {pretrain.action_mask}; expected a share below 1')
   if pretrain.temperature <= 0:
     raise UserError(f'pretrain.temperature is {pretrain.temperature}; expected a positive number')
+
+
+def _check_negatives(config: PretrainConfig) -> None:
+  if config.uniform_negatives % config.batch_segments:
+    raise UserError(
+      f'pretrain.uniform_negatives is {config.uniform_negatives}; expected a multiple of pretrain.batch_segments '
+      f'{config.batch_segments}: every segment carries as many'
+    )
+  if config.impression_negatives and not config.positive_actions:
+    raise UserError(
+      f'pretrain.impression_negatives is {config.impression_negatives}, but pretrain.positive_actions is empty, so '
+      'that every event is positive; name the positive actions, or set pretrain.impression_negatives=0'
+    )
+  if config.impression_negatives and not config.ntl_weight:
+    raise UserError(
+      f'pretrain.impression_negatives is {config.impression_negatives}, but only the next-token loss uses them and '
+      'pretrain.ntl_weight is 0; set one of both'
+    )
+  if config.impression_negatives > config.window:
+    raise UserError(
+      f'pretrain.impression_negatives {config.impression_negatives} exceeds pretrain.window {config.window}, the '
+      'events after an anchor that are looked at; make the window larger'
+    )
+  if not 0 < config.sketch_decay <= 1:
+    raise UserError(f'pretrain.sketch_decay is {config.sketch_decay}; expected above 0 and at most 1 (1 = never fades)')
+  if 4 * config.sketch_width >= 2**31:
+    raise UserError(f'pretrain.sketch_width is {config.sketch_width}; expected fewer than {2**29} counters')
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -5,14 +5,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from pinfm_jax import __version__
+from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code (0 good, 2 the user's mistake, 130 interrupted)."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  runner: list[str] = []
+  if argv[:1] == ['prepare-beam'] and '--' in argv:  # what follows belongs to Beam
+    argv, runner = argv[: argv.index('--')], argv[argv.index('--') + 1 :]
   arguments = _parser().parse_args(argv)
+  arguments.runner = runner
   try:
     arguments.function(arguments)
   except UserError as error:
@@ -32,7 +39,18 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--version', action='version', version=f'pinfm_jax {__version__}')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-  for add in (_add_run, _add_prepare, _add_download, _add_export, _add_score, _add_report, _add_plan):
+  for add in (
+    _add_run,
+    _add_prepare,
+    _add_prepare_beam,
+    _add_download,
+    _add_export,
+    _add_apply_delta,
+    _add_score,
+    _add_report,
+    _add_plan,
+    add_bench,
+  ):
     add(commands)
   return parser
 
@@ -95,14 +113,34 @@ def _add_prepare(commands) -> None:
   command = commands.add_parser(
     'prepare',
     help='prepare raw activity logs',
-    description='Reads CSV, JSONL (also .gz) and Parquet logs and writes a prepared data set. Malformed rows go to '
-    'rejected.jsonl with their reason.',
+    description='Reads CSV, JSONL (also .gz) and Parquet logs and writes a prepared data set, or adds a partition to '
+    'one (--append). Malformed rows go to rejected.jsonl with their reason.',
   )
   command.add_argument('logs', metavar='LOG', nargs='+', help='event files; with --source the folder as published')
-  command.add_argument('--out', metavar='DIR', required=True, help='the data set to make')
+  target = command.add_mutually_exclusive_group(required=True)
+  target.add_argument('--out', metavar='DIR', help='the data set to make')
+  target.add_argument('--append', metavar='DATASET', help='add later events and impressions to a prepared data set')
   command.add_argument('--source', metavar='NAME', help='a public set: kuairand, globo, movielens or amazon')
   command.add_argument('--option', metavar='KEY=VALUE', nargs='+', action='extend', default=[],
                        help='an option of --source, for example category=Beauty')  # fmt: skip
+  _add_prepare_settings(command)
+  command.set_defaults(function=_prepare)
+
+
+def _add_prepare_beam(commands) -> None:
+  command = commands.add_parser(
+    'prepare-beam',
+    help='prepare raw activity logs with Apache Beam',
+    description='What `prepare` does, as an Apache Beam pipeline. Options of the pipeline stand after --, for example '
+    '-- --runner=FlinkRunner.',
+  )
+  command.add_argument('logs', metavar='LOG', nargs='+', help='event files, on paths that all workers share')
+  command.add_argument('--out', metavar='DIR', required=True, help='the data set to make, likewise')
+  _add_prepare_settings(command)
+  command.set_defaults(function=_prepare_beam)
+
+
+def _add_prepare_settings(command: argparse.ArgumentParser) -> None:
   for name, text in (
     (
       'columns',
@@ -138,28 +176,24 @@ def _add_prepare(commands) -> None:
   command.add_argument('--shards', type=int, help='record files (default: by size)')
   command.add_argument('--partitions', type=int, help='parts the users are processed in (default: by size)')
   command.add_argument('--overwrite', action='store_true', default=None, help='replace a data set at DIR')
-  command.set_defaults(function=_prepare)
 
 
 _MAPPINGS = (
   'columns', 'action_columns', 'impression_columns', 'item_columns', 'user_columns', 'reference_columns',
 )  # fmt: skip
 _LISTS = ('impressions', 'labels', 'dense', 'sparse', 'embedding', 'actions', 'surfaces')
-_COMMAND_ONLY = ('command', 'function', 'logs', 'out', 'source', 'option')
+_COMMAND_ONLY = ('command', 'function', 'logs', 'out', 'append', 'source', 'option', 'runner')
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.data.append import append
   from pinfm_jax.data.prepare import PrepareConfig, prepare
   from pinfm_jax.data.sources import prepare_source
   from pinfm_jax.overrides import literal, parse_assignments
 
-  settings = {k: v for k, v in vars(arguments).items() if v is not None and k not in _COMMAND_ONLY}
-  for name in _MAPPINGS:
-    if name in settings:
-      settings[name] = parse_assignments(settings[name].split(','), f'--{name.replace("_", "-")}')
-  for name in _LISTS:
-    if name in settings:
-      settings[name] = tuple(settings[name].split(','))
+  settings = _prepare_settings(arguments)
+  if arguments.append and arguments.source:
+    raise UserError('--append takes logs, not a public set: drop --source, or give --out')
   if arguments.source:
     if len(arguments.logs) > 1:
       raise UserError(f'--source takes one folder or file, got {len(arguments.logs)}')
@@ -168,9 +202,41 @@ def _prepare(arguments: argparse.Namespace) -> None:
   else:
     if arguments.option:
       raise UserError('--option belongs to --source; name the public set, or drop it')
+    if arguments.append:
+      _print_counts(arguments.append, append(arguments.append, arguments.logs, **settings).partitions[-1].counts)
+      return
     info = prepare(PrepareConfig(logs=tuple(arguments.logs), out=arguments.out, **settings))
-  counts = info.counts
-  print(f'{arguments.out}: {counts.users} users, {counts.items} items, {counts.requests} requests')
+  _print_counts(arguments.out, info.counts)
+
+
+def _prepare_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+  from pinfm_jax.overrides import parse_assignments
+
+  settings = {k: v for k, v in vars(arguments).items() if v is not None and k not in _COMMAND_ONLY}
+  for name in _MAPPINGS:
+    if name in settings:
+      settings[name] = parse_assignments(settings[name].split(','), f'--{name.replace("_", "-")}')
+  for name in _LISTS:
+    if name in settings:
+      settings[name] = tuple(settings[name].split(','))
+  return settings
+
+
+def _prepare_beam(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.data.preparation.config import PrepareConfig
+
+  try:
+    from pinfm_jax.data.beam.pipeline import prepare_with_beam
+  except ModuleNotFoundError as error:
+    if error.name != 'apache_beam':
+      raise
+    raise UserError("apache-beam is not installed: pip install 'pinfm_jax[beam]'") from None
+  config = PrepareConfig(logs=tuple(arguments.logs), out=arguments.out, **_prepare_settings(arguments))
+  _print_counts(arguments.out, prepare_with_beam(config, arguments.runner).counts)
+
+
+def _print_counts(where: str, counts) -> None:
+  print(f'{where}: {counts.users} users, {counts.items} items, {counts.requests} requests')
   for kind in ('events', 'impressions'):
     rows = getattr(counts, kind)
     if rows.read:
@@ -203,6 +269,7 @@ def _add_export(commands) -> None:
   command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
   command.add_argument('--seed', type=int, help='of which seed (default: the first)')
   command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
+  command.add_argument('--base', metavar='BUNDLE', help='write just what this earlier bundle has not, as a delta')
   command.add_argument('--overwrite', action='store_true', help='replace a bundle at BUNDLE')
   command.set_defaults(function=_export)
 
@@ -213,8 +280,23 @@ def _export(arguments: argparse.Namespace) -> None:
   from pinfm_jax.stages.export import export_arm
 
   run = Run(saved_experiment(arguments.workdir), Path(arguments.workdir))
-  path = export_arm(run, arguments.out, arguments.arm, arguments.seed, arguments.storage, arguments.overwrite)
-  print(path)
+  a = arguments
+  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base))
+
+
+def _add_apply_delta(commands) -> None:
+  command = commands.add_parser('apply-delta', help='make a bundle from an earlier one and what has changed')
+  command.add_argument('base', metavar='BASE', help='the bundle that the delta was exported against')
+  command.add_argument('delta', metavar='DELTA', help='what `pinfm export --base BASE` wrote')
+  command.add_argument('--out', metavar='BUNDLE', required=True, help='the directory to make')
+  command.add_argument('--overwrite', action='store_true', help='replace a bundle at BUNDLE')
+  command.set_defaults(function=_apply_delta)
+
+
+def _apply_delta(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.serve.delta import apply_delta
+
+  print(apply_delta(arguments.base, arguments.delta, arguments.out, arguments.overwrite))
 
 
 def _add_score(commands) -> None:

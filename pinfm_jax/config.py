@@ -45,8 +45,9 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class TowerConfig:
-  """The pre-LN decoder of PinFM and its pointwise MLPs."""
+  """The decoder of PinFM and its pointwise MLPs."""
 
+  backbone: str = 'gpt2'  # 'gpt2' (pre-LN) or 'hstu', which has no MLP: mlp_ratio is unused
   layers: int = 12
   width: int = 512
   heads: int = 8
@@ -55,16 +56,22 @@ class TowerConfig:
   max_positions: int = 512
   dropout: float = 0.0
   dtype: str = 'float32'  # of the activations; parameters, softmax and losses stay float32
+  time_gap_buckets: int = 0  # embeddings of the log2 time since the event before; 0 = off, 32 cover 17 years
+  remat: str = 'none'  # what the backward pass computes again, to save memory: 'full', or 'dots' (all but the matmuls)
+  attention: str = 'auto'  # 'xla' (plain), 'flash', or 'auto': flash where the device has a kernel for the sizes
 
 
 @dataclass(frozen=True)
 class PinFMConfig:
-  """The pretrained model. The vocabulary sizes come from the prepared data set."""
+  """The pretrained model. The vocabulary sizes and the content's width come from the prepared data set."""
 
   tables: TableConfig = TableConfig()
   tower: TowerConfig = TowerConfig()
   num_actions: int = 0  # 0 = taken from the data set
   num_surfaces: int = 0
+  content: bool = False  # add the items' projected content vectors to their id vectors
+  content_width: int = 0  # 0 = taken from the data set
+  id_mask: float = 0.0  # share of id vectors hidden in training, so that items learn to work by content alone
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class PretrainConfig:
   steps: int = 1000
   batch_segments: int = 64  # U of the global batch
   segment_length: int = 384  # L
+  pack: bool = False  # several short segments share a row of length L; batch_segments then counts rows
   downstream_length: int = 256  # L_d: the future-token loss's anchor
   window: int = 16  # L'
   pairs: int = 4  # offsets drawn of the window for an anchor of the multi-token loss
@@ -98,7 +106,14 @@ class PretrainConfig:
   mtl_weight: float = 1.0
   ftl_weight: float = 1.0
   max_columns: int = 16_384  # K: unique items of the global batch that serve as negatives
+  uniform_negatives: int = 0  # random items of the catalogue a step as further columns
+  impression_negatives: int = 0  # nearest shown events outside A_pos within L' as further negatives of L_ntl
+  log_q: str = 'none'  # popularity correction of the columns: 'none', 'counts' (exact) or 'sketch' (streaming)
+  sketch_width: int = 1_048_576  # counters of each of the sketch's 4 rows
+  sketch_decay: float = 0.999  # a step; what the sketch has counted fades with it
   temperature: float = 0.05  # initial value of the learnable temperature
+  action_mask: float = 0.0  # share of events whose actions are hidden and predicted (UniPinRec: 0.2); 0 = off
+  action_weight: float = 1.0  # of that loss
   checkpoint_every: int = 500
   log_every: int = 20
   eval_every: int = 0  # steps between measurements on held-out users, who do not train; 0 = all users train
@@ -108,6 +123,8 @@ class PretrainConfig:
   keep_best: int = 0  # besides, so many with the lowest held-out loss
   use_checkpoint: str = 'newest'  # 'newest' or 'best': which one retrieval and fine-tuning use
   resume: str = ''  # directory of another pretraining run (same shapes and data) that a fresh run goes on from
+  continue_from: str = ''  # workdir (or pretraining directory) of an earlier run on an earlier state of the data set
+  continue_on: str = 'new'  # segments with events that run has not read, or 'all'
   update: UpdateConfig = UpdateConfig()
 
 

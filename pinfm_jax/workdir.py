@@ -74,6 +74,18 @@ def read_results(directory: Path) -> dict[str, float]:
   return _read(directory / RESULTS)
 
 
+def read_settings(directory: Path) -> dict[str, Any]:
+  """The settings that a stage's directory was claimed with.
+
+  Raises:
+    UserError: it was not.
+  """
+  path = directory / SETTINGS
+  if not path.is_file():
+    raise UserError(f'{directory} has no {SETTINGS}: expected the directory of a stage of an earlier run')
+  return _read(path)
+
+
 def _read(path: Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding='utf-8'))

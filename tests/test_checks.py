@@ -24,7 +24,9 @@ def test_the_toy_experiment_passes():
     'finetune.update.learning_rate=inf', 'finetune.update.beta2=1', 'serve.storage=int3', 'data.simulator.user=3',
     'finetune.epochs=0', 'evaluate.utility.save=nan', 'finetune.history_block=12',
     'finetune.cold_start.age_dropout=1,0',
-    'finetune.cold_start.randomise=1.5',
+    'finetune.cold_start.randomise=1.5', 'pretrain.log_q=count', 'pretrain.uniform_negatives=12',
+    'pretrain.impression_negatives=5', 'pretrain.sketch_decay=0', 'pretrain.sketch_decay=1.1',
+    'pretrain.sketch_width=0', 'pretrain.sketch_width=600000000',
   ],
 )  # fmt: skip
 def test_a_value_that_cannot_work_is_named(setting):
@@ -55,3 +57,10 @@ def test_labels_are_those_of_the_data(key):
   experiment = apply_overrides(toy.EXPERIMENT, {f'evaluate.{key}': value})
   with pytest.raises(UserError, match="'sav'; the data set's labels are: click, save"):
     check_labels(experiment, ('click', 'save', 'hide'))
+
+
+@pytest.mark.parametrize('other', ['pretrain.positive_actions=', 'pretrain.ntl_weight=0'])
+def test_impression_negatives_need_a_positive_set_and_the_next_token_loss(other):
+  key, value = other.split('=')
+  with pytest.raises(UserError, match=key.split('.')[-1]):
+    check_experiment(apply_overrides(toy.EXPERIMENT, {'pretrain.impression_negatives': '2', key: value}))

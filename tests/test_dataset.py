@@ -121,7 +121,7 @@ def test_another_record_count(copy):
   ('change', 'message'),
   [
     ({'format': 'other'}, 'not the description'),
-    ({'schema_version': 2}, 'schema version 2'),
+    ({'schema_version': 3}, 'schema version 3'),
     ({'counts': {}}, 'lacks or misspells'),
     ({'extra': 1}, 'lacks or misspells'),
   ],

@@ -284,6 +284,16 @@ def test_randomised_candidates_are_not_in_the_history(task, batch):
   assert not np.any(np.all(candidate == batch['candidate_item'], axis=-1))
 
 
+def test_the_seed_of_the_run_reaches_what_the_task_draws(task, requests, batch, toy_run, tmp_path, monkeypatch):
+  ids = [np.asarray(replace(task, seed=seed).ids(batch, jnp.int32(0))[1]) for seed in (0, 1, 0)]
+  assert np.any(ids[0] != ids[1])
+  np.testing.assert_array_equal(ids[0], ids[2])
+  seen = []
+  monkeypatch.setattr('pinfm_jax.train.finetune.train', lambda task, *_: seen.append(task))
+  finetune(task, requests, toy_run.mesh, tmp_path, 7, None)
+  assert seen[0] == replace(task, seed=7)
+
+
 def test_predictions_stand_beside_what_happened(toy_run):
   """Requests of more than C candidates are scored in parts and come back whole, in order."""
   config = replace(toy_run.experiment.finetune, candidates=4)

@@ -15,7 +15,7 @@ from pinfm_jax.report import write_report
 from pinfm_jax.train import heldout, loop
 from pinfm_jax.train.exchange import read_vectors
 from pinfm_jax.train.heldout import held_out_loss, held_out_users, split_segments
-from pinfm_jax.train.pretrain import PretrainTask, pretrain, without_dropout
+from pinfm_jax.train.pretrain import PretrainTask, for_measuring, pretrain
 from pinfm_jax.train.sharding import put_batch
 
 
@@ -73,7 +73,7 @@ def test_held_out_users_never_train_and_their_loss_is_logged(toy_run, tmp_path, 
   assert {'eval/loss', 'eval/ntl', 'eval/mtl', 'eval/ftl'} <= found[4].keys()
 
   # The same state measured again gives the same figures, and they are the task's own on the same batches.
-  task = without_dropout(PretrainTask(toy_run.model, config, action_bits(config, toy_run.dataset.info.actions)))
+  task = for_measuring(PretrainTask(toy_run.model, config, action_bits(config, toy_run.dataset.info.actions)))
   with jax.set_mesh(toy_run.mesh):
     evaluate = held_out_loss(task, parts[1], config, toy_run.mesh)
     assert evaluate(state) == evaluate(state)

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import flax.struct
@@ -21,7 +22,7 @@ from pinfm_jax.train.metrics_log import MetricsLog
 from pinfm_jax.train.optimizer import Update
 from pinfm_jax.train.prefetch import Prefetch
 from pinfm_jax.train.profiling import Window
-from pinfm_jax.train.restore import WarmStart
+from pinfm_jax.train.restore import WarmStart, warm_started
 from pinfm_jax.train.sharding import make_mesh
 
 
@@ -36,12 +37,29 @@ class Line:
     return {'pinfm': {'slope': jnp.zeros(()), 'offset': jax.random.normal(key)}, 'log_temperature': jnp.zeros(())}
 
   def ids(self, batch, step):
-    return batch['id']
+    return ()
+
+  def observe(self, constants, batch, step):
+    return constants
 
   def loss(self, params, vectors, batch, step, key, constants):
     line = params['pinfm']
     loss = jnp.mean(jnp.square(line['slope'] * batch['x'] + line['offset'] - batch['y']))
     return loss, {'slope': line['slope']}
+
+
+@dataclass(frozen=True)
+class WithTables(Line):
+  """Besides, pulls the rows of the batch's ids towards 1."""
+
+  tables: TableConfig | None = TableConfig(sub_tables=2, rows=1000, width=4)
+
+  def ids(self, batch, step):
+    return (batch['id'][:, None] + step.astype(jnp.uint32),)
+
+  def loss(self, params, vectors, batch, step, key, constants):
+    loss, figures = super().loss(params, None, batch, step, key, constants)
+    return loss + jnp.mean(jnp.square(vectors[0] - 1)), figures
 
 
 @flax.struct.dataclass
@@ -82,8 +100,8 @@ def kept(directory):
 def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read(mesh, tmp_path, monkeypatch):
   events, make, read = [], loop.make_step, MetricsLog.read
 
-  def spied(task):
-    step = make(task)
+  def spied(task, layout):
+    step = make(task, layout)
 
     def run(state, batch):
       events.append(f'dispatch {sum(e.startswith("d") for e in events) + 1}')
@@ -233,6 +251,7 @@ def test_own_checkpoint_before_resume_before_warm_start_before_scratch(mesh, tmp
   # 2: the other run's state as it is, its step too: nothing is left to do
   resumed = train(other, mesh, tmp_path / 'a', replace(none, resume=str(tmp_path / 'source')), batches)
   jax.tree.map(np.testing.assert_array_equal, resumed, scratch)
+  assert kept(tmp_path / 'a') == [4]  # and it is this run's own now
   # 2 before 3: the warm start's directory is not even looked at
   resume = replace(none, resume=str(tmp_path / 'source' / 'checkpoints'))
   train(other, mesh, tmp_path / 'b', resume, batches, warm_start=WarmStart(tmp_path / 'nowhere'))
@@ -289,6 +308,48 @@ def test_the_best_checkpoint_warms_up_another_run(mesh, tmp_path):
   one = replace(CONFIG, steps=1)
   train(TASK, mesh, tmp_path / 'a', one, batches, warm_start=WarmStart(tmp_path / 'source', 'best'))
   assert rows(tmp_path / 'a')[0]['slope'] == slope
+
+
+def test_the_tables_stay_in_place_over_steps_measurements_and_saves(mesh, tmp_path, monkeypatch):
+  addresses, make = [], loop.make_step
+
+  def spied(task, layout):
+    step = make(task, layout)
+
+    def run(state, batch):
+      addresses.append(state.tables.rows_GE.unsafe_buffer_pointer())
+      return step(state, batch)
+
+    return run
+
+  monkeypatch.setattr(loop, 'make_step', spied)
+  config = replace(CONFIG, eval_every=1, keep=Keep(1, 1))
+  state = train(WithTables(), mesh, tmp_path, config, batches, evaluate=_evaluate)
+  addresses.append(state.tables.rows_GE.unsafe_buffer_pointer())
+  assert len(addresses) == 7
+  assert len(set(addresses)) == 1
+
+
+def test_a_warm_start_takes_tables_and_accumulators_if_there_are_any(mesh, tmp_path):
+  source = train(WithTables(), mesh, tmp_path / 'source', CONFIG, batches)
+  with jax.set_mesh(mesh):
+    create, abstract = loop.fresh_state(WithTables(), mesh, 1, None)
+    found = warm_started(create, abstract, WarmStart(tmp_path / 'source'))
+    fresh = create()
+    np.testing.assert_array_equal(found.tables.rows_GE, source.tables.rows_GE)
+    np.testing.assert_array_equal(found.tables.accumulator_G, source.tables.accumulator_G)
+    assert np.any(source.tables.accumulator_G != fresh.tables.accumulator_G)
+    # Tables that learned by SGD have no accumulator: the model's own starts fresh.
+    with closing(Checkpoints(tmp_path / 'sgd' / 'checkpoints')) as checkpoints:
+      checkpoints.save(source.replace(tables=source.tables._replace(accumulator_G=None)), {'seed': 0})
+    found = warm_started(create, abstract, WarmStart(tmp_path / 'sgd'))
+    np.testing.assert_array_equal(found.tables.rows_GE, source.tables.rows_GE)
+    np.testing.assert_array_equal(found.tables.accumulator_G, fresh.tables.accumulator_G)
+    # Rows of another type are not cast.
+    bits = abstract.tables.rows_GE.update(dtype=jnp.uint16)
+    other = abstract.replace(tables=abstract.tables._replace(rows_GE=bits))
+    with pytest.raises(UserError, match=r'holds tables/rows as float32.* where the model has uint16'):
+      warm_started(create, other, WarmStart(tmp_path / 'source'))
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

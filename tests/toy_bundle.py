@@ -15,6 +15,7 @@ from pinfm_jax.data.events import id_key
 from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, history_inputs
 from pinfm_jax.data.info import EmbeddingFeature, Features, IdTypes, SparseFeature
 from pinfm_jax.data.records import History, Request
+from pinfm_jax.data.tokens import PLAIN, ItemContent, TokenInputs, unit_half
 from pinfm_jax.model.hashing import hash_rows
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
@@ -48,15 +49,24 @@ class Toy:
   params: Any
   rows_GE: np.ndarray | None  # noqa: N815
   stats: DenseStats
+  model: PinFMConfig = MODEL
 
   @property
   def module(self) -> RankingModel:
-    return RankingModel(MODEL, self.ranker, SPEC)
+    return RankingModel(self.model, self.ranker, SPEC)
+
+  @property
+  def tokens(self) -> TokenInputs:
+    return TokenInputs(self.model.tower.time_gap_buckets, catalogue(self.model) if self.model.content else None)
 
   def export(self, out: Any, storage: str = 'int4', overwrite: bool = False, **changes: Any) -> Any:
     """Writes its bundle, some parts changed."""
+    return export_bundle(out, self.trained(**changes), storage, overwrite)
+
+  def trained(self, **changes: Any) -> TrainedRanker:
+    """What its bundle is made of, some parts changed."""
     parts = {
-      'model_config': MODEL,
+      'model_config': self.model,
       'ranker_config': self.ranker,
       'schema': SCHEMA,
       'spec': SPEC,
@@ -69,21 +79,30 @@ class Toy:
       'history_block': BLOCK,
       'utility': UTILITY,
       'run': {'name': 'toy'},
+      'items': self.tokens.items,
     }
-    return export_bundle(out, TrainedRanker(**{**parts, **changes}), storage, overwrite)
+    return TrainedRanker(**{**parts, **changes})
 
 
-def make_toy(sequence: str = 'pinfm') -> Toy:
+def make_toy(sequence: str = 'pinfm', model: PinFMConfig = MODEL) -> Toy:
   """The model with weights large enough that every input changes the scores."""
   ranker = RankerConfig(sequence=sequence, cross_layers=1, mlp=(16,), module_width=8, embedding_width=4)
   stats = DenseStats(*(jnp.array(v, jnp.float32) for v in ([0] * 4, [9, 9, 99, 50], [1] * 4, [0.5] * 4)))
-  batch = ranking_batch([(make_history(0, 0), make_request(0, 0, 0), make_content(0))])
+  tokens = Toy(ranker, None, None, stats, model).tokens
+  batch = ranking_batch([(make_history(0, 0), make_request(0, 0, 0), make_content(0))], tokens)
   rows_GE = np.random.default_rng(1).normal(size=(100, 8)).astype(np.float32) if sequence == 'pinfm' else None
-  init = partial(RankingModel(MODEL, ranker, SPEC).init, need_history_output=True)
+  init = partial(RankingModel(model, ranker, SPEC).init, need_history_output=True)
   shapes = meta.unbox(jax.eval_shape(init, jax.random.key(0), *vectors(rows_GE, batch), batch, stats))['params']
   rng = np.random.default_rng(2)
   params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
-  return Toy(ranker, params, rows_GE, stats)
+  return Toy(ranker, params, rows_GE, stats, model)
+
+
+def catalogue(model: PinFMConfig) -> ItemContent:
+  """Content of the items; every third one is new to a model with hidden ids."""
+  names = sorted((item_name(i) for i in range(40)), key=lambda name: id_key(name, 'string'))
+  keys = np.array([id_key(name, 'string') for name in names], np.uint64)
+  return ItemContent(keys, unit_half(content_of(keys)), keys % np.uint64(3) > 0 if model.id_mask else None)
 
 
 def vectors(rows_GE: np.ndarray | None, batch: RankingBatch) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -142,17 +161,33 @@ def stack(parts: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
   return np.stack([part[name] for part in parts])
 
 
-def ranking_batch(examples: list[tuple[History, Request, np.ndarray]]) -> RankingBatch:
+def ranking_batch(examples: list[tuple[History, Request, np.ndarray]], tokens: TokenInputs = PLAIN) -> RankingBatch:
   """The training path's input for whole requests of equally many candidates."""
-  events = [history_inputs(history, request.history_end, LENGTH, BLOCK) for history, request, _ in examples]
+  events = [history_inputs(history, request.history_end, LENGTH, BLOCK, tokens) for history, request, _ in examples]
   count = len(examples[0][1])
-  candidates = [candidate_inputs(r, slice(0, count), count, SCHEMA, content) for _, r, content in examples]
+  candidates = [
+    candidate_inputs(r, slice(0, count), count, SCHEMA, content, tokens, last_event(history, r.history_end))
+    for history, r, content in examples
+  ]
+  more = [n for n in ('gap', 'content', 'new') if n in events[0]]
+  names = {'gap': 'gap_U', 'content': 'content_U', 'new': 'hidden_id_U'}
+  ends = {'gap': ('L', 'C'), 'content': ('LW', 'CW'), 'new': ('L', 'C')}
   return RankingBatch(
-    EventBatch(*(stack(events, n) for n in ('item', 'surface', 'actions', 'mask'))),
-    CandidateBatch(*(stack(candidates, n) for n in ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding'))),
+    EventBatch(
+      *(stack(events, n) for n in ('item', 'surface', 'actions', 'mask')),
+      **{names[n] + ends[n][0]: stack(events, n) for n in more},
+    ),
+    CandidateBatch(
+      *(stack(candidates, n) for n in ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding')),
+      **{names[n] + ends[n][1]: stack(candidates, n) for n in more},
+    ),
     stack(candidates, 'labels'),
     np.arange(len(examples), dtype=np.int32),
   )
+
+
+def last_event(history: History, end: int) -> int | None:
+  return int(history.timestamp[end - 1]) if end else None
 
 
 class ToyDataset:
@@ -178,7 +213,7 @@ class ToyDataset:
   def expected(self, toy: Toy) -> np.ndarray:
     """[U, C, T] probabilities of the training path."""
     examples = [(h, r, content_of(r.item)) for h, r in zip(self._histories, self._requests, strict=True)]
-    batch = ranking_batch(examples)
+    batch = ranking_batch(examples, toy.tokens)
     output = jax.jit(toy.module.apply)({'params': toy.params}, *vectors(toy.rows_GE, batch), batch, toy.stats)
     return np.asarray(jax.nn.sigmoid(output.logits_UCT))
 

@@ -1,23 +1,20 @@
 """Reads a prepared data set: histories and requests by row, tables of users, items and requests."""
 
-import bisect
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
-from array_record.python.array_record_module import ArrayRecordReader
 
 from pinfm_jax.data.info import DataFile, DatasetInfo
-from pinfm_jax.data.records import History, Request, decode_history, decode_request
+from pinfm_jax.data.partitions import Partitions
+from pinfm_jax.data.records import History, Request, decode_request
+from pinfm_jax.data.shards import Shards
 from pinfm_jax.errors import UserError
 
 __all__ = ['DatasetInfo', 'History', 'PreparedDataset', 'Request', 'file_sha256']
-
-_RANDOM_ACCESS = 'readahead_buffer_size:0,max_parallelism:0'
-_CHUNK_RECORDS = 4096
-_CHUNK_BYTES = 32 << 20
 
 
 class PreparedDataset:
@@ -30,8 +27,8 @@ class PreparedDataset:
     """Use `PreparedDataset.open`, which checks the files."""
     self.path = Path(path)
     self.info = info
-    self._histories = _Shards(self.path, info, 'histories')
-    self._requests = _Shards(self.path, info, 'requests')
+    self.parts = Partitions(self.path, info)
+    self._requests = Shards(self.path, info.shard_files('requests'), 'requests')
     self._tables: dict[str, pl.DataFrame] = {}
 
   @classmethod
@@ -50,14 +47,19 @@ class PreparedDataset:
     for file in (*info.shards, *info.tables):
       _check_size(path / file.name, file)
     dataset = cls(path, info)
-    dataset._histories.check()
+    dataset.parts.check()
     dataset._requests.check()
     return dataset
 
   @property
+  def appended(self) -> bool:
+    """Whether there is more than the first partition."""
+    return len(self.info.partitions) > 1
+
+  @property
   def num_users(self) -> int:
-    """Number of users (history records)."""
-    return len(self._histories)
+    """Number of users (one history each)."""
+    return self.parts.num_users
 
   @property
   def num_requests(self) -> int:
@@ -66,29 +68,34 @@ class PreparedDataset:
 
   def history(self, user_row: int) -> History:
     """The events of the user in row `user_row` of `users`, oldest first."""
-    return self._histories.decode(decode_history, user_row)
+    return self.parts.history(user_row)
 
   def request(self, row: int) -> Request:
     """The request in row `row` of `requests`."""
-    return self._requests.decode(decode_request, row)
+    return self._within_cap(self._requests.decode(decode_request, row))
 
   def histories(self) -> Iterator[History]:
-    """All histories in row order, read ahead in chunks."""
-    return self._histories.decode_all(decode_history)
+    """All histories in row order; those of a data set that was not appended to are read ahead in chunks."""
+    return self.parts.histories()
 
   def all_requests(self) -> Iterator[Request]:
     """All requests in row order (by time), read ahead in chunks."""
-    return self._requests.decode_all(decode_request)
+    return map(self._within_cap, self._requests.decode_all(decode_request))
+
+  def changed_users(self, partitions: int) -> np.ndarray:
+    """Ascending rows of the users of whom more is known than in the first `partitions` partitions."""
+    later = range(partitions, len(self.info.partitions))
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *(self.parts.rows(number) for number in later)]))
 
   @property
   def users(self) -> pl.DataFrame:
     """user_key u64, user_id, events u32; row i describes history i."""
-    return self._table('users.parquet')
+    return self._table('users.parquet', self.parts.users)
 
   @property
   def items(self) -> pl.DataFrame:
     """item_key u64 (ascending), item_id, first_seen i64 ms, created_at i64 ms or null, events u64, maybe content."""
-    return self._table('items.parquet')
+    return self._table('items.parquet', self.parts.items)
 
   @property
   def requests(self) -> pl.DataFrame:
@@ -99,7 +106,7 @@ class PreparedDataset:
     """
     if not self.info.shard_names('requests'):
       raise UserError(f'{self.path} has no requests: prepare it with impressions (`pinfm prepare --impressions FILE`)')
-    return self._table('requests.parquet')
+    return self._table('requests.parquet', self.parts.requests)
 
   def verify(self) -> None:
     """Reads every file and compares its SHA-256 with the stated one.
@@ -115,10 +122,15 @@ class PreparedDataset:
           f'{file.sha256[:16]}..; copy or prepare the data set again'
         )
 
-  def _table(self, name: str) -> pl.DataFrame:
+  def _within_cap(self, request: Request) -> Request:
+    """The request with its history's end counted over the events that `history` gives."""
+    cut = self.parts.cut(request.user_row) if self.appended else 0
+    return replace(request, history_end=max(request.history_end - cut, 0)) if cut else request
+
+  def _table(self, name: str, merged: Callable[[], pl.DataFrame]) -> pl.DataFrame:
     # Two threads may both read the table the first time; the second result simply replaces the first.
     if name not in self._tables:
-      self._tables[name] = pl.read_parquet(self.path / name)
+      self._tables[name] = merged() if self.appended else pl.read_parquet(self.path / name)
     return self._tables[name]
 
   def __getstate__(self) -> dict:
@@ -129,59 +141,6 @@ class PreparedDataset:
 
   def __repr__(self) -> str:
     return f'PreparedDataset({str(self.path)!r}: {self.num_users} users, {self.num_requests} requests)'
-
-
-class _Shards:
-  """The records of one kind, numbered over the shards in order; files are opened when first needed."""
-
-  def __init__(self, path: Path, info: DatasetInfo, kind: str):
-    names = set(info.shard_names(kind))
-    self._files = [file for file in info.shards if file.name in names]
-    self._paths = [path / file.name for file in self._files]
-    self._ends = list(itertools.accumulate(file.records for file in self._files))
-    self._readers: list[ArrayRecordReader | None] = [None] * len(self._files)
-    self._kind = kind
-
-  def __len__(self) -> int:
-    return self._ends[-1] if self._ends else 0
-
-  def check(self) -> None:
-    for shard, file in enumerate(self._files):
-      try:
-        found = self._reader(shard).num_records()
-      except (RuntimeError, ValueError, IndexError) as error:
-        raise _damaged(self._paths[shard], str(error)) from None
-      if found != file.records:
-        raise _damaged(self._paths[shard], f'it holds {found} records, expected {file.records}')
-
-  def decode(self, decoder: Callable[[bytes], object], row: int):  # noqa: ANN201 (History or Request)
-    row = int(row)
-    if not 0 <= row < len(self):
-      raise IndexError(f'row {row} is outside the {len(self)} {self._kind} of the data set')
-    shard = bisect.bisect_right(self._ends, row)
-    position = row - (self._ends[shard] - self._files[shard].records)
-    try:
-      # A range read runs in this thread; read([i]) would start a thread pool (600 us instead of 4).
-      return decoder(self._reader(shard).read(position, position + 1)[0])
-    except (RuntimeError, ValueError, IndexError) as error:
-      raise _damaged(self._paths[shard], f'record {position}: {error}') from None
-
-  def decode_all(self, decoder: Callable[[bytes], object]) -> Iterator:
-    for shard, file in enumerate(self._files):
-      step = max(1, min(_CHUNK_RECORDS, _CHUNK_BYTES * file.records // max(file.bytes, 1)))
-      for start in range(0, file.records, step):
-        try:
-          decoded = [decoder(record) for record in self._reader(shard).read(start, min(start + step, file.records))]
-        except (RuntimeError, ValueError, IndexError) as error:
-          raise _damaged(self._paths[shard], f'records from {start}: {error}') from None
-        yield from decoded
-
-  def _reader(self, shard: int) -> ArrayRecordReader:
-    # Range reads are thread-safe; two threads may both open the file the first time, which is harmless.
-    reader = self._readers[shard]
-    if reader is None:
-      reader = self._readers[shard] = ArrayRecordReader(str(self._paths[shard]), _RANDOM_ACCESS)
-    return reader
 
 
 def file_sha256(path: Path) -> str:
@@ -197,8 +156,3 @@ def _check_size(path: Path, file: DataFile) -> None:
   if size != file.bytes:
     kind = 'truncated' if size < file.bytes else 'changed'
     raise UserError(f'{path} is {kind}: {size} bytes, expected {file.bytes}; copy or prepare the data set again')
-
-
-def _damaged(path: Path, why: str) -> UserError:
-  reason = why.splitlines()[0][:200] if why else 'it cannot be read'
-  return UserError(f'{path} is damaged: {reason}; copy or prepare the data set again')

@@ -74,13 +74,15 @@ def keys_of(ids: pl.Series, id_type: str) -> pl.Series:
 class Vocabulary:
   """Names met so far, in the order of their provisional codes; fixed names are never added to.
 
-  A log is read once, so codes are handed out as names appear and renumbered at the end (`final`).
+  A log is read once, so codes are handed out as names appear and renumbered at the end (`final`); the first `settled`
+  names, those of a data set that is appended to, keep theirs.
   """
 
   kind: str
   limit: int
   fixed: bool = False
   names: list[str] = field(default_factory=list)
+  settled: int = 0
 
   @classmethod
   def of(cls, kind: str, limit: int, names: Sequence[str] | None) -> 'Vocabulary':
@@ -105,9 +107,10 @@ class Vocabulary:
   def final(self) -> tuple[list[str], np.ndarray]:
     """The stored order of the names and the stored code of every provisional code.
 
-    Fixed names keep their order; discovered ones are sorted: by number if all are integers, else by name.
+    Fixed and settled names keep their order; discovered ones are sorted: by number if all are integers, else by name.
     """
-    order = sorted(self.names, key=_name_order(self.names)) if not self.fixed else self.names
+    order, found = self.names[: self.settled], self.names[self.settled :]
+    order = order + (found if self.fixed else sorted(found, key=_name_order(found)))
     position = {name: code for code, name in enumerate(order)}
     return list(order), np.array([position[name] for name in self.names], np.int64)
 

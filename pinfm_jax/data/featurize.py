@@ -5,13 +5,13 @@ the columns are decided here alone.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pinfm_jax.config import HOUR_MS
 from pinfm_jax.data.info import DatasetInfo, Features
 from pinfm_jax.data.records import History, Request
+from pinfm_jax.data.tokens import PLAIN, TokenInputs, event_gaps, request_gap
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows, key_words
 
@@ -77,28 +77,57 @@ def window_start(events: int, length: int, block: int) -> int:
   return -(-(events - length) // block) * block
 
 
-def history_inputs(history: History, end: int, length: int, block: int) -> dict[str, np.ndarray]:
-  """The last events before offset `end`, padded to `length`.
+def history_inputs(
+  history: History, end: int, length: int, block: int, tokens: TokenInputs = PLAIN
+) -> dict[str, np.ndarray]:
+  """The last events before offset `end`, padded to `length`; see `event_inputs`."""
+  events = slice(window_start(end, length, block), end)
+  return event_inputs(history, events, length, tokens)
+
+
+def event_inputs(
+  history: History,
+  events: slice,
+  length: int,
+  tokens: TokenInputs = PLAIN,
+  own_content: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+  """A slice of a history, padded at the end to `length`.
+
+  Args:
+    history: a user's events.
+    events: which of them.
+    length: L.
+    tokens: what the model reads besides.
+    own_content: [all events of the history, W], content that came with them (see `ItemContent.inputs`).
 
   Returns:
-    item [L, 2] uint32 words, surface [L] int32, actions [L] uint32, mask [L] bool.
+    item [L, 2] uint32 words, surface [L] int32, actions [L] uint32, mask [L] bool; with time gaps also gap [L] int32,
+    with content also content [L, W] float16 and maybe new [L] bool.
   """
-  events = slice(window_start(end, length, block), end)
-  return event_inputs(history, events, length)
-
-
-def event_inputs(history: History, events: slice, length: int) -> dict[str, np.ndarray]:
-  """A slice of a history, padded at the end to `length`."""
-  return {
-    'item': _pad(key_words(history.item[events]), length),
-    'surface': _pad(history.surface[events].astype(np.int32), length),
-    'actions': _pad(history.actions[events].astype(np.uint32), length),
-    'mask': _pad(np.ones(len(history.item[events]), bool), length),
+  item = history.item[events]
+  columns = {
+    'item': key_words(item),
+    'surface': history.surface[events].astype(np.int32),
+    'actions': history.actions[events].astype(np.uint32),
+    'mask': np.ones(len(item), bool),
   }
+  if tokens.gap_buckets:
+    columns['gap'] = event_gaps(history.timestamp[events], tokens.gap_buckets)
+  if tokens.items:
+    columns |= tokens.items.inputs(item, None if own_content is None else own_content[events])
+  return {name: _pad(column, length) for name, column in columns.items()}
 
 
 def candidate_inputs(
-  request: Request, rows: slice, candidates: int, schema: FeatureSchema, content: np.ndarray | None
+  request: Request,
+  rows: slice,
+  candidates: int,
+  schema: FeatureSchema,
+  content: np.ndarray | None,
+  tokens: TokenInputs = PLAIN,
+  last_event_ms: int | None = None,
+  own_content: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
   """Some of a request's candidates, padded to `candidates`.
 
@@ -108,9 +137,13 @@ def candidate_inputs(
     candidates: C.
     schema: column order.
     content: [all candidates of the request, content_width], or None if the schema has none.
+    tokens: what the model reads besides.
+    last_event_ms: time of the user's last event before the request, None without one.
+    own_content: like `content`, what came with the candidates (see `ItemContent.inputs`); None = look all of it up.
 
   Returns:
-    item [C, 2], mask [C], age_hours [C], dense [C, F], sparse [C, F], embedding [C, F], labels [C, T].
+    item [C, 2], mask [C], age_hours [C], dense [C, F], sparse [C, F], embedding [C, F], labels [C, T]; with time gaps
+    also gap [C], with content also content [C, W] and maybe new [C].
   """
   item, surface = request.item[rows], request.surface[rows]
   age = item_age_hours(request.timestamp[rows], request.created_at[rows])
@@ -122,15 +155,21 @@ def candidate_inputs(
   embedding = [request.embedding[rows]]
   if schema.content_width:
     embedding.append(content[rows])
-  return {
-    'item': _pad(key_words(item), candidates),
-    'mask': _pad(np.ones(len(item), bool), candidates),
-    'age_hours': _pad(age, candidates),
-    'dense': _pad(dense.astype(np.float32), candidates),
-    'sparse': _pad(np.concatenate(sparse, axis=1).astype(np.int32), candidates),
-    'embedding': _pad(np.concatenate(embedding, axis=1).astype(np.float32), candidates),
-    'labels': _pad(request.labels[rows].astype(np.float32), candidates),
+  columns = {
+    'item': key_words(item),
+    'mask': np.ones(len(item), bool),
+    'age_hours': age,
+    'dense': dense.astype(np.float32),
+    'sparse': np.concatenate(sparse, axis=1).astype(np.int32),
+    'embedding': np.concatenate(embedding, axis=1).astype(np.float32),
+    'labels': request.labels[rows].astype(np.float32),
   }
+  if tokens.gap_buckets:
+    gap = request_gap(request.timestamp, last_event_ms, tokens.gap_buckets)
+    columns['gap'] = np.full(len(item), gap, np.int32)
+  if tokens.items:
+    columns |= tokens.items.inputs(item, None if own_content is None else own_content[rows])
+  return {name: _pad(column, candidates) for name, column in columns.items()}
 
 
 def item_age_hours(timestamp: np.ndarray, created_at: np.ndarray) -> np.ndarray:
@@ -140,5 +179,6 @@ def item_age_hours(timestamp: np.ndarray, created_at: np.ndarray) -> np.ndarray:
 
 
 def _pad(array: np.ndarray, length: int) -> np.ndarray:
-  padding: Any = [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1)
-  return np.pad(array, padding)
+  padded = np.zeros((length, *array.shape[1:]), array.dtype)  # np.pad takes ten times as long
+  padded[: len(array)] = array
+  return padded

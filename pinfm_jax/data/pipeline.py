@@ -11,6 +11,7 @@ from pinfm_jax.config import FinetuneConfig, PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, event_inputs, history_inputs
 from pinfm_jax.data.splits import usable_events
+from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -30,9 +31,12 @@ class Segments:
   user_row: np.ndarray
   start: np.ndarray
   stop: np.ndarray
+  tokens: TokenInputs = PLAIN
 
   @classmethod
-  def before(cls, dataset: PreparedDataset, until_ms: int | None, length: int) -> 'Segments':
+  def before(
+    cls, dataset: PreparedDataset, until_ms: int | None, length: int, tokens: TokenInputs = PLAIN
+  ) -> 'Segments':
     """Cuts every user's usable events (see `usable_events`).
 
     Segments of fewer than two events have no target and are left out.
@@ -50,7 +54,7 @@ class Segments:
     keep = np.array(stops, np.int64) - np.array(starts, np.int64) >= 2
     if not keep.any():
       raise UserError(f'no user of {dataset.path} has two events before the pretraining split; lower finetune_days')
-    return cls(dataset, length, np.array(rows)[keep], np.array(starts)[keep], np.array(stops)[keep])
+    return cls(dataset, length, np.array(rows)[keep], np.array(starts)[keep], np.array(stops)[keep], tokens)
 
   def __len__(self) -> int:
     return len(self.user_row)
@@ -58,7 +62,8 @@ class Segments:
   def __getitem__(self, index: SupportsIndex) -> Batch:
     index = int(index)
     row = int(self.user_row[index])
-    events = event_inputs(self.dataset.history(row), slice(int(self.start[index]), int(self.stop[index])), self.length)
+    place = slice(int(self.start[index]), int(self.stop[index]))
+    events = event_inputs(self.dataset.history(row), place, self.length, self.tokens)
     return {**events, 'user': np.full(self.length, row, np.uint32)}
 
 
@@ -73,6 +78,7 @@ class Requests:
   first: np.ndarray
   keys: np.ndarray | None  # item keys and contents, if the schema has content vectors
   content: np.ndarray | None
+  tokens: TokenInputs = PLAIN
 
   @classmethod
   def between(
@@ -82,6 +88,7 @@ class Requests:
     config: FinetuneConfig,
     times_ms: tuple[int, int],
     min_candidates: int = 1,
+    tokens: TokenInputs = PLAIN,
   ) -> 'Requests':
     """The requests whose first impression falls into [begin, end) and that have at least `min_candidates`.
 
@@ -102,7 +109,7 @@ class Requests:
     if schema.content_width:
       keys = dataset.items['item_key'].to_numpy()
       content = np.nan_to_num(dataset.items['content'].to_numpy())  # an item without content has zeros
-    return cls(dataset, schema, config, np.repeat(rows, chunks), first, keys, content)
+    return cls(dataset, schema, config, np.repeat(rows, chunks), first, keys, content, tokens)
 
   def __len__(self) -> int:
     return len(self.request_row)
@@ -111,11 +118,12 @@ class Requests:
     index = int(index)
     request = self.dataset.request(int(self.request_row[index]))
     config = self.config
-    history = self.dataset.history(request.user_row)
-    events = history_inputs(history, request.history_end, config.history_length, config.history_block)
+    history, end = self.dataset.history(request.user_row), request.history_end
+    events = history_inputs(history, end, config.history_length, config.history_block, self.tokens)
+    last_event = int(history.timestamp[end - 1]) if end else None
     rows = slice(int(self.first[index]), int(self.first[index]) + config.candidates)
     content = self.content[np.searchsorted(self.keys, request.item)] if self.schema.content_width else None
-    candidates = candidate_inputs(request, rows, config.candidates, self.schema, content)
+    candidates = candidate_inputs(request, rows, config.candidates, self.schema, content, self.tokens, last_event)
     return {
       **{f'history_{name}': value for name, value in events.items()},
       **{f'candidate_{name}': value for name, value in candidates.items()},

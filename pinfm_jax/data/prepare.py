@@ -2,11 +2,24 @@
 
 import hashlib
 import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pinfm_jax.data.events import EVENT_FIELDS, IMPRESSION_FIELDS
-from pinfm_jax.data.info import Counts, DatasetInfo, EmbeddingFeature, Features, IdTypes, RowCounts, TimeKnown
+from pinfm_jax.data.info import (
+  Counts,
+  DataFile,
+  DatasetInfo,
+  EmbeddingFeature,
+  Features,
+  IdTypes,
+  Partition,
+  RowCounts,
+  SparseFeature,
+  TimeKnown,
+)
 from pinfm_jax.data.preparation.assemble import Assembled, Assembler, Ingested
 from pinfm_jax.data.preparation.columns import check_mapping
 from pinfm_jax.data.preparation.config import PrepareConfig
@@ -16,6 +29,7 @@ from pinfm_jax.data.preparation.intake import EventIntake, Shared, ingest
 from pinfm_jax.data.preparation.reading import column_names
 from pinfm_jax.data.preparation.rejects import RejectLog
 from pinfm_jax.data.preparation.spool import Spool
+from pinfm_jax.data.preparation.stored import Stored
 from pinfm_jax.data.preparation.writing import atomic_directory
 from pinfm_jax.errors import UserError
 
@@ -40,25 +54,51 @@ def prepare(config: PrepareConfig) -> DatasetInfo:
       OUT.rejected.jsonl).
   """
   config.check()
-  _check_mappings(config)
+  check_mappings(config)
   out = Path(config.out)
   with atomic_directory(out, config.overwrite) as folder:
-    spill = folder / 'spill'
-    spill.mkdir()
-    beside = out.with_name(f'{out.name}.rejected.jsonl')
-    with RejectLog(folder / 'rejected.jsonl', beside, config.max_rejected_share) as rejects:
-      ingested = _ingest(config, spill, rejects)
-    assembled = Assembler(ingested, folder, spill).run()
-    for file in spill.iterdir():
-      file.unlink()
-    spill.rmdir()
-    info = _describe(ingested, assembled, rejects)
+    made = build(config, folder, out.with_name(f'{out.name}.rejected.jsonl'))
+    info = describe_dataset(made)
     info.write(folder / 'dataset.json')
   return info
 
 
-def _ingest(config: PrepareConfig, spill: Path, rejects: RejectLog) -> Ingested:
-  shared = Shared.of(config)
+@dataclass(frozen=True)
+class Made:
+  """The files of one preparation are written; what is left is to describe them."""
+
+  ingested: Ingested
+  assembled: Assembled
+  counts: Counts
+
+
+def build(config: PrepareConfig, folder: Path, beside: Path, stored: Stored | None = None) -> Made:
+  """Reads the files and writes everything but the description.
+
+  Args:
+    config: files, columns and limits.
+    folder: an empty directory.
+    beside: where the malformed rows are kept if there are too many.
+    stored: the data set that this is appended to.
+
+  Raises:
+    UserError: see `prepare`.
+  """
+  spill = folder / 'spill'
+  spill.mkdir()
+  with RejectLog(folder / 'rejected.jsonl', beside, config.max_rejected_share) as rejects:
+    ingested = _ingest(config, spill, rejects, stored)
+  if stored:
+    stored.check_schema(ingested.features, config)
+  assembled = Assembler(ingested, folder, spill).run()
+  for file in spill.iterdir():
+    file.unlink()
+  spill.rmdir()
+  return Made(ingested, assembled, count_rows(assembled, rejects))
+
+
+def _ingest(config: PrepareConfig, spill: Path, rejects: RejectLog, stored: Stored | None) -> Ingested:
+  shared = Shared.of(config, stored)
   intake, impressions = EventIntake(config, shared), ImpressionIntake(config, shared)
   spools = Spool(spill, 'events'), Spool(spill, 'impressions')
   ingest(config.logs, intake, spools[0], rejects)
@@ -71,29 +111,27 @@ def _ingest(config: PrepareConfig, spill: Path, rejects: RejectLog) -> Ingested:
     ingest(config.impressions, impressions, spools[1], rejects)
     if not spools[1].rows:
       raise UserError(f'every row of the impressions is malformed: see the reasons in {rejects.keep()}')
-    sides = _load_sides(config, impressions, shared, rejects)
-  known = not intake.order_only and config.time_unit != 'order'
+    sides = load_sides(config, impressions.names, shared, rejects)
+  sparse = {name: collector.feature() for name, collector in impressions.sparse.items()}
   return Ingested(
     config=config,
     shared=shared,
     events=spools[0],
     impressions=spools[1],
     order_only=intake.order_only,
-    time_known=TimeKnown(
-      histories=known if config.time_known is None else config.time_known,
-      impressions=bool(config.impressions) and config.impression_time_unit != 'order',
-    ),
-    features=_features(config, impressions, sides) if config.impressions else Features(),
+    time_known=time_known(config, intake.order_only),
+    features=ordered_features(config, sparse, impressions.widths, sides) if config.impressions else Features(),
     sides=sides,
+    stored=stored.users if stored else None,
   )
 
 
-def _load_sides(
-  config: PrepareConfig, impressions: ImpressionIntake, shared: Shared, rejects: RejectLog
+def load_sides(
+  config: PrepareConfig, names: Mapping[str, Sequence[str]], shared: Shared, rejects: RejectLog
 ) -> list[SideTable]:
-  """Reads the features that the impressions lack from the item and user files."""
+  """Reads the features that the impressions lack (they have `names` of each kind) from the item and user files."""
   wanted = {DENSE: config.dense, SPARSE: config.sparse, EMBEDDING: config.embedding}
-  missing = {kind: [name for name in names if name not in impressions.names[kind]] for kind, names in wanted.items()}
+  missing = {kind: [name for name in those if name not in names[kind]] for kind, those in wanted.items()}
   files = [('item', config.items, config.item_columns), ('user', config.users, config.user_columns)]
   files = [(who, Path(path), mapping) for who, path, mapping in files if path is not None]
   sides = []
@@ -103,55 +141,94 @@ def _load_sides(
     last = place == len(files) - 1
     here = {kind: [n for n in names if last or mapping.get(n, n) in header] for kind, names in missing.items()}
     missing = {kind: [n for n in names if n not in here[kind]] for kind, names in missing.items()}
-    sides.append(load_side_table(path, who, shared.id_type[who], mapping, here, rejects))
+    grown = shared.stored.sparse if shared.stored else None
+    sides.append(load_side_table(path, who, shared.id_type[who], mapping, here, rejects, grown))
   return sides
 
 
-def _features(config: PrepareConfig, impressions: ImpressionIntake, sides: list[SideTable]) -> Features:
-  sparse = {name: collector.feature() for name, collector in impressions.sparse.items()}
-  widths = dict(impressions.widths)
+def time_known(config: PrepareConfig, order_only: bool) -> TimeKnown:
+  """What is known about the times of logs with or without (`order_only`) a time column."""
+  known = not order_only and config.time_unit != 'order'
+  return TimeKnown(
+    histories=known if config.time_known is None else config.time_known,
+    impressions=bool(config.impressions) and config.impression_time_unit != 'order',
+  )
+
+
+def ordered_features(
+  config: PrepareConfig, sparse: Mapping[str, SparseFeature], widths: Mapping[str, int], sides: Sequence[SideTable]
+) -> Features:
+  """The features in the order of the configuration, those of the impressions and those of the item and user files."""
   for side in sides:
-    sparse |= side.sparse
-    widths |= side.widths
+    sparse = {**sparse, **side.sparse}
+    widths = {**widths, **side.widths}
   vectors = tuple(EmbeddingFeature(name, widths[name]) for name in config.embedding)
   return Features(config.dense, tuple(sparse[name] for name in config.sparse), vectors)
 
 
-def _describe(ingested: Ingested, assembled: Assembled, rejects: RejectLog) -> DatasetInfo:
-  config, shared = ingested.config, ingested.shared
+def count_rows(assembled: Assembled, rejects: RejectLog) -> Counts:
+  """Sizes, and what became of every row read."""
   kinds = (('events', assembled.events), ('impressions', assembled.impressions))
   rows = {kind: RowCounts(read=rejects.read[kind], rejected=rejects.rejected(kind), **fate) for kind, fate in kinds}
   for kind, counts in rows.items():
     counts.check(kind)
-  checksum = hashlib.sha256(''.join(file.sha256 for file in (*assembled.shards, *assembled.tables)).encode())
+  return Counts(
+    **rows,
+    users=assembled.users,
+    items=assembled.items,
+    requests=assembled.requests,
+    rejected_by_reason=rejects.by_reason(),
+  )
+
+
+def describe_dataset(made: Made) -> DatasetInfo:
+  """What `dataset.json` says of a data set's first partition."""
+  ingested, assembled = made.ingested, made.assembled
+  config, shared = ingested.config, ingested.shared
+  part = describe_partition(made, '', files_checksum((*assembled.shards, *assembled.tables)))
   return DatasetInfo(
-    source=config.source or ', '.join(Path(path).name for path in config.logs),
-    created=datetime.now(UTC).isoformat(timespec='seconds'),
+    source=part.source,
+    created=part.created,
     licence=config.licence,
     notes=config.notes,
     id_type=IdTypes(shared.id_type['user'], shared.id_type['item']),
     time_known=ingested.time_known,
-    time_range_ms=assembled.time_range_ms,
+    time_range_ms=part.time_range_ms,
     actions=tuple(shared.actions.final()[0]),
     surfaces=tuple(shared.surfaces.final()[0]),
     labels=config.labels,
     features=ingested.features,
     content_width=assembled.content_width,
     cap=config.cap,
-    counts=Counts(
-      **rows,
-      users=assembled.users,
-      items=assembled.items,
-      requests=assembled.requests,
-      rejected_by_reason=rejects.by_reason(),
-    ),
+    counts=made.counts,
     shards=assembled.shards,
     tables=assembled.tables,
-    checksum=checksum.hexdigest(),
+    checksum=part.checksum,
+    partitions=(part,),
   )
 
 
-def _check_mappings(config: PrepareConfig) -> None:
+def describe_partition(made: Made, directory: str, checksum: str) -> Partition:
+  """What `dataset.json` says of one preparation."""
+  config = made.ingested.config
+  return Partition(
+    directory=directory,
+    source=config.source or ', '.join(Path(path).name for path in config.logs),
+    created=datetime.now(UTC).isoformat(timespec='seconds'),
+    counts=made.counts,
+    new_users=made.assembled.new_users,
+    time_range_ms=made.assembled.time_range_ms,
+    checksum=checksum,
+  )
+
+
+def files_checksum(files: Iterable[DataFile]) -> str:
+  """One checksum of many files."""
+  return hashlib.sha256(''.join(file.sha256 for file in files).encode()).hexdigest()
+
+
+def check_mappings(config: PrepareConfig) -> None:
+  """Raises UserError if a mapping of columns names something that is no canonical name."""
   features = [*config.dense, *config.sparse, *config.embedding]
   check_mapping('columns', config.columns, EVENT_FIELDS)
   check_mapping('impression_columns', config.impression_columns, [*IMPRESSION_FIELDS, *config.labels, *features])

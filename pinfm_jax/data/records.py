@@ -156,6 +156,11 @@ def encode_requests(
     yield b''.join((header, *(raw[a * size : b * size] for raw, size in zip(columns, sizes, strict=True))))
 
 
+def with_user_row(record: bytes, user_row: int) -> bytes:
+  """A request's record with another row of the user."""
+  return record[:4] + user_row.to_bytes(4, 'little') + record[8:]
+
+
 def decode_request(record: bytes) -> Request:
   """The request of a record; all arrays but the labels are read-only views of it.
 

@@ -1,5 +1,6 @@
 """Runs a trained ranker over evaluation requests."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,9 +42,7 @@ def predict(
     label: of the progress line.
     layout: how the tables lie over the mesh of the context.
   """
-  task = FinetuneTask(
-    task.model, task.ranker, without_randomness(task.config), task.schema, task.steps, task.action_bits
-  )
+  task = replace(task, config=without_randomness(task.config))
   weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
 
   @partial(jax.jit, out_shardings=on_every_device())

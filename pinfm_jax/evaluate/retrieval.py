@@ -12,6 +12,7 @@ from pinfm_jax.config import MeshConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import event_inputs, window_start
 from pinfm_jax.data.splits import usable_events
+from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.metrics import hr_at_k, mrr, ndcg_at_k
 from pinfm_jax.model.hashing import key_words
@@ -32,6 +33,7 @@ class RetrievalTask:
     histories: padded model inputs, each [Q, L, ...], of the last events before the time.
     target_Q: place in the catalogue of each user's first positive event after the time.
     unseen: share of users left out because their target was first seen after the time.
+    content_VW: content of the catalogue, for a model with content.
   """
 
   catalogue_V: np.ndarray
@@ -39,10 +41,18 @@ class RetrievalTask:
   histories: dict[str, np.ndarray]
   target_Q: np.ndarray
   unseen: float
+  content_VW: np.ndarray | None = None
 
 
 def retrieval_task(
-  dataset: PreparedDataset, until_ms: int | None, length: int, block: int, action_bits: int, users: int, seed: int = 0
+  dataset: PreparedDataset,
+  until_ms: int | None,
+  length: int,
+  block: int,
+  action_bits: int,
+  users: int,
+  seed: int = 0,
+  tokens: TokenInputs = PLAIN,
 ) -> RetrievalTask:
   """Collects the task over at most `users` users, drawn by seed.
 
@@ -69,12 +79,13 @@ def retrieval_task(
     if place == len(catalogue_V) or catalogue_V[place] != history.item[target]:
       unseen += 1
       continue
-    examples.append(event_inputs(history, slice(window_start(end, length, block), end), length))
+    examples.append(event_inputs(history, slice(window_start(end, length, block), end), length, tokens))
     targets.append(place)
   if not targets:
     raise UserError('every next item was first seen after the pretraining split: nothing to rank in the catalogue')
   histories = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
-  return RetrievalTask(catalogue_V, popularity_V, histories, np.array(targets), unseen / len(chosen))
+  content_VW = tokens.items.inputs(catalogue_V)['content'] if tokens.items else None
+  return RetrievalTask(catalogue_V, popularity_V, histories, np.array(targets), unseen / len(chosen), content_VW)
 
 
 def evaluate_retrieval(
@@ -93,9 +104,12 @@ def evaluate_retrieval(
   result.
   """
   encode, represent = _programs(model, layout)
-  z_VO = jnp.concatenate(
-    [represent(params, rows_GE, put_examples({'item': words})) for words in _chunks(key_words(task.catalogue_V), 4096)]
-  )
+  catalogue = {'item': key_words(task.catalogue_V)}
+  if task.content_VW is not None:
+    catalogue['content'] = task.content_VW
+  parts = [{name: value[start : start + 4096] for name, value in catalogue.items()}
+           for start in range(0, len(task.catalogue_V), 4096)]  # fmt: skip
+  z_VO = jnp.concatenate([represent(params, rows_GE, put_examples(part)) for part in parts])
   ranks = []
   for start in range(0, len(task.target_Q), chunk):
     part = {name: value[start : start + chunk] for name, value in task.histories.items()}
@@ -116,19 +130,24 @@ def evaluate_retrieval(
 
 
 def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
-  def vectors(rows_GE: Array, words: Array) -> Array:
-    return read_vectors(rows_GE, (words,), model.tables, layout.table_axes)[0]
+  def items(params: Any, rows_GE: Array, words: Array, content: Array | None) -> Array:
+    (vectors,) = read_vectors(rows_GE, (words,), model.tables, layout.table_axes)
+    return PinFM(model).apply({'params': params}, vectors, content, method='items')
 
   @partial(jax.jit, out_shardings=on_every_device())
   def encode(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
-    events = EventBatch(inputs['item'], inputs['surface'], inputs['actions'], inputs['mask'])
-    h_QLO, _ = PinFM(model).apply({'params': params}, vectors(rows_GE, events.item_UL2), events, method='encode')
+    columns = [inputs[name] for name in ('item', 'surface', 'actions', 'mask')]
+    events = EventBatch(*columns, gap_UL=inputs.get('gap'), content_ULW=inputs.get('content'))
+    items_ULV = items(params, rows_GE, events.item_UL2, events.content_ULW)
+    h_QLO, _ = PinFM(model).apply({'params': params}, items_ULV, events, method='encode')
     last_Q = jnp.sum(events.mask_UL, axis=1) - 1
     return h_QLO[jnp.arange(len(last_Q)), last_Q]
 
   @partial(jax.jit, out_shardings=on_every_device())
   def represent(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
-    return PinFM(model).apply({'params': params}, vectors(rows_GE, inputs['item'][:, None])[:, 0], method='targets')
+    words, content = inputs['item'][:, None], inputs.get('content')
+    items_V1V = items(params, rows_GE, words, None if content is None else content[:, None])
+    return PinFM(model).apply({'params': params}, items_V1V[:, 0], method='targets')
 
   return encode, represent
 

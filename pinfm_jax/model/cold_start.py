@@ -1,18 +1,18 @@
 """Cold-start techniques of fine-tuning: candidate-id randomisation and item-age-dependent dropout (PinFM section 3.2).
 
-Both draw their bits from a hash of (step, place in the global batch), so every mesh draws the same.
+Both draw their bits from a hash of (run's seed, step, place in the global batch), so every mesh draws the same.
 """
 
 import jax
 import jax.numpy as jnp
 
 from pinfm_jax.config import ColdStartConfig
-from pinfm_jax.model.hashing import hash_uniform
+from pinfm_jax.model.hashing import fold_seed, hash_uniform
 
 Array = jax.Array
 
 
-def randomise_candidates(item_UC2: Array, place_UC: Array, step: Array, share: float) -> Array:
+def randomise_candidates(item_UC2: Array, place_UC: Array, seed: Array, share: float) -> Array:
   """Replaces a share of the candidate ids by random ids (CIR), so that the ranker learns not to lean on the id alone.
 
   A random id is 64 random bits: its hashed rows are rows of the tables like a new item's, and no real item's set.
@@ -20,18 +20,18 @@ def randomise_candidates(item_UC2: Array, place_UC: Array, step: Array, share: f
   Args:
     item_UC2: uint32 id words.
     place_UC: each candidate's place in the global batch.
-    step: training step.
+    seed: of the run and its step (`hashing.fold_seed`).
     share: probability of replacement, 0.1 in the paper.
   """
   if share == 0:
     return item_UC2
-  replace_UC = _below(place_UC, step * 4 + 0, share)
-  random_UC2 = jnp.stack([hash_uniform(place_UC, step * 4 + 1), hash_uniform(place_UC, step * 4 + 2)], axis=-1)
+  replace_UC = _below(place_UC, fold_seed(seed, 0), share)
+  random_UC2 = jnp.stack([hash_uniform(place_UC, fold_seed(seed, word)) for word in (1, 2)], axis=-1)
   return jnp.where(replace_UC[..., None], random_UC2, item_UC2)
 
 
 def age_dropout(
-  outputs_UCO: Array, age_hours_UC: Array, place_UC: Array, step: Array, config: ColdStartConfig
+  outputs_UCO: Array, age_hours_UC: Array, place_UC: Array, seed: Array, config: ColdStartConfig
 ) -> Array:
   """Drops elements of the module's outputs with a probability that falls with the item's age (IDD), inverted.
 
@@ -39,7 +39,7 @@ def age_dropout(
     outputs_UCO: the module's outputs.
     age_hours_UC: item ages; NaN (unknown) counts as old.
     place_UC: each candidate's place in the global batch.
-    step: training step.
+    seed: of the run and its step (`hashing.fold_seed`).
     config: ages that bound the buckets, and a dropout probability for each.
   """
   rate_UC = jnp.zeros(age_hours_UC.shape)
@@ -47,7 +47,7 @@ def age_dropout(
     rate_UC = jnp.where(age_hours_UC < edge, rate, rate_UC)
   width = outputs_UCO.shape[-1]
   place_UCO = place_UC[..., None] * width + jnp.arange(width)
-  keep_UCO = ~_below(place_UCO, step * 4 + 3, rate_UC[..., None])
+  keep_UCO = ~_below(place_UCO, fold_seed(seed, 3), rate_UC[..., None])
   return jnp.where(keep_UCO, outputs_UCO / (1 - rate_UC[..., None]), 0)
 
 

@@ -23,23 +23,30 @@ class LayerKV:
   value: Array
 
 
-def attend_causal(query_ULHK: Array, kv: LayerKV, mask_UL: Array) -> Array:
+def visible_keys(mask_UL: Array, segment_UL: Array | None) -> Array:
+  """Which keys m a query l may see: real ones, not later than itself, of its own segment. bool [U, 1, L, L]."""
+  place_L = jnp.arange(mask_UL.shape[1])
+  visible_ULM = (place_L[:, None] >= place_L[None, :]) & mask_UL[:, None, :]
+  if segment_UL is not None:
+    visible_ULM &= segment_UL[:, :, None] == segment_UL[:, None, :]
+  return visible_ULM[:, None]
+
+
+def attend_causal(query_ULHK: Array, kv: LayerKV, mask_UL: Array, segment_UL: Array | None = None) -> Array:
   """Causal self-attention over histories (PinFM Eq. 3); softmax in float32.
 
   Args:
     query_ULHK: queries of every position.
     kv: keys and values of the same positions.
     mask_UL: True on real events; padding is never attended to.
+    segment_UL: int32, equal inside a segment of a packed row; segments do not attend to each other. None = one a row.
 
   Returns:
     [U, L, H, K]; a padded position's output is finite and meaningless.
   """
-  length = query_ULHK.shape[1]
   scores_UHLM = jnp.einsum('ulhk,umhk->uhlm', query_ULHK, kv.key, preferred_element_type=jnp.float32)
   scores_UHLM *= 1 / math.sqrt(query_ULHK.shape[-1])
-  causal_LM = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-  allowed_U1LM = causal_LM & mask_UL[:, None, None, :]
-  weights_UHLM = jax.nn.softmax(jnp.where(allowed_U1LM, scores_UHLM, MASKED), axis=-1)
+  weights_UHLM = jax.nn.softmax(jnp.where(visible_keys(mask_UL, segment_UL), scores_UHLM, MASKED), axis=-1)
   return jnp.einsum('uhlm,umhk->ulhk', weights_UHLM.astype(kv.value.dtype), kv.value)
 
 
@@ -66,6 +73,7 @@ def attend_context(query_UCHK: Array, context: LayerKV, mask_UL: Array, own: Lay
   weights_UHCL = jnp.exp(scores_UHCL - top_UHC[..., None])
   own_weight_UHC = jnp.exp(own_UHC - top_UHC)
   total_UCH = (jnp.sum(weights_UHCL, axis=-1) + own_weight_UHC).swapaxes(1, 2)
-  mixed_UCHK = jnp.einsum('uhcl,ulhk->uchk', weights_UHCL.astype(context.value.dtype), context.value)
-  mixed_UCHK += own_weight_UHC.swapaxes(1, 2)[..., None].astype(own.value.dtype) * own.value
-  return mixed_UCHK / total_UCH[..., None].astype(mixed_UCHK.dtype)
+  weights_UHCL = weights_UHCL.astype(context.value.dtype)
+  mixed_UCHK = jnp.einsum('uhcl,ulhk->uchk', weights_UHCL, context.value, preferred_element_type=jnp.float32)
+  mixed_UCHK += own_weight_UHC.swapaxes(1, 2)[..., None] * own.value
+  return (mixed_UCHK / total_UCH[..., None]).astype(own.value.dtype)

@@ -69,6 +69,33 @@ def hash_uniform(counter: Any, seed: Any) -> jax.Array:
   return _mix(_mix(counter.astype(jnp.uint32) ^ (jnp.uint32(seed) * jnp.uint32(_GOLDEN)), jnp) + jnp.uint32(seed), jnp)
 
 
+def fold_seed(seed: Any, *parts: Any) -> jax.Array:
+  """The uint32 seed of one purpose: a hash of the run's seed and, one after another, of the step, the purpose, ..."""
+  folded = jnp.uint32(seed & 0xFFFFFFFF if isinstance(seed, int) else seed)
+  for part in parts:
+    folded = hash_uniform(jnp.asarray(part).astype(jnp.uint32), folded)
+  return folded
+
+
+def permute_words(words: Any, seed: Any) -> tuple[jax.Array, jax.Array]:
+  """A random permutation of the 64-bit ids: two ids give equal words if and only if they are equal.
+
+  A Feistel network: each round changes one word by a hash of the other, which can be undone, so nothing collides.
+  To sort by the result is to shuffle the ids and to bring equal ids together at once.
+
+  Args:
+    words: uint32 [..., 2].
+    seed: uint32 scalar; another seed, another permutation.
+
+  Returns:
+    The more and the less significant word, uint32 [...] each.
+  """
+  left, right = words[..., 0], words[..., 1]
+  for turn in range(4):
+    left, right = right, left ^ hash_uniform(right, fold_seed(seed, turn))
+  return left, right
+
+
 def _mix(h: Any, xp: ModuleType) -> Any:
   """Bijective 32-bit finaliser with MurmurHash3's constants: an input bit flips each output bit half the time."""
   h = h ^ (h >> np.uint32(16))

@@ -24,6 +24,10 @@ class EventBatch(NamedTuple):
     user_UL: uint32, whose event it is: equal for all segments of a user (for same-user exclusion); None in serving.
     segment_UL: int32, equal for events of one segment where a row packs several, which do not see each other;
       None where each row is one segment.
+    gap_UL: int32 bucket of the time since the event before (`data.tokens`), for a model with time gaps.
+    content_ULW: float16 unit-length content of the items, for a model with content.
+    hidden_id_UL: True where the model does not see the id: items that training never saw and, while it trains, some at
+      random. None = nowhere.
   """
 
   item_UL2: Array
@@ -32,14 +36,22 @@ class EventBatch(NamedTuple):
   mask_UL: Array
   user_UL: Array | None = None
   segment_UL: Array | None = None
+  gap_UL: Array | None = None
+  content_ULW: Array | None = None
+  hidden_id_UL: Array | None = None
 
 
-def no_events(users: int, length: int) -> EventBatch:
-  """A batch of the right types and shapes for `init`."""
+def no_events(users: int, length: int, model: PinFMConfig | None = None) -> EventBatch:
+  """A batch of the right types and shapes for `init`, with the optional columns that `model` reads."""
   shape = (users, length)
   item_UL2 = jnp.zeros((*shape, 2), jnp.uint32)
   surface_UL, actions_UL = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.uint32)
-  return EventBatch(item_UL2, surface_UL, actions_UL, jnp.ones(shape, bool), jnp.zeros(shape, jnp.uint32))
+  events = EventBatch(item_UL2, surface_UL, actions_UL, jnp.ones(shape, bool), jnp.zeros(shape, jnp.uint32))
+  if model is not None and model.tower.time_gap_buckets:
+    events = events._replace(gap_UL=jnp.zeros(shape, jnp.int32))
+  if model is not None and model.content:
+    events = events._replace(content_ULW=jnp.zeros((*shape, model.content_width), jnp.float16))
+  return events
 
 
 class PointwiseMLP(nn.Module):
@@ -67,9 +79,17 @@ class PinFM(nn.Module):
     dtype = jnp.dtype(tower.dtype)
     normal = nn.initializers.normal(0.02)
     self.surface_embedding = self.param('surface_embedding', normal, (self.config.num_surfaces, item_width))
-    # One row an action, and a last one that marks a candidate: it has no action yet, and no surface.
+    # One row an action, and a last one for actions that are not known: those of a candidate (it has no surface either),
+    # and those that pretraining hides to be predicted. So pretraining with hidden actions trains the candidate's mark.
     self.action_embedding = self.param('action_embedding', normal, (self.config.num_actions + 1, item_width))
     self.position_embedding = self.param('position_embedding', normal, (tower.max_positions, tower.width))
+    if tower.time_gap_buckets:
+      self.gap_embedding = self.param('gap_embedding', normal, (tower.time_gap_buckets, item_width))
+    if self.config.content:  # no bias: an item without content is its id alone
+      # Of the size of a fresh id vector, since the content has unit length.
+      self.content_projection = self.param('content_projection', normal, (self.config.content_width, item_width))
+    if self.config.id_mask:
+      self.masked_id = self.param('masked_id', normal, (item_width,))
     self.phi_in = PointwiseMLP(tower.width, tower.width, dtype)
     self.phi_out = PointwiseMLP(tower.width, tower.output_width, dtype)
     self.psi = PointwiseMLP(tower.width, tower.output_width, dtype)
@@ -77,18 +97,47 @@ class PinFM(nn.Module):
 
   def __call__(self, vectors_ULV: Array, events: EventBatch) -> tuple[Array, Array]:
     """H and z of every position: touches every parameter, so it is what `init` runs."""
+    vectors_ULV = self.items(vectors_ULV, events.content_ULW, events.hidden_id_UL)
     return self.encode(vectors_ULV, events)[0], self.targets(vectors_ULV)
 
+  def items(self, vectors: Array, content: Array | None, hidden: Array | None = None) -> Array:
+    """E of items, from which both tokens and targets are made: the id vector plus the projected content.
+
+    Args:
+      vectors: id vectors [..., V] from the tables, V = S * E.
+      content: unit-length content [..., W]; unused by a model without content.
+      hidden: True where a learned vector stands for the id vector, which then gets no gradient; None = nowhere.
+
+    Returns:
+      [..., V]; the id vectors themselves for a model without these options.
+
+    Raises:
+      ValueError: the model has content and none is given.
+    """
+    if self.config.id_mask and hidden is not None:
+      vectors = jnp.where(hidden[..., None], self.masked_id, vectors)
+    if not self.config.content:
+      return vectors
+    if content is None:
+      raise ValueError('the model adds content vectors to the item vectors, but the batch has none')
+    return vectors + content.astype(jnp.float32) @ self.content_projection
+
   def encode(
-    self, vectors_ULV: Array, events: EventBatch, train: bool = False, every_output: bool = True
+    self,
+    vectors_ULV: Array,
+    events: EventBatch,
+    train: bool = False,
+    every_output: bool = True,
+    hidden_actions_UL: Array | None = None,
   ) -> tuple[Array, LayerKV]:
     """The context pass: H = phi_out(M(phi_in(E + V + A))) (PinFM Eq. 1).
 
     Args:
-      vectors_ULV: item vectors of the events, V = S * E.
-      events: surfaces, actions and mask of the same events.
+      vectors_ULV: E of the events (see `items`).
+      events: surfaces, actions and mask of the same events; maybe their time gaps, whose embedding is one more term.
       train: dropout on.
       every_output: False computes H of each history's last event alone.
+      hidden_actions_UL: True where the model must not see the actions; None = nowhere.
 
     Returns:
       Unit-length H [U, L, O], or [U, 1, O] of the last events; and every layer's keys and values.
@@ -99,34 +148,70 @@ class PinFM(nn.Module):
     length = events.mask_UL.shape[1]
     if isinstance(length, int) and length > self.config.tower.max_positions:
       raise ValueError(f'histories of {length} events exceed tower.max_positions {self.config.tower.max_positions}')
-    action_bits_ULA = unpack_bits(events.actions_UL, self.config.num_actions)
-    actions_ULV = action_bits_ULA.astype(jnp.float32) @ self.action_embedding[:-1]  # an event's actions are summed
-    surfaces_ULV = self.surface_embedding[events.surface_UL]
-    x_ULD = self.phi_in(vectors_ULV + surfaces_ULV + actions_ULV) + self.position_embedding[:length]
+    token_ULV = vectors_ULV + self._event_terms(events, hidden_actions_UL)
+    x_ULD = self.phi_in(token_ULV) + self._positions(events)
     x_ULD = x_ULD.astype(self.config.tower.dtype)
-    output_ULD, kv = self.decoder.context(x_ULD, events.mask_UL, train, every_output)
+    output_ULD, kv = self.decoder.context(x_ULD, events.mask_UL, train, every_output, events.segment_UL)
     return self.phi_out(output_ULD), kv
 
-  def cross(self, vectors_UCV: Array, context: LayerKV, mask_UL: Array, train: bool = False) -> Array:
+  def cross(
+    self,
+    vectors_UCV: Array,
+    context: LayerKV,
+    mask_UL: Array,
+    train: bool = False,
+    gap_UC: Array | None = None,
+  ) -> Array:
     """The crossing pass: each candidate as the token that follows its user's history (PinFM section 3.2).
 
     Args:
-      vectors_UCV: item vectors of the candidates.
+      vectors_UCV: E of the candidates (see `items`).
       context: keys and values kept by `encode`.
       mask_UL: True on the history's real events.
       train: dropout on.
+      gap_UC: bucket of the time from the last event to the request, for a model with time gaps.
 
     Returns:
       Unit-length output at each candidate's position, [U, C, O].
     """
     position_U = jnp.sum(mask_UL, axis=1)  # the candidate's place is right behind the last real event
-    x_UCD = self.phi_in(vectors_UCV + self.action_embedding[-1]) + self.position_embedding[position_U][:, None, :]
+    token_UCV = vectors_UCV + self.action_embedding[-1]
+    if self.config.tower.time_gap_buckets:
+      token_UCV += self._gaps(gap_UC)
+    x_UCD = self.phi_in(token_UCV) + self.position_embedding[position_U][:, None, :]
     x_UCD = x_UCD.astype(self.config.tower.dtype)
     return self.phi_out(self.decoder.crossing(x_UCD, context, mask_UL, train))
 
+  def _positions(self, events: EventBatch) -> Array:
+    """Position embeddings of the events, counted from the start of each segment: [L, D], or [U, L, D] if packed."""
+    if events.segment_UL is None:
+      return self.position_embedding[: events.mask_UL.shape[1]]
+    return self.position_embedding[segment_places(events.segment_UL)]
+
   def targets(self, vectors: Array) -> Array:
-    """z = psi(emb(id)), unit length: [..., V] -> [..., O]."""
+    """z = psi(E) of items (see `items`), unit length: [..., V] -> [..., O]."""
     return self.psi(vectors)
+
+  def _event_terms(self, events: EventBatch, hidden_actions_UL: Array | None) -> Array:
+    """What a token adds to its item: surface, the sum of the actions, and the time gap if the model reads it."""
+    action_bits_ULA = unpack_bits(events.actions_UL, self.config.num_actions)
+    actions_ULV = action_bits_ULA.astype(jnp.float32) @ self.action_embedding[:-1]
+    if hidden_actions_UL is not None:
+      actions_ULV = jnp.where(hidden_actions_UL[..., None], self.action_embedding[-1], actions_ULV)
+    terms_ULV = self.surface_embedding[events.surface_UL] + actions_ULV
+    return terms_ULV + self._gaps(events.gap_UL) if self.config.tower.time_gap_buckets else terms_ULV
+
+  def _gaps(self, gap: Array | None) -> Array:
+    if gap is None:
+      raise ValueError('the model reads time gaps, but the batch has none')
+    return self.gap_embedding[gap]
+
+
+def segment_places(segment_UL: Array) -> Array:
+  """Each event's place in its segment, from 0; the events of a segment stand together. int32 [U, L]."""
+  place_L = jnp.arange(segment_UL.shape[1], dtype=jnp.int32)
+  starts_UL = jnp.concatenate([jnp.ones_like(segment_UL[:, :1], bool), segment_UL[:, 1:] != segment_UL[:, :-1]], axis=1)
+  return place_L - jax.lax.cummax(jnp.where(starts_UL, place_L, 0), axis=1)
 
 
 def l2_normalise(x: Array) -> Array:

@@ -38,6 +38,10 @@ class CandidateBatch(NamedTuple):
     dense_UCF: raw dense features, NaN = missing.
     sparse_UCF: int32 indices, 0 = missing.
     embedding_UCF: the embedding features, one after another.
+    gap_UC: int32 bucket of the time from the user's last event to the request, for a model with time gaps.
+    content_UCW: float16 unit-length content of the items, for a model with content.
+    hidden_id_UC: True where the model does not see the id: items that training never saw and, while it trains, some at
+      random. None = nowhere.
   """
 
   item_UC2: Array
@@ -46,6 +50,9 @@ class CandidateBatch(NamedTuple):
   dense_UCF: Array
   sparse_UCF: Array
   embedding_UCF: Array
+  gap_UC: Array | None = None
+  content_UCW: Array | None = None
+  hidden_id_UC: Array | None = None
 
 
 class RankingBatch(NamedTuple):
@@ -54,7 +61,7 @@ class RankingBatch(NamedTuple):
   events: EventBatch
   candidates: CandidateBatch
   labels_UCT: Array
-  index_U: Array  # int32 place of each request in the global batch: seeds dropout, with the step
+  index_U: Array  # int32 place of each request in the global batch: seeds dropout, with run and step
 
 
 @flax.struct.dataclass
@@ -167,30 +174,31 @@ class RankingModel(nn.Module):
     vectors_UCV: Array | None,
     batch: RankingBatch,
     stats: DenseStats,
-    step: Array | int = 0,
+    seed: Array | int = 0,
     train: bool = False,
     need_history_output: bool = False,
   ) -> RankingOutput:
     """The training path.
 
     Args:
-      vectors_ULV: item vectors of the histories (None without a module).
-      vectors_UCV: item vectors of the candidates.
+      vectors_ULV: id vectors of the histories (None without a module).
+      vectors_UCV: id vectors of the candidates.
       batch: histories, candidates.
       stats: normalisation of the dense features.
-      step: training step: seeds the age-dependent dropout.
+      seed: of the run and its step: seeds the age-dependent dropout.
       train: dropouts on.
       need_history_output: also return H over the histories, for the next-token loss.
     """
     if self.config.sequence == 'none':
       return RankingOutput(self.ranker(batch.candidates, stats, None, train), None, None)
     h_ULO, context = self._encode(vectors_ULV, batch.events, train, need_history_output)
-    output_UCO = self.pinfm.cross(vectors_UCV, context.kv, batch.events.mask_UL, train)
-    module_UCM = self._module(output_UCO, vectors_UCV, context)
+    items_UCV = self._candidate_items(vectors_UCV, batch.candidates)
+    output_UCO = self.pinfm.cross(items_UCV, context.kv, batch.events.mask_UL, train, batch.candidates.gap_UC)
+    module_UCM = self._module(output_UCO, items_UCV, context)
     if train:
       candidates = batch.candidates.mask_UC.shape[1]
       place_UC = batch.index_U[:, None] * candidates + jnp.arange(candidates)
-      module_UCM = age_dropout(module_UCM, batch.candidates.age_hours_UC, place_UC, step, self.cold_start)
+      module_UCM = age_dropout(module_UCM, batch.candidates.age_hours_UC, place_UC, seed, self.cold_start)
     logits_UCT = self.ranker(batch.candidates, stats, module_UCM, train)
     return RankingOutput(logits_UCT, self.module_head(output_UCO), h_ULO)
 
@@ -202,28 +210,33 @@ class RankingModel(nn.Module):
     self, vectors_UCV: Array, context: UserContext, mask_UL: Array, candidates: CandidateBatch, stats: DenseStats
   ) -> Array:
     """The crossing pass and the ranker: probabilities [U, C, T]."""
-    output_UCO = self.pinfm.cross(vectors_UCV, context.kv, mask_UL)
-    return jax.nn.sigmoid(self.ranker(candidates, stats, self._module(output_UCO, vectors_UCV, context)))
+    items_UCV = self._candidate_items(vectors_UCV, candidates)
+    output_UCO = self.pinfm.cross(items_UCV, context.kv, mask_UL, gap_UC=candidates.gap_UC)
+    return jax.nn.sigmoid(self.ranker(candidates, stats, self._module(output_UCO, items_UCV, context)))
 
-  def targets(self, vectors: Array) -> Array:
-    """z of items, for the next-token loss."""
-    return self.pinfm.targets(vectors)
+  def targets(self, vectors_ULV: Array, events: EventBatch) -> Array:
+    """z of the events' items, for the next-token loss."""
+    return self.pinfm.targets(self.pinfm.items(vectors_ULV, events.content_ULW, events.hidden_id_UL))
+
+  def _candidate_items(self, vectors_UCV: Array, candidates: CandidateBatch) -> Array:
+    return self.pinfm.items(vectors_UCV, candidates.content_UCW, candidates.hidden_id_UC)
 
   def _encode(
     self, vectors_ULV: Array, events: EventBatch, train: bool, every_output: bool
   ) -> tuple[Array, UserContext]:
     """H (of every event, or of the last ones) and what is kept of the users."""
-    h_ULO, kv = self.pinfm.encode(vectors_ULV, events, train, every_output)
+    items_ULV = self.pinfm.items(vectors_ULV, events.content_ULW, events.hidden_id_UL)
+    h_ULO, kv = self.pinfm.encode(items_ULV, events, train, every_output)
     last_U11 = last_event(events.mask_UL)[:, None, None]
     h_UO = (jnp.take_along_axis(h_ULO, last_U11, axis=1) if every_output else h_ULO)[:, 0]
     has_events_U1 = jnp.any(events.mask_UL, axis=1, keepdims=True)
     return h_ULO, UserContext(kv, jnp.where(has_events_U1, h_UO, 0))
 
-  def _module(self, output_UCO: Array, vectors_UCV: Array, context: UserContext) -> Array:
-    """What the ranker sees of PinFM: the candidate-position output and the candidate's id vector, as in the paper, and
-    the similarity that pretraining maximises, <H of the last event, z of the candidate>, which ranks from step 0."""
-    similarity_UC = jnp.einsum('uo,uco->uc', context.user_UO, self.pinfm.targets(vectors_UCV))
-    parts = [self.project_output(output_UCO), l2_normalise(self.project_item(vectors_UCV))]
+  def _module(self, output_UCO: Array, items_UCV: Array, context: UserContext) -> Array:
+    """What the ranker sees of PinFM: the candidate-position output and the candidate's item vector, as in the paper,
+    and the similarity that pretraining maximises, <H of the last event, z of the candidate>: it ranks from step 0."""
+    similarity_UC = jnp.einsum('uo,uco->uc', context.user_UO, self.pinfm.targets(items_UCV))
+    parts = [self.project_output(output_UCO), l2_normalise(self.project_item(items_UCV))]
     return jnp.concatenate([*parts, similarity_UC[..., None]], axis=-1)
 
 

@@ -1,21 +1,16 @@
 """The decoder M of PinFM: pre-LN blocks run as a context pass over histories or a crossing pass over candidates."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pinfm_jax.config import TowerConfig
-from pinfm_jax.model.dcat import LayerKV, attend_causal, attend_context
+from pinfm_jax.model.attention import causal_attention
+from pinfm_jax.model.dcat import LayerKV, attend_context
+from pinfm_jax.model.hstu import HSTUBlock
+from pinfm_jax.model.layers import dense
 
 Array = jax.Array
-
-
-def dense(features: int, axes: tuple[str | None, ...], scale: float = 1.0, **kwargs: Any) -> nn.Dense:
-  """A Dense layer whose kernel carries logical axis names for `train.sharding`."""
-  init = nn.initializers.variance_scaling(scale, 'fan_in', 'truncated_normal')
-  return nn.Dense(features, kernel_init=nn.with_logical_partitioning(init, axes), **kwargs)
 
 
 class Block(nn.Module):
@@ -35,13 +30,16 @@ class Block(nn.Module):
     self.mlp_out = dense(width, ('mlp', 'embed'), residual_scale, dtype=dtype)
     self.dropout = nn.Dropout(self.config.dropout)
 
-  def __call__(self, x: Array, context: LayerKV | None, mask_UL: Array, train: bool) -> tuple[Array, LayerKV | None]:
+  def __call__(
+    self, x: Array, context: LayerKV | None, mask_UL: Array, segment_UL: Array | None, train: bool
+  ) -> tuple[Array, LayerKV | None]:
     """Runs the block.
 
     Args:
       x: [U, L, D] histories (context pass) or [U, C, D] candidates (crossing pass).
       context: None for the context pass; the history's keys and values for the crossing pass.
       mask_UL: True on the history's real events.
+      segment_UL: segments of packed rows in the context pass, or None.
       train: dropout on.
 
     Returns:
@@ -49,7 +47,9 @@ class Block(nn.Module):
     """
     query, own = self._project(x)
     if context is None:
-      attended, kept = attend_causal(query, own, mask_UL), own
+      # `init` runs on tiny shapes that flash kernels refuse, and any form makes the same parameters.
+      kind = 'xla' if self.is_initializing() else self.config.attention
+      attended, kept = causal_attention(query, own, mask_UL, segment_UL, kind), own
     else:
       attended, kept = attend_context(query, context, mask_UL, own), None
     attended = attended.reshape(x.shape)
@@ -68,8 +68,22 @@ class Block(nn.Module):
     return query, LayerKV(key, value)
 
 
+def block_class(config: TowerConfig, scanned: bool) -> type[nn.Module]:
+  """The configured block, rematerialised as configured; the parameters' layout does not depend on `remat`.
+
+  'full' keeps a block's input alone and computes the rest again in the backward pass. 'dots' also keeps the outputs of
+  the projections and of the MLP's matmuls, and computes again what is cheap for its size: scores, softmax, GELU, norms.
+  """
+  block = HSTUBlock if config.backbone == 'hstu' else Block
+  if config.remat == 'none':
+    return block
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
+  # A scan's body cannot share work between forward and backward pass, so nothing need be guarded against it there.
+  return nn.remat(block, prevent_cse=not scanned, static_argnums=(5,), policy=policy)
+
+
 class Decoder(nn.Module):
-  """N pre-LN blocks and a final LayerNorm; the last block stands apart so that its context output can be skipped."""
+  """N blocks and a final LayerNorm; the last block stands apart so that its context output can be skipped."""
 
   config: TowerConfig
 
@@ -78,19 +92,24 @@ class Decoder(nn.Module):
     if self.config.width % self.config.heads:
       raise ValueError(f'tower.width {self.config.width} is not a multiple of tower.heads {self.config.heads}')
     scanned = nn.scan(
-      Block,
+      block_class(self.config, scanned=True),
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=self.config.layers - 1,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     self.blocks = scanned(self.config) if self.config.layers > 1 else None
-    self.last = Block(self.config)
+    self.last = block_class(self.config, scanned=False)(self.config)
     self.norm = nn.LayerNorm(dtype=jnp.dtype(self.config.dtype))
 
   def context(
-    self, x_ULD: Array, mask_UL: Array, train: bool = False, every_output: bool = True
+    self,
+    x_ULD: Array,
+    mask_UL: Array,
+    train: bool = False,
+    every_output: bool = True,
+    segment_UL: Array | None = None,
   ) -> tuple[Array, LayerKV]:
     """The context pass (PinFM Eq. 3).
 
@@ -100,15 +119,21 @@ class Decoder(nn.Module):
       train: dropout on.
       every_output: False runs the last layer's attention and MLP for each history's last event alone; of the other
         positions only the keys and values are used (PinFM section 6).
+      segment_UL: segments of packed rows, which do not attend to each other; None = one a row.
 
     Returns:
       [U, L, D] outputs ([U, 1, D] of the last events), and every layer's keys and values [N, U, L, H, K].
+
+    Raises:
+      ValueError: `every_output=False` on packed rows, which have no one last event.
     """
+    if segment_UL is not None and not every_output:
+      raise ValueError('packed rows hold several segments: every_output=False needs one history a row')
     stacked = None
     if self.blocks is not None:
-      x_ULD, stacked = self.blocks(x_ULD, None, mask_UL, train)
+      x_ULD, stacked = self.blocks(x_ULD, None, mask_UL, segment_UL, train)
     if every_output:
-      x_ULD, last = self.last(x_ULD, None, mask_UL, train)
+      x_ULD, last = self.last(x_ULD, None, mask_UL, segment_UL, train)
     else:
       last = self.last.keys_values(x_ULD)
       x_ULD = self._last_event(x_ULD, last, mask_UL, train)
@@ -121,13 +146,13 @@ class Decoder(nn.Module):
     position_U1 = last_event(mask_UL)[:, None]
     earlier_UL = mask_UL & (jnp.arange(mask_UL.shape[1]) < position_U1)
     x_U1D = jnp.take_along_axis(x_ULD, position_U1[..., None], axis=1)
-    return self.last(x_U1D, kv, earlier_UL, train)[0]
+    return self.last(x_U1D, kv, earlier_UL, None, train)[0]
 
   def crossing(self, x_UCD: Array, context: LayerKV, mask_UL: Array, train: bool = False) -> Array:
     """The crossing pass (PinFM Eq. 4) of U x C candidate tokens over their users' kept keys and values."""
     if self.blocks is not None:
-      x_UCD, _ = self.blocks(x_UCD, jax.tree.map(lambda y: y[:-1], context), mask_UL, train)
-    x_UCD, _ = self.last(x_UCD, jax.tree.map(lambda y: y[-1], context), mask_UL, train)
+      x_UCD, _ = self.blocks(x_UCD, jax.tree.map(lambda y: y[:-1], context), mask_UL, None, train)
+    x_UCD, _ = self.last(x_UCD, jax.tree.map(lambda y: y[-1], context), mask_UL, None, train)
     return self.norm(x_UCD)
 
 

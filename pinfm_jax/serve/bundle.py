@@ -6,6 +6,7 @@ programs/context.bin  `jax.export` programs (`serve.programs`); a ranker without
 programs/crossing.bin   and none of the files below
 tables.bin            packed rows of the item tables (`serve.quantize`), memory-mapped at serving
 checksums.bin         8 bytes of BLAKE2b for each MiB of tables.bin
+items/*.bin           for a model with content: what the bundle knows of items (`serve.items`), memory-mapped
 """
 
 import os
@@ -25,10 +26,12 @@ from jax import export
 from pinfm_jax.config import PinFMConfig, RankerConfig
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.info import IdTypes
+from pinfm_jax.data.tokens import ItemContent
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import to_dict
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
+from pinfm_jax.serve.items import CONTENT, map_items, write_items
 from pinfm_jax.serve.manifest import MANIFEST, FileEntry, JaxRange, Manifest, TableLayout, golden_ids
 from pinfm_jax.serve.quantize import quantise_parts, row_bytes
 from pinfm_jax.serve.rows import MappedRows, RowSource
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 TABLES = 'tables.bin'
 CHECKSUMS = 'checksums.bin'
+_DIGESTS = {TABLES: CHECKSUMS, CONTENT: 'items/checksums.bin'}  # of the files that may be too large to read whole
 PARAMETERS = 'parameters.npz'
 STATS = ('low', 'high', 'mean', 'scale')
 _WHOLE_BELOW = 2 << 30
@@ -47,7 +51,7 @@ _JAX_MINORS = 3
 
 @dataclass(frozen=True)
 class Bundle:
-  """A bundle opened and checked; `rows` and `context` are None for a ranker without PinFM."""
+  """A bundle opened and checked; `rows` and `context` are None for a ranker without PinFM, `items` without content."""
 
   path: Path
   manifest: Manifest
@@ -56,6 +60,7 @@ class Bundle:
   rows: RowSource | None
   context: export.Exported | None
   crossing: export.Exported
+  items: ItemContent | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class TrainedRanker:
     history_block: the window slides in blocks of this many events.
     utility: weight of each label in the score that orders a request.
     run: where the parameters came from (JSON values).
+    items: content of the items, for a model with content; not used by a ranker without PinFM.
   """
 
   model_config: PinFMConfig
@@ -91,6 +97,7 @@ class TrainedRanker:
   history_block: int
   utility: Mapping[str, float] = field(default_factory=dict)
   run: Mapping[str, Any] = field(default_factory=dict)
+  items: ItemContent | None = None
 
 
 def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
@@ -108,42 +115,79 @@ def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4',
   Raises:
     UserError: the directory exists, rows that cannot be stored, or a utility weight of no label.
   """
+  with complete_directory(Path(out), overwrite) as directory:
+    content = exported_content(ranker, storage)
+    files = _write_files(directory, content, ranker.rows_GE)
+    manifest_of(ranker, content.layout, files).write(directory)
+  return Path(out)
+
+
+@dataclass(frozen=True)
+class Content:
+  """What a bundle holds besides its tables.
+
+  Attributes:
+    layout: of the tables, or None without PinFM.
+    arrays: the trees of `parameters.npz`.
+    programs: by name.
+    items: content of the items, or None.
+    model: the configuration of PinFM.
+  """
+
+  layout: TableLayout | None
+  arrays: Mapping[str, Any]
+  programs: Mapping[str, bytes]
+  items: ItemContent | None
+  model: PinFMConfig
+
+
+def exported_content(ranker: TrainedRanker, storage: str) -> Content:
+  """Lowers the programs and gathers the parameters.
+
+  Raises:
+    UserError: a utility weight of no label, or a storage that does not fit.
+  """
   # Here, so that scoring loads neither Flax nor the model's source.
   from flax.core import meta
 
-  from pinfm_jax.serve.programs import PLATFORMS, ServingModel, export_programs
+  from pinfm_jax.serve.programs import ServingModel, export_programs
 
   schema = ranker.schema
   unknown = sorted(set(ranker.utility) - set(schema.labels))
   if unknown:
     raise UserError(f'got utility weights for {unknown}, expected labels among {list(schema.labels)}')
-  layout = _table_layout(ranker.model_config, storage) if ranker.ranker_config.sequence != 'none' else None
+  layout = table_layout(ranker, storage)
   arrays = {
     'params': plain_arrays(meta.unbox(ranker.params)),
     'stats': {name: np.asarray(getattr(ranker.stats, name)) for name in STATS},
   }
-  with _complete_directory(Path(out), overwrite) as directory:
-    model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
+  model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
+  with _no_call_stacks():
     programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
-    files = _write_files(directory, programs, arrays, ranker.rows_GE, layout)
-    Manifest(
-      created=datetime.now(UTC).isoformat(timespec='seconds'),
-      jax=_jax_range(jax.__version__),
-      platforms=PLATFORMS,
-      id_type=ranker.id_type,
-      actions=tuple(ranker.actions),
-      surfaces=tuple(ranker.surfaces),
-      schema=schema,
-      history_block=ranker.history_block,
-      utility=dict(ranker.utility),
-      tables=layout,
-      golden=golden_ids(ranker.id_type.item, layout),
-      model=to_dict(ranker.model_config),
-      ranker=to_dict(ranker.ranker_config),
-      run=dict(ranker.run),
-      files=files,
-    ).write(directory)
-  return Path(out)
+  return Content(layout, arrays, programs, ranker.items, ranker.model_config)
+
+
+def manifest_of(ranker: TrainedRanker, layout: TableLayout | None, files: tuple[FileEntry, ...]) -> Manifest:
+  """The manifest of a ranker's bundle."""
+  from pinfm_jax.serve.programs import PLATFORMS
+
+  return Manifest(
+    created=datetime.now(UTC).isoformat(timespec='seconds'),
+    jax=_jax_range(jax.__version__),
+    platforms=PLATFORMS,
+    id_type=ranker.id_type,
+    actions=tuple(ranker.actions),
+    surfaces=tuple(ranker.surfaces),
+    schema=ranker.schema,
+    history_block=ranker.history_block,
+    utility=dict(ranker.utility),
+    tables=layout,
+    golden=golden_ids(ranker.id_type.item, layout),
+    model=to_dict(ranker.model_config),
+    ranker=to_dict(ranker.ranker_config),
+    run=dict(ranker.run),
+    files=files,
+  )
 
 
 def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
@@ -151,7 +195,7 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
 
   Args:
     path: the directory.
-    whole_below: tables of more bytes are sampled, other blocks at each call; everything else is read whole.
+    whole_below: tables and content of more bytes are sampled, other blocks at each call; the rest is read whole.
 
   Raises:
     UserError: no bundle there, a missing, truncated or damaged file, or a version that this program cannot run.
@@ -161,14 +205,13 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
   _check_jax(path, manifest.jax, jax.__version__)
   for entry in manifest.files:
     checksums.check_size(path, entry)
-  tables = next((entry for entry in manifest.files if entry.name == TABLES), None)
-  sampled = tables is not None and tables.bytes > whole_below
+  sampled = [entry for entry in manifest.files if entry.name in _DIGESTS and entry.bytes > whole_below]
   for entry in manifest.files:
-    if not (sampled and entry is tables):
+    if entry not in sampled:
       checksums.check_whole(path, entry)
-  if sampled:
-    checksums.check_sample(path, tables, (path / CHECKSUMS).read_bytes())
-  arrays = load_arrays(path / PARAMETERS)
+  for entry in sampled:  # after their digests, which are files themselves
+    checksums.check_sample(path, entry, (path / _DIGESTS[entry.name]).read_bytes())
+  arrays, model = load_arrays(path / PARAMETERS), manifest.pinfm
   return Bundle(
     path=path,
     manifest=manifest,
@@ -177,55 +220,81 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
     rows=MappedRows(path / TABLES, manifest.tables) if manifest.tables else None,
     context=_load_program(path, 'context') if manifest.tables else None,
     crossing=_load_program(path, 'crossing'),
+    items=map_items(path, model) if model is not None and model.content else None,
   )
 
 
-def _write_files(
-  directory: Path, programs: Mapping[str, bytes], arrays: Mapping[str, Any], rows_GE: Any, layout: TableLayout | None
-) -> tuple[FileEntry, ...]:
-  names = [PARAMETERS]
-  save_arrays(directory / PARAMETERS, arrays)
-  (directory / 'programs').mkdir()
-  for name, program in programs.items():
-    names.append(_program(name))
-    (directory / names[-1]).write_bytes(program)
+def _write_files(directory: Path, content: Content, rows_GE: Any) -> tuple[FileEntry, ...]:
+  names = write_content(directory, content)
   entries = []
-  if layout is not None:
-    _write_tables(directory / TABLES, rows_GE, layout)
-    entry, digests = checksums.describe(directory, TABLES)
+  if content.layout is not None:
+    describer = checksums.Describer()
+    with open(directory / TABLES, 'wb') as file:
+      for packed in packed_rows(rows_GE, content.layout):
+        file.write(packed.data)
+        describer.update(packed.reshape(-1).data)
+    entry, digests = describer.finish(TABLES)
     entries.append(entry)
-    (directory / CHECKSUMS).write_bytes(digests)
-    names.append(CHECKSUMS)
+    (directory / _DIGESTS[TABLES]).write_bytes(digests)
+    names.append(_DIGESTS[TABLES])
   return tuple(entries + [checksums.describe(directory, name)[0] for name in names])
 
 
-def _table_layout(config: PinFMConfig, storage: str) -> TableLayout:
-  tables = config.tables
+def write_content(directory: Path, content: Content) -> list[str]:
+  """Writes parameters, programs and the items' content; returns the names of the files."""
+  save_arrays(directory / PARAMETERS, content.arrays)
+  (directory / 'programs').mkdir()
+  for name, program in content.programs.items():
+    (directory / _program(name)).write_bytes(program)
+  names = [PARAMETERS, *map(_program, content.programs)]
+  if content.layout is not None and content.model.content:
+    names += write_items(directory, content.items, content.model)
+    _, digests = checksums.describe(directory, CONTENT)
+    (directory / _DIGESTS[CONTENT]).write_bytes(digests)
+    names.append(_DIGESTS[CONTENT])
+  return names
+
+
+def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
+  """How the ranker's tables are laid out; None without PinFM."""
+  if ranker.ranker_config.sequence == 'none':
+    return None
+  tables = ranker.model_config.tables
   size = row_bytes(tables.width, storage)
   return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed)
 
 
-def _write_tables(path: Path, rows_GE: Any, layout: TableLayout) -> None:
+def packed_rows(rows_GE: Any, layout: TableLayout) -> Iterator[np.ndarray]:
+  """The packed rows of the tables, block after block; see `TrainedRanker.rows_GE` for what they are made of."""
   written = 0
-  with open(path, 'wb') as file:
-    for packed in quantise_parts(rows_GE, layout.storage):
-      if packed.shape[1] != layout.row_bytes:
-        raise ValueError(f'got packed rows of {packed.shape[1]} bytes, expected {layout.row_bytes}')
-      written += len(packed)
-      file.write(packed.data)
+  for packed in quantise_parts(rows_GE, layout.storage):
+    if packed.shape[1] != layout.row_bytes:
+      raise ValueError(f'got packed rows of {packed.shape[1]} bytes, expected {layout.row_bytes}')
+    written += len(packed)
+    yield packed
   if written != layout.sub_tables * layout.rows:
     raise ValueError(f'got {written} table rows, expected {layout.sub_tables} x {layout.rows}')
 
 
 @contextmanager
-def _complete_directory(out: Path, overwrite: bool) -> Iterator[Path]:
-  """A new directory beside `out` that takes its place when the block ends without an error."""
+def complete_directory(out: Path, overwrite: bool, marker: str = MANIFEST, kind: str = 'bundle') -> Iterator[Path]:
+  """A new directory beside `out` that takes its place when the block ends without an error.
+
+  Args:
+    out: the directory to make.
+    overwrite: replace one that holds the file `marker`.
+    marker: see overwrite.
+    kind: names it in messages.
+
+  Raises:
+    UserError: `out` exists and may not be replaced, or it cannot be made.
+  """
   out = out.absolute()
   occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
   if occupied and not overwrite:
     raise UserError(f'{out} exists already; give another --out, or remove it first')
-  if occupied and not (out / MANIFEST).is_file():
-    raise UserError(f'{out} exists and is no bundle, so it is not replaced; give another --out')
+  if occupied and not (out / marker).is_file():
+    raise UserError(f'{out} exists and is no {kind}, so it is not replaced; give another --out')
   partial, replaced = (out.with_name(f'{out.name}.{word}-{os.getpid()}') for word in ('partial', 'replaced'))
   shutil.rmtree(partial, ignore_errors=True)
   try:
@@ -241,6 +310,20 @@ def _complete_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     raise
   shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _no_call_stacks() -> Iterator[None]:
+  """Keeps who called the export out of the programs: the same model then gives the same bytes, a third fewer."""
+  names = {'jax_traceback_in_locations_limit': 0, 'jax_include_full_tracebacks_in_locations': False}
+  before = {name: getattr(jax.config, name) for name in names}
+  try:
+    for name, value in names.items():
+      jax.config.update(name, value)
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
 
 
 def _jax_range(version: str) -> JaxRange:

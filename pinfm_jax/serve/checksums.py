@@ -13,19 +13,34 @@ _DIGEST = 8  # bytes of BLAKE2b a block
 _SAMPLED_BLOCKS = 128
 
 
-def describe(directory: Path, name: str) -> tuple[FileEntry, bytes]:
-  """Reads a file once.
+class Describer:
+  """Describes a file while its bytes pass by."""
 
-  Returns:
-    Its entry, and the digests of its blocks one after another (8 bytes of BLAKE2b a MiB).
-  """
-  whole, blocks, size = hashlib.sha256(), [], 0
+  def __init__(self):
+    self._whole, self._blocks, self._rest, self._size = hashlib.sha256(), [], b'', 0
+
+  def update(self, content: bytes | memoryview) -> None:
+    """Takes the next bytes."""
+    self._whole.update(content)
+    self._size += len(content)
+    self._rest += bytes(content)
+    whole = len(self._rest) // BLOCK * BLOCK
+    self._blocks += [_digest(self._rest[start : start + BLOCK]) for start in range(0, whole, BLOCK)]
+    self._rest = self._rest[whole:]
+
+  def finish(self, name: str) -> tuple[FileEntry, bytes]:
+    """The entry of the file, and the digests of its blocks one after another (8 bytes of BLAKE2b a MiB)."""
+    last = [_digest(self._rest)] if self._rest else []
+    return FileEntry(name, self._size, self._whole.hexdigest()), b''.join(self._blocks + last)
+
+
+def describe(directory: Path, name: str) -> tuple[FileEntry, bytes]:
+  """Reads a file once; returns what `Describer.finish` does."""
+  describer = Describer()
   with open(directory / name, 'rb') as file:
     while block := file.read(BLOCK):
-      whole.update(block)
-      blocks.append(_digest(block))
-      size += len(block)
-  return FileEntry(name, size, whole.hexdigest()), b''.join(blocks)
+      describer.update(block)
+  return describer.finish(name)
 
 
 def check_size(directory: Path, entry: FileEntry) -> None:

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pinfm_jax.config import PinFMConfig
 from pinfm_jax.data.events import id_key
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.info import EmbeddingFeature, Features, IdTypes, SparseFeature
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows, key_words
+from pinfm_jax.overrides import from_dict
 
 MANIFEST = 'manifest.json'
 FORMAT = 'pinfm-bundle'
@@ -102,6 +104,11 @@ class Manifest:
   ranker: Mapping[str, Any]
   run: Mapping[str, Any]
   files: tuple[FileEntry, ...]
+
+  @property
+  def pinfm(self) -> PinFMConfig | None:
+    """The typed configuration of PinFM, defaults where an older bundle lacks a field; None for a ranker without it."""
+    return from_dict(PinFMConfig, self.model) if self.tables else None
 
   def write(self, directory: Path) -> None:
     """Writes `manifest.json`."""

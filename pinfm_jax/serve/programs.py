@@ -8,11 +8,13 @@ batch. Parameters are arguments; item vectors enter as packed table rows (`serve
   crossing(params, stats, context, mask [U, L], candidates) -> probabilities float32 [U, C, T]
     candidates: rows uint8 [U, C, S, row_bytes], item uint32 [U, C, 2], mask bool [U, C], age_hours float32 [U, C],
     dense float32 [U, C, F], sparse int32 [U, C, F], embedding float32 [U, C, F]
+    Events and candidates of a model with these options also have (`data.tokens`): gap int32 [U, L or C] with time
+    gaps, content float16 [U, L or C, W] with content, new bool [U, L or C] with hidden ids.
   A ranker without PinFM has crossing(params, stats, candidates) alone, whose candidates have no rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -42,12 +44,15 @@ class ServingModel:
 
   @property
   def module(self) -> RankingModel:
-    """The Flax module."""
-    return RankingModel(self.model, self.ranker, self.spec)
+    """The Flax module, with plain attention: a program serves all platforms and any sizes, a flash kernel does not."""
+    tower = replace(self.model.tower, attention='xla', remat='none')
+    return RankingModel(replace(self.model, tower=tower), self.ranker, self.spec)
 
   def context(self, params: Tree, events: dict[str, Array]) -> dict[str, Array]:
     """The context pass: every layer's keys and values, and the user's representation."""
-    batch = EventBatch(None, events['surface'], events['actions'], events['mask'])
+    columns = (events['surface'], events['actions'], events['mask'])
+    options = {'gap_UL': events.get('gap'), 'content_ULW': events.get('content'), 'hidden_id_UL': events.get('new')}
+    batch = EventBatch(None, *columns, **options)
     kept = self.module.apply({'params': params}, self._vectors(events['rows']), batch, method='context')
     return {'key': kept.kv.key, 'value': kept.kv.value, 'user': kept.user_UO}
 
@@ -94,6 +99,7 @@ def export_programs(model: ServingModel, params: Tree, stats: Tree, history_leng
     'surface': jax.ShapeDtypeStruct(shape, jnp.int32),
     'actions': jax.ShapeDtypeStruct(shape, jnp.uint32),
     'mask': mask,
+    **_token_shapes(model, shape),
   }
   context = _lower(model.context, params, events)
   kept = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in context.out_avals)
@@ -117,7 +123,21 @@ def _candidate_shapes(model: ServingModel, users: Any, candidates: Any) -> dict[
     'embedding': ((*shape, sum(spec.embedding_widths)), jnp.float32),
   }
   shapes = {name: jax.ShapeDtypeStruct(*column) for name, column in columns.items()}
-  return shapes if model.layout is None else {**shapes, 'rows': _packed_shape(model.layout, shape)}
+  if model.layout is None:
+    return shapes
+  return {**shapes, 'rows': _packed_shape(model.layout, shape), **_token_shapes(model, shape)}
+
+
+def _token_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
+  """The columns that the model's options add (`data.tokens.TokenInputs`)."""
+  config, shapes = model.model, {}
+  if config.tower.time_gap_buckets:
+    shapes['gap'] = jax.ShapeDtypeStruct(shape, jnp.int32)
+  if config.content:
+    shapes['content'] = jax.ShapeDtypeStruct((*shape, config.content_width), jnp.float16)
+  if config.id_mask:
+    shapes['new'] = jax.ShapeDtypeStruct(shape, jnp.bool_)
+  return shapes
 
 
 def _packed_shape(layout: TableLayout, shape: tuple) -> jax.ShapeDtypeStruct:
@@ -125,6 +145,5 @@ def _packed_shape(layout: TableLayout, shape: tuple) -> jax.ShapeDtypeStruct:
 
 
 def _candidates(columns: dict[str, Array]) -> CandidateBatch:
-  return CandidateBatch(
-    *(columns[name] for name in ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding')),
-  )
+  names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new')
+  return CandidateBatch(*(columns.get(name) for name in names))

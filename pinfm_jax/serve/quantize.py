@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from pinfm_jax.errors import UserError
@@ -46,7 +47,7 @@ def quantise(rows_GE: np.ndarray, storage: str) -> np.ndarray:
   """Packs rows; holds a few copies of them, so give a large table in parts (`quantise_parts`).
 
   Args:
-    rows_GE: float rows.
+    rows_GE: float rows, or bf16 ones as uint16 bits.
     storage: 'int4', 'int8' or 'float32'.
 
   Returns:
@@ -56,7 +57,7 @@ def quantise(rows_GE: np.ndarray, storage: str) -> np.ndarray:
     UserError: a value is NaN, infinite or too large for float16, or the storage does not fit the width.
   """
   size = row_bytes(rows_GE.shape[1], storage)
-  rows_GE = np.ascontiguousarray(rows_GE, '<f4')
+  rows_GE = np.ascontiguousarray(as_float32(rows_GE), '<f4')
   largest = np.finfo(np.float32).max if storage == 'float32' else _LARGEST_HALF
   if not (np.abs(rows_GE) <= largest).all():  # NaN compares false
     raise UserError(
@@ -74,6 +75,13 @@ def quantise(rows_GE: np.ndarray, storage: str) -> np.ndarray:
   if storage == 'int4':
     codes_GE = codes_GE[:, 0::2] | codes_GE[:, 1::2] << 4
   return np.concatenate([codes_GE, scale_G1.view(np.uint8), bias_G1.view(np.uint8)], axis=1)
+
+
+def as_float32(rows_GE: np.ndarray) -> np.ndarray:
+  """Table rows as float32, whatever they are stored in: bf16 is kept as its bits, uint16."""
+  if rows_GE.dtype == np.uint16:
+    rows_GE = rows_GE.view(ml_dtypes.bfloat16)
+  return rows_GE.astype(np.float32, copy=False)
 
 
 def quantise_parts(rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray], storage: str) -> Iterator[np.ndarray]:

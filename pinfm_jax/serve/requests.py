@@ -8,6 +8,9 @@ Times are milliseconds since 1970 or ISO 8601 (UTC unless said otherwise). Only 
 their item_ids are required; a feature, surface or time that is not given counts as missing. A candidate may carry its
 own timestamp and surface, and "content" if the model has content vectors. A client that sends just a user's newest
 events adds "history_events", how many the user has in all, and gets the same scores. "user_id" is allowed and unused.
+
+A model with time gaps needs the times of all events and of the request. A model that adds content to its item vectors
+knows the content of the items it was exported with; an event or a candidate may bring its own, which wins.
 """
 
 from collections.abc import Mapping
@@ -49,7 +52,8 @@ class ScoringRequest:
     history: the events given, oldest first.
     window: the events of `history` that the model reads.
     candidates: their features; `history_end` counts all the user's events.
-    content: [C, content width], None if the model has none.
+    content: [C, content width], NaN where a candidate brings none; None if the model has none.
+    history_content: the same of the history's events, None if no event brings any.
   """
 
   request_id: int | str
@@ -58,6 +62,12 @@ class ScoringRequest:
   window: slice
   candidates: Request
   content: np.ndarray | None
+  history_content: np.ndarray | None = None
+
+  @property
+  def last_event_ms(self) -> int | None:
+    """Time of the newest event; None without one."""
+    return int(self.history.timestamp[-1]) if len(self.history) else None
 
 
 class RequestParser:
@@ -75,6 +85,10 @@ class RequestParser:
     names = (*features.dense, *(f.name for f in features.sparse), *(name for name, _ in vectors), *content)
     self._candidate_fields = dict.fromkeys((*_CANDIDATE_FIELDS, *names))
     self._vectors = vectors
+    model = manifest.pinfm
+    self._needs_times = model is not None and model.tower.time_gap_buckets > 0
+    self._event_content = model.content_width if model is not None and model.content else 0
+    self._event_fields = (*_EVENT_FIELDS, *(['content'] if self._event_content else []))
 
   def parse(self, document: Any) -> ScoringRequest:
     """Checks one request.
@@ -89,7 +103,8 @@ class RequestParser:
     request_id = document.get('request_id')
     if isinstance(request_id, bool) or not isinstance(request_id, int | str):
       raise UserError(f'got request_id {show(request_id)}, expected a string or an integer')
-    history = self._history(read_list(document, 'history'), read_time(document.get('timestamp'), 'timestamp'))
+    time = read_time(document.get('timestamp'), 'timestamp')
+    history, history_content = self._history(read_list(document, 'history'), time)
     total = document.get('history_events', len(history))
     if isinstance(total, bool) or not isinstance(total, int) or total < len(history):
       raise UserError(
@@ -105,14 +120,23 @@ class RequestParser:
       window=slice(max(window_start(total, self._length, self._block) - skipped, 0), len(history)),
       candidates=self._candidates(document, listed, total),
       content=self._content(listed),
+      history_content=history_content,
     )
 
-  def _history(self, listed: list, before: int | None) -> History:
-    """Events sorted by time, stably; those that agree in time, item and surface are one event, as in preparation."""
+  def _history(self, listed: list, before: int | None) -> tuple[History, np.ndarray | None]:
+    """Events sorted by time, stably; those that agree in time, item and surface are one event, as in preparation.
+
+    Also returns the content that events bring (see `ScoringRequest`).
+    """
     events = [_at('history event', i, self._event, event) for i, event in enumerate(listed)]
     timed = [time is not None for time, *_ in events]
     if any(timed) and not all(timed):
       raise UserError(f'history event {timed.index(False)} has no timestamp but others have; give all or none')
+    if self._needs_times and not all(timed):
+      raise UserError(
+        'the history has no timestamps, but the model of this bundle reads the time between events; '
+        'give every event its timestamp'
+      )
     if all(timed):
       events.sort(key=lambda event: event[0])
       if events and before is not None and events[-1][0] >= before:
@@ -123,24 +147,35 @@ class RequestParser:
     else:  # in the order given; the ordinal keeps repeats apart
       events = [(i, *rest) for i, (_, *rest) in enumerate(events)]
     merged: dict[tuple, int] = {}
-    for *key, actions in events:
+    contents: dict[tuple, list[float]] = {}
+    for *key, actions, content in events:
       merged[tuple(key)] = merged.get(tuple(key), 0) | actions
+      if content is not None:
+        contents.setdefault(tuple(key), content)
     time, item, surface = zip(*merged, strict=True) if merged else ((), (), ())
-    return History(
+    history = History(
       np.array(time, np.int64),
       np.array(item, np.uint64),
       np.array(surface, np.uint16),
       np.array(list(merged.values()), np.uint32),
     )
+    if not contents:
+      return history, None
+    none = [np.nan] * self._event_content
+    return history, np.array([contents.get(key, none) for key in merged], np.float32)
 
-  def _event(self, event: Any) -> tuple[int | None, int, int, int]:
-    check_names(event, _EVENT_FIELDS, 'an event')
+  def _event(self, event: Any) -> tuple[int | None, int, int, int, list[float] | None]:
+    check_names(event, self._event_fields, 'an event')
     name = event.get('surface', NO_SURFACE if NO_SURFACE in self._surfaces else None)
     surface = read_name(self._surfaces, name, 'surface')
     bits = 0
     for name in read_list(event, 'actions', []):
       bits |= read_name(self._actions, name, 'action')
-    return read_time(event.get('timestamp'), 'timestamp'), read_key(event.get('item_id'), self._id_type), surface, bits
+    content = event.get('content')
+    if content is not None:
+      content = read_vector(content, 'content', self._event_content)
+    time = read_time(event.get('timestamp'), 'timestamp')
+    return time, read_key(event.get('item_id'), self._id_type), surface, bits, content
 
   def _candidates(self, document: Mapping, listed: list, history_events: int) -> Request:
     time = read_time(document.get('timestamp'), 'timestamp')
@@ -169,6 +204,10 @@ class RequestParser:
     created = read_time(candidate.get('item_created_at'), 'item_created_at')
     if created is not None and time is None:
       raise UserError('got item_created_at, but the age needs the time of the request too: give its timestamp')
+    if self._needs_times and time is None:
+      raise UserError(
+        'the request has no timestamp, but the model of this bundle reads the time since the last event: give it'
+      )
     features = self._schema.features
     return (
       time or 0,
@@ -184,7 +223,10 @@ class RequestParser:
     width = self._schema.content_width
     if not width:
       return None
-    rows = [_at('candidate', i, read_vector, c.get('content'), 'content', width) for i, c in enumerate(listed)]
+    rows = [
+      [np.nan] * width if c.get('content') is None else _at('candidate', i, read_vector, c['content'], 'content', width)
+      for i, c in enumerate(listed)
+    ]
     return np.array(rows, np.float32).reshape(len(listed), width)
 
   def _surface(self, name: Any) -> int:

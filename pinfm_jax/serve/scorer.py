@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from pinfm_jax.data.featurize import candidate_inputs, event_inputs
+from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import Bundle, load_bundle
@@ -34,6 +35,8 @@ class Scorer:
     self.bundle = bundle
     self._max_users, self._max_candidates = max_users, max_candidates
     self._parser = RequestParser(bundle.manifest)
+    model = bundle.manifest.pinfm
+    self._tokens = TokenInputs(model.tower.time_gap_buckets, bundle.items) if model is not None else PLAIN
     self._params, self._stats = jax.device_put((bundle.params, bundle.stats))
     self._context = jax.jit(bundle.context.call) if bundle.context else None
     self._crossing = jax.jit(bundle.crossing.call)
@@ -74,7 +77,7 @@ class Scorer:
     """The context pass: keys and values of the histories, kept on the device (None without PinFM)."""
     if self._context is None:
       return None
-    inputs = {name: events[name] for name in ('surface', 'actions', 'mask')}
+    inputs = {name: column for name, column in events.items() if name != 'item'}
     return self._context(self._params, {**inputs, 'rows': self.bundle.rows.rows(events['item'])})
 
   def cross(self, context: dict[str, jax.Array] | None, events: Arrays, candidates: Arrays) -> np.ndarray:
@@ -125,9 +128,13 @@ class Scorer:
     events = self._events(batch)
     width = min(_bucket(most, _LEAST_CANDIDATES), max(self._max_candidates // len(events['mask']), 1))
     context, parts = self.context(events), []
+    contents = [self._content(r) for r in batch]
     for start in range(0, most, width):
       rows = slice(start, start + width)
-      inputs = [candidate_inputs(r.candidates, rows, width, schema, r.content) for r in batch]
+      inputs = [
+        candidate_inputs(r.candidates, rows, width, schema, content, self._tokens, r.last_event_ms, r.content)
+        for r, content in zip(batch, contents, strict=True)
+      ]
       parts.append(self.cross(context, events, _stack(inputs, len(events['mask']))))
     scores_UCT = np.concatenate(parts, axis=1)
     return [scores_CT[: len(r.item_ids)] for r, scores_CT in zip(batch, scores_UCT, strict=False)]
@@ -135,7 +142,16 @@ class Scorer:
   def _events(self, batch: list[ScoringRequest]) -> Arrays:
     most = max(r.window.stop - r.window.start for r in batch)
     length = min(_bucket(most, _LEAST_EVENTS), self.bundle.manifest.schema.history_length)
-    return _stack([event_inputs(r.history, r.window, length) for r in batch], _bucket(len(batch), 1))
+    inputs = [event_inputs(r.history, r.window, length, self._tokens, r.history_content) for r in batch]
+    return _stack(inputs, _bucket(len(batch), 1))
+
+  def _content(self, request: ScoringRequest) -> np.ndarray | None:
+    """Content of the candidates as a feature of the ranker: their own, else what the bundle knows, else zeros."""
+    if request.content is None:
+      return None
+    items = self._tokens.items
+    known = items.inputs(request.candidates.item)['content'] if items else np.float32(0)
+    return np.where(np.isnan(request.content).any(axis=1, keepdims=True), known, request.content)
 
 
 def score_file(bundle: str | Path, requests: str | Path, out: str | Path) -> int:

@@ -14,6 +14,7 @@ from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, action_bits
 from pinfm_jax.data.splits import Split, split_by_time
+from pinfm_jax.data.tokens import PLAIN, TokenInputs, check_tokens
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.train.finetune import FinetuneTask
@@ -45,6 +46,7 @@ class Run:
     if self.experiment.data.source != 'prepared' and not self.data_directory.exists():
       raise UserError(f'{self.data_directory} is not prepared yet; run the prepare stage first (pinfm run FILE)')
     dataset = PreparedDataset.open(self.data_directory)
+    check_tokens(self.experiment.model, dataset.info)
     if self.experiment.arms:
       check_labels(self.experiment, dataset.info.labels)
     return dataset
@@ -61,9 +63,15 @@ class Run:
 
   @cached_property
   def model(self) -> PinFMConfig:
-    """The model's configuration with the data set's vocabulary sizes."""
-    info = self.dataset.info
-    return replace(self.experiment.model, num_actions=len(info.actions), num_surfaces=len(info.surfaces))
+    """The model's configuration with the data set's vocabulary sizes and content width."""
+    info, model = self.dataset.info, self.experiment.model
+    content_width = info.content_width if model.content else 0
+    return replace(model, num_actions=len(info.actions), num_surfaces=len(info.surfaces), content_width=content_width)
+
+  @cached_property
+  def tokens(self) -> TokenInputs:
+    """What the model reads besides item, surface and actions; new items are those first seen after fine-tuning."""
+    return TokenInputs.of(self.model, self.dataset, self.split.finetune[1])
 
   def pretrain_directory(self, seed: int) -> Path:
     """Directory of a seed's pretraining run."""
@@ -85,7 +93,8 @@ class Run:
     """The requests of 'finetune', 'validation' or 'test'."""
     least = experiment.finetune.min_candidates if part == 'finetune' else experiment.data.min_candidates
     times = getattr(self.split, part)
-    return Requests.between(self.dataset, self.schema(experiment), experiment.finetune, times, least)
+    tokens = self.tokens if experiment.ranker.sequence == 'pinfm' else PLAIN
+    return Requests.between(self.dataset, self.schema(experiment), experiment.finetune, times, least, tokens)
 
   def task(self, experiment: Experiment, steps: int) -> FinetuneTask:
     """The fine-tuning task of an arm."""

@@ -15,11 +15,12 @@ from pinfm_jax.evaluate.tables import Table
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
+from pinfm_jax.serve.delta import export_delta
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.context import Run
-from pinfm_jax.train.checkpoint import load_arrays
 from pinfm_jax.train.finetune import feature_spec
+from pinfm_jax.train.stored_tables import StoredState
 from pinfm_jax.workdir import OtherSettingsError, claim, is_done, read_results, write_json, write_text
 
 EXAMPLES = 20
@@ -73,8 +74,9 @@ def export_arm(
   seed: int | None = None,
   storage: str | None = None,
   overwrite: bool = False,
+  base: str | Path | None = None,
 ) -> Path:
-  """Writes the bundle of a fine-tuned ranker.
+  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not.
 
   Args:
     run: the run.
@@ -83,6 +85,7 @@ def export_arm(
     seed: of which seed; None = the first.
     storage: of the tables; None = the experiment's.
     overwrite: replace what stands at `out`.
+    base: a bundle; what is written is then a delta against it.
 
   Raises:
     UserError: no such arm, or it is not fine-tuned.
@@ -95,7 +98,8 @@ def export_arm(
   directory, experiment = run.arm_directory(seed, arm), run.arm_experiment(arm)
   if not is_done(directory):
     raise UserError(f'{directory} is not fine-tuned; run the finetune stage first (pinfm run FILE)')
-  state, info = load_arrays(directory / 'checkpoints'), run.dataset.info
+  stored, info = StoredState(directory / 'checkpoints'), run.dataset.info
+  state = stored.parts('params', 'constants')
   tables, schema = run.model.tables, run.schema(experiment)
   ranker = TrainedRanker(
     model_config=run.model,
@@ -103,7 +107,7 @@ def export_arm(
     schema=schema,
     spec=feature_spec(schema),
     params={name: value for name, value in state['params'].items() if name != 'log_temperature'},
-    rows_GE=state['tables']['rows'][: tables.sub_tables * tables.rows] if 'tables' in state else None,
+    rows_GE=stored.table_rows(tables.sub_tables * tables.rows) if stored.has_tables else None,
     stats=DenseStats(**state['constants']),
     actions=info.actions,
     surfaces=info.surfaces,
@@ -111,8 +115,13 @@ def export_arm(
     history_block=experiment.finetune.history_block,
     utility=experiment.evaluate.utility,
     run={'experiment': experiment.name, 'arm': arm.name, 'seed': seed, 'data': info.checksum, 'source': info.source},
+    items=run.tokens.items if experiment.ranker.sequence == 'pinfm' else None,
   )
-  return export_bundle(out, ranker, storage or experiment.serve.storage, overwrite)
+  storage = storage or experiment.serve.storage
+  if base is None:
+    return export_bundle(out, ranker, storage, overwrite)
+  print(export_delta(out, base, ranker, storage, overwrite).text())
+  return Path(out)
 
 
 def _pinfm_arms(run: Run) -> list[Arm]:

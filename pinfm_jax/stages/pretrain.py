@@ -5,6 +5,7 @@ from functools import partial
 import jax
 
 from pinfm_jax.data.pipeline import action_bits
+from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.evaluate.retrieval import evaluate_retrieval, retrieval_task
 from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.distributed import on_first
@@ -42,6 +43,7 @@ def _pretrain(run: Run, seed: int) -> None:
     run.experiment.finetune.history_block,
     action_bits(config, run.dataset.info.actions),
     evaluate.retrieval_users,
+    tokens=TokenInputs.of(run.model, run.dataset),
   )
   with jax.set_mesh(run.mesh):
     figures = evaluate_retrieval(

@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pinfm_jax.errors import UserError
 from pinfm_jax.train.step import TrainState
+from pinfm_jax.train.stored_tables import chunked_saves, read_sharded
 
 logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports every file it touches
 
@@ -52,6 +53,7 @@ class Checkpoints:
     self.blocking = jax.default_backend() == 'cpu' if blocking is None else blocking
     self._checkpointer = ocp.training.Checkpointer(
       self._directory,
+      context=chunked_saves(),
       preservation_policy=_policy(keep),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       cleanup_tmp_directories=not read_only,
@@ -110,6 +112,10 @@ class Checkpoints:
         )
     return rebuilt(abstract, loaded['state'])
 
+  def position(self, step: int) -> dict[str, Any]:
+    """The data position that a checkpoint was saved with."""
+    return self._load(step, {'position': None})['position']
+
   def layout(self, step: int) -> dict[str, Any]:
     """Shape and type of every array of a checkpoint's state, as nested dicts."""
     return self._checkpointer.checkpointables_metadata(step).metadata['state']
@@ -131,8 +137,20 @@ class Checkpoints:
     self._checkpointer.close()
 
   def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Reads through Orbax, but for tables: it would hold a device's whole part twice while it reads."""
+    tables = abstract.get('state', {}).get('tables', {})
+    if tables:
+      left_out = {**abstract['state'], 'tables': jax.tree.map(lambda _: ..., tables)}
+      abstract = {**abstract, 'state': left_out}
     try:
-      return self._checkpointer.load_checkpointables(step, abstract)
+      loaded = self._checkpointer.load_checkpointables(step, abstract)
+      if tables:
+        path = self._directory / str(step)
+        loaded['state']['tables'] = {
+          name: wanted if wanted is ... else read_sharded(path, f'tables.{name}', wanted)
+          for name, wanted in tables.items()
+        }
+      return loaded
     except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
       reason = str(error).strip().splitlines()[0][:300]
       raise UserError(

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,14 +153,13 @@ def session(launch: Launch) -> Iterator[None]:
     yield
     return
   start(launch)
-  output = sys.stdout
-  if jax.process_index():
-    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (for the rest of the process: one process speaks for all)
-  try:
-    yield
-  except BaseException as error:
-    _fail(error)
-  sys.stdout = output
+  with ExitStack() as stack:
+    if not is_first():  # one process speaks for all
+      stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, 'w'))))
+    try:
+      yield
+    except BaseException as error:
+      _fail(error)
   jax.distributed.shutdown()
 
 

@@ -14,6 +14,8 @@ from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, training_batches
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.cold_start import randomise_candidates
+from pinfm_jax.model.hashing import fold_seed
+from pinfm_jax.model.masking import HIDE_CANDIDATE_ID, HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, no_events
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
 from pinfm_jax.train.loop import LoopConfig, train
@@ -37,6 +39,7 @@ class FinetuneTask:
   schema: FeatureSchema
   steps: int
   action_bits: int = 0  # A_pos of the next-token loss
+  seed: int = 0  # of all that is drawn: randomised and hidden ids, age-dependent dropout, negatives
 
   @property
   def tables(self) -> TableConfig | None:
@@ -58,11 +61,12 @@ class FinetuneTask:
     schema, candidates = self.schema, self.config.candidates
     widths = (len(schema.dense_names), len(schema.sparse_sizes), sum(schema.embedding_widths))
     batch = RankingBatch(
-      no_events(1, 2),
+      no_events(1, 2, self.model),
       CandidateBatch(
         jnp.zeros((1, candidates, 2), jnp.uint32), jnp.ones((1, candidates), bool), jnp.zeros((1, candidates)),
         jnp.zeros((1, candidates, widths[0])), jnp.zeros((1, candidates, widths[1]), jnp.int32),
-        jnp.zeros((1, candidates, widths[2])),
+        jnp.zeros((1, candidates, widths[2])), jnp.zeros((1, candidates), jnp.int32),
+        jnp.zeros((1, candidates, self.model.content_width), jnp.float16),
       ),
       jnp.zeros((1, candidates, len(schema.labels))),
       jnp.zeros(1, jnp.int32),
@@ -82,19 +86,24 @@ class FinetuneTask:
     candidate = batch['candidate_item']
     users, candidates = candidate.shape[:2]
     place_UC = jnp.arange(users * candidates, dtype=jnp.int32).reshape(users, candidates)
-    candidate = randomise_candidates(candidate, place_UC, step, self.config.cold_start.randomise)
+    candidate = randomise_candidates(candidate, place_UC, fold_seed(self.seed, step), self.config.cold_start.randomise)
     return batch['history_item'], candidate
+
+  def observe(self, constants: DenseStats, batch: Batch, step: Array) -> DenseStats:
+    """The statistics stay as they are."""
+    return constants
 
   def loss(
     self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: DenseStats
   ) -> tuple[Array, dict[str, Array]]:
     """Ranking losses on the final prediction and on the module's own, their squared difference, and L_ntl."""
-    inputs = ranking_batch(batch)
+    inputs = self._hide_ids(ranking_batch(batch), step)
     vectors = vectors or (None, None)
     weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
     need_ntl = self.tables is not None and self.config.ntl_weight > 0
+    seed = fold_seed(self.seed, step)
     output = self.module.apply(
-      weights, *vectors, inputs, constants, step, train=True, need_history_output=need_ntl, rngs={'dropout': key}
+      weights, *vectors, inputs, constants, seed, train=True, need_history_output=need_ntl, rngs={'dropout': key}
     )
     mask_UC, labels_UCT = inputs.candidates.mask_UC, inputs.labels_UCT
     weight_T = jnp.array([self.config.label_weights.get(name, 1.0) for name in self.schema.labels])
@@ -107,14 +116,28 @@ class FinetuneTask:
       figures['tie'] = jnp.sum(difference_UCT * mask_UC[..., None]) / jnp.maximum(jnp.sum(mask_UC), 1)
       total += self.config.module_weight * figures['module'] + self.config.tie_weight * figures['tie']
     if need_ntl:
-      z_ULO = self.module.apply(weights, vectors[0], method='targets')
+      z_ULO = self.module.apply(weights, vectors[0], inputs.events, method='targets')
       sequence = PretrainConfig(mtl_weight=0, ftl_weight=0, max_columns=self.config.ntl_columns)
       ntl, _ = sequence_losses(
-        output.h_ULO, z_ULO, params['log_temperature'], inputs.events, sequence, self.action_bits, step, inputs.index_U
+        output.h_ULO, z_ULO, params['log_temperature'], inputs.events, sequence, self.action_bits, seed, inputs.index_U
       )
       figures['ntl'] = ntl
       total += self.config.ntl_weight * ntl
     return total, figures
+
+  def _hide_ids(self, batch: RankingBatch, step: Array) -> RankingBatch:
+    """Hides a share of the ids of histories and of candidates, as pretraining does."""
+    share = self.model.id_mask
+    if not share or not self.tables:
+      return batch
+    events, candidates = batch.events, batch.candidates
+    places = (batch_places(events.mask_UL.shape), batch_places(candidates.mask_UC.shape))
+    hidden_UL = draw(places[0], share, self.seed, step, HIDE_ID)
+    hidden_UC = draw(places[1], share, self.seed, step, HIDE_CANDIDATE_ID)
+    if events.hidden_id_UL is not None:
+      hidden_UL, hidden_UC = hidden_UL | events.hidden_id_UL, hidden_UC | candidates.hidden_id_UC
+    events = events._replace(hidden_id_UL=hidden_UL)
+    return batch._replace(events=events, candidates=candidates._replace(hidden_id_UC=hidden_UC))
 
 
 def feature_spec(schema: FeatureSchema) -> FeatureSpec:
@@ -125,9 +148,14 @@ def feature_spec(schema: FeatureSchema) -> FeatureSpec:
 def ranking_batch(batch: Batch) -> RankingBatch:
   """The pipeline's columns as the model's input."""
   columns = [batch[f'history_{name}'] for name in ('item', 'surface', 'actions', 'mask')]
-  events = EventBatch(*columns, jnp.broadcast_to(batch['user'][:, None], columns[-1].shape))
-  names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding')
-  candidates = CandidateBatch(*(batch[f'candidate_{name}'] for name in names))
+  options = {
+    'gap_UL': batch.get('history_gap'),
+    'content_ULW': batch.get('history_content'),
+    'hidden_id_UL': batch.get('history_new'),
+  }
+  events = EventBatch(*columns, jnp.broadcast_to(batch['user'][:, None], columns[-1].shape), **options)
+  names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new')
+  candidates = CandidateBatch(*(batch.get(f'candidate_{name}') for name in names))
   index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
   return RankingBatch(events, candidates, batch['candidate_labels'], index_U)
 
@@ -175,11 +203,12 @@ def finetune(
     requests: training requests.
     mesh: the devices.
     directory: of the arm.
-    seed: of initialisation and order.
+    seed: of initialisation, order, and all that the task draws.
     pretrained: the pretraining run to warm-start from, or None.
     layout: how the tables lie over the mesh.
     profile: steps to trace.
   """
+  task = replace(task, seed=seed)
   config, positions = task.config, task.model.tower.max_positions
   if task.tables and config.history_length >= positions:
     raise UserError(

@@ -21,7 +21,7 @@ from pinfm_jax.train.distributed import is_first
 from pinfm_jax.train.metrics_log import MetricsLog
 from pinfm_jax.train.prefetch import Prefetch
 from pinfm_jax.train.profiling import Tracer, Window
-from pinfm_jax.train.restore import WarmStart, fresh_state, starting_state
+from pinfm_jax.train.restore import Start, fresh_state, starting_state
 from pinfm_jax.train.sharding import put_batch
 from pinfm_jax.train.step import Task, TrainState, fitted_layout, make_step
 
@@ -70,7 +70,7 @@ def train(
   config: LoopConfig,
   batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
   constants: Any = None,
-  warm_start: WarmStart | None = None,
+  warm_start: Start | None = None,
   evaluate: Evaluate | None = None,
 ) -> TrainState:
   """Trains to `config.steps`; where it starts is told by `restore.starting_state`.
@@ -82,7 +82,7 @@ def train(
     config: see LoopConfig.
     batches: first step -> this process's rows of the batches from that step on.
     constants: goes into the state as it is.
-    warm_start: a pretrained model to start from.
+    warm_start: what a fresh run starts from; None = scratch.
     evaluate: measures a state on held-out users.
 
   Returns:
@@ -144,6 +144,8 @@ class _Training:
     """Runs the steps that are left."""
     config, first = self._config, int(state.step)
     if first >= config.steps:
+      if self._checkpoints.latest_step is None:  # another run's last state: from now on it is this run's too
+        self._checkpoints.save(state, config.position)
       return state
     log = MetricsLog(self._directory, config.label, config.steps, config.examples, config.log_every, first)
     try:

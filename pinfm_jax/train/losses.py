@@ -3,110 +3,58 @@
 All three losses share their negatives: an anchor's negatives depend on its user and not on its target. So the
 log-sum-exp over negatives is computed once an anchor, in chunks that are recomputed in the backward pass, and a
 (anchor, target) pair costs one inner product. No [tokens x tokens] array exists.
+
+The losses are those of the global batch on any mesh. Every device computes the anchors of its own rows, and shares
+them with the devices of its `model` group; what crosses devices is ids, users and flags of all events, the columns'
+vectors [K, O], and, with a `model` axis, one number an anchor forward and the anchors' gradients back.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pinfm_jax.config import PretrainConfig
-from pinfm_jax.model.dcat import MASKED
-from pinfm_jax.model.hashing import hash_uniform
+from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.pinfm import EventBatch
+from pinfm_jax.train.negatives import Columns, choose_columns, liked_elsewhere, log_sum_negatives, positive_mask
+from pinfm_jax.train.pairs import Anchors, pair_sums
+from pinfm_jax.train.popularity import log_inclusion
+from pinfm_jax.train.sharding import AXES, BATCH_AXES, everywhere
 
 Array = jax.Array
 
+_COLUMNS, _PAIRS = 0, 1  # what a seed is for
 
-class Negatives(NamedTuple):
-  """The columns of InfoNCE: distinct items of the global batch that are someone's positive target.
+
+class Extra(NamedTuple):
+  """What the options of the losses read beside the events; None where an option is off.
 
   Attributes:
-    token_K: int32, a flat token (u * L + l) that holds the column's item.
-    valid_K: False on unused columns.
-    excluded_GK: True where the column's item is among the positives of user group g.
-    group_U: int32, the user group of each segment (segments of one user share a group).
+    item_UN2: uint32 id words of the uniform negatives, N a row.
+    z_UNO: their targets z.
+    frequency_UL: each event's item's share of all positive events (log_q).
+    frequency_UN: the same of the uniform negatives.
+    catalogue: number of items that uniform negatives are drawn from.
   """
 
-  token_K: Array
-  valid_K: Array
-  excluded_GK: Array
-  group_U: Array
+  item_UN2: Array | None = None
+  z_UNO: Array | None = None
+  frequency_UL: Array | None = None
+  frequency_UN: Array | None = None
+  catalogue: int = 1
 
 
-def positive_mask(events: EventBatch, action_bits: int) -> Array:
-  """Which events are positive targets: any action of A_pos taken, or every real event when `action_bits` is 0."""
-  if action_bits == 0:
-    return events.mask_UL
-  return events.mask_UL & (events.actions_UL & jnp.uint32(action_bits) > 0)
+class _Rows(NamedTuple):
+  """What lies by rows: the part of a device's own."""
 
-
-def choose_negatives(events: EventBatch, positive_UL: Array, max_columns: int, step: Array) -> Negatives:
-  """Draws the negative columns: the distinct positive items of the global batch, at most K of them, sampled a step.
-
-  Items are sorted by a hash of (item, step), so taking the first K distinct ones is a uniform sample of the distinct
-  items that does not depend on the mesh. A column is excluded for every user who has its item among the positives
-  of this batch, whichever segment contributed it (PinFM Eq. 2: same-user positives are no negatives).
-
-  Args:
-    events: the global batch.
-    positive_UL: positive targets (see `positive_mask`).
-    max_columns: K.
-    step: int32 training step, which seeds the sample.
-  """
-  users, length = positive_UL.shape
-  tokens = users * length
-  low_M, high_M = events.item_UL2.reshape(tokens, 2).T
-  positive_M = positive_UL.reshape(tokens)
-  random_M = hash_uniform(low_M ^ hash_uniform(high_M, 1), step) >> 1
-  random_M = jnp.where(positive_M, random_M, jnp.uint32(0xFFFFFFFF))  # the rest goes to the end
-  token_M = jnp.arange(tokens, dtype=jnp.int32)
-  random_M, low_M, high_M, token_M = jax.lax.sort((random_M, low_M, high_M, token_M), num_keys=3)
-  used_M = random_M != jnp.uint32(0xFFFFFFFF)
-  new_M = jnp.concatenate(
-    [jnp.ones(1, bool), (low_M[1:] != low_M[:-1]) | (high_M[1:] != high_M[:-1]) | (random_M[1:] != random_M[:-1])]
-  )
-  column_M = jnp.where(used_M, jnp.cumsum(new_M) - 1, tokens)
-  columns = min(max_columns, tokens)
-  first_M = jnp.where(new_M & used_M, column_M, tokens)
-  token_K = jnp.zeros(columns, jnp.int32).at[first_M].set(token_M, mode='drop')
-  valid_K = jnp.zeros(columns, bool).at[first_M].set(True, mode='drop')
-  # Segments of one user act as one: group = the first segment that has the same user.
-  user_U = events.user_UL[:, 0]
-  group_U = jnp.argmax(user_U[:, None] == user_U[None, :], axis=1).astype(jnp.int32)
-  excluded_GK = jnp.zeros((users, columns), bool).at[group_U[token_M // length], column_M].set(True, mode='drop')
-  return Negatives(token_K, valid_K, excluded_GK, group_U)
-
-
-def log_sum_negatives(h_ULO: Array, z_ULO: Array, negatives: Negatives, scale: Array, chunk: int = 8) -> Array:
-  """log sum_k exp(<H, z_k> / tau) over each anchor's allowed negatives; -1e30 where it has none.
-
-  Args:
-    h_ULO: unit-length anchors.
-    z_ULO: unit-length targets of every token.
-    negatives: the columns.
-    scale: 1 / tau.
-    chunk: segments a chunk of the computation; the [chunk, L, K] logits are recomputed in the backward pass.
-
-  Returns:
-    [U, L] float32.
-  """
-  columns_KO = z_ULO.reshape(-1, z_ULO.shape[-1])[negatives.token_K]
-
-  @jax.checkpoint
-  def one(args: tuple[Array, Array]) -> Array:
-    h_LO, group = args
-    allowed_K = negatives.valid_K & ~negatives.excluded_GK[group]
-    logits_LK = scale * jnp.einsum('lo,ko->lk', h_LO, columns_KO, preferred_element_type=jnp.float32)
-    logits_LK = jnp.where(allowed_K, logits_LK, MASKED)
-    return jax.nn.logsumexp(logits_LK, axis=-1)
-
-  return jax.lax.map(one, (h_ULO, negatives.group_U), batch_size=min(chunk, h_ULO.shape[0]))
-
-
-def info_nce(positive_logit: Array, log_negatives: Array) -> Array:
-  """-log(exp(s) / (exp(s) + sum of negatives)) for each pair (PinFM Eq. 2)."""
-  return jnp.logaddexp(positive_logit, log_negatives) - positive_logit
+  anchors: Anchors
+  user_UL: Array
+  z_UNO: Array
+  frequency_UL: Array | None
+  frequency_UN: Array | None
 
 
 def sequence_losses(
@@ -116,10 +64,14 @@ def sequence_losses(
   events: EventBatch,
   config: PretrainConfig,
   action_bits: int,
-  step: Array,
+  seed: Array,
   index_U: Array,
+  extra: Extra | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """The weighted sum of L_ntl, L_mtl and L_ftl (PinFM section 3.1), each averaged over its valid pairs.
+
+  Runs on the mesh of `jax.set_mesh`, rows over its axes data and fsdp (their product must divide U); without one, on
+  one device.
 
   Args:
     h_ULO: H of every position.
@@ -128,71 +80,90 @@ def sequence_losses(
     events: the global batch.
     config: weights, window, anchor, columns.
     action_bits: A_pos as bits; 0 = every event.
-    step: int32 training step; seeds negatives and pair sampling.
-    index_U: int32 place of each segment in the global batch; seeds pair sampling.
+    seed: uint32 of the run and its step; seeds negatives and pair sampling.
+    index_U: int32 place of each row in the global batch; seeds pair sampling.
+    extra: inputs of the options; may be None while they are off.
 
   Returns:
     The loss, and the figures 'ntl', 'mtl', 'ftl' (of the losses in use), 'temperature', 'columns'.
   """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+  users, length, width = h_ULO.shape
+  extra = extra or Extra()
   positive_UL = positive_mask(events, action_bits)
-  negatives = choose_negatives(events, positive_UL, config.max_columns, step)
+  item_UN2 = jnp.zeros((users, 0, 2), jnp.uint32) if extra.item_UN2 is None else extra.item_UN2
+  z_UNO = jnp.zeros((users, 0, width)) if extra.z_UNO is None else extra.z_UNO
+  ids = [events.item_UL2.reshape(-1, 2), events.user_UL.reshape(-1), positive_UL.reshape(-1)]
+  ids, uniform_V2 = [everywhere(x) for x in ids], everywhere(item_UN2.reshape(-1, 2))
+  columns = choose_columns(*ids, uniform_V2, config.max_columns, fold_seed(seed, _COLUMNS))
+  shown_UL = None
+  if config.impression_negatives:
+    shown_UL = events.mask_UL & ~positive_UL & ~liked_elsewhere(*ids).reshape(users, length)
+  segment_UL = jnp.zeros((users, length), jnp.int32) if events.segment_UL is None else events.segment_UL
+  anchors = Anchors(h_ULO, z_ULO, events.mask_UL, positive_UL, segment_UL, index_U, shown_UL)
+  rows = _Rows(anchors, events.user_UL, z_UNO, extra.frequency_UL, extra.frequency_UN)
+
+  def on_a_device(rows: _Rows, columns: Columns, scale: Array, seed: Array) -> dict[str, Array]:
+    columns_KO, frequency_K = _column_values(rows, columns)
+    correction_K = jnp.zeros(columns.valid_K.shape)
+    if frequency_K is not None:
+      correction_K = log_inclusion(frequency_K, columns, uniform_V2.shape[0], extra.catalogue)
+    log_negatives_UL = _log_negatives(rows, columns, columns_KO, correction_K, scale, mesh.shape['model'])
+    sums = pair_sums(rows.anchors, log_negatives_UL, scale, config, seed)
+    sums = {name: jax.lax.psum(value, BATCH_AXES) for name, value in sums.items()}
+    return {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
+
   scale = jnp.exp(-log_temperature)
-  log_negatives_UL = log_sum_negatives(h_ULO, z_ULO, negatives, scale)
-  figures = {'temperature': 1 / scale, 'columns': jnp.sum(negatives.valid_K)}
-  total = jnp.zeros(())
-  parts = {
-    'ntl': (config.ntl_weight, lambda: _next_token(h_ULO, z_ULO, positive_UL, log_negatives_UL, scale)),
-    'mtl': (
-      config.mtl_weight,
-      lambda: _multi_token(h_ULO, z_ULO, positive_UL, events.mask_UL, log_negatives_UL, scale, config, step, index_U),
-    ),
-    'ftl': (config.ftl_weight, lambda: _future_token(h_ULO, z_ULO, positive_UL, log_negatives_UL, scale, config)),
-  }
-  for name, (weight, compute) in parts.items():
-    if weight:
-      figures[name] = compute()
-      total += weight * figures[name]
-  return total, figures
+  by_rows = jax.shard_map(on_a_device, mesh=mesh, in_specs=(P(BATCH_AXES), P(), P(), P()), out_specs=P())
+  losses = by_rows(rows, columns, scale, fold_seed(seed, _PAIRS))
+  weights = {'ntl': config.ntl_weight, 'mtl': config.mtl_weight, 'ftl': config.ftl_weight}
+  total = sum((weights[name] * value for name, value in losses.items()), start=jnp.zeros(()))
+  return total, {**losses, 'temperature': 1 / scale, 'columns': jnp.sum(columns.valid_K)}
 
 
-def _next_token(h_ULO: Array, z_ULO: Array, positive_UL: Array, log_negatives_UL: Array, scale: Array) -> Array:
-  logit = scale * jnp.sum(h_ULO[:, :-1] * z_ULO[:, 1:], axis=-1)
-  return _mean(info_nce(logit, log_negatives_UL[:, :-1]), positive_UL[:, 1:])
+def _column_values(rows: _Rows, columns: Columns) -> tuple[Array, Array | None]:
+  """The columns' vectors [K, O] and frequencies [K]: each device gives those of its own tokens, and a sum collects."""
+  users, length = rows.user_UL.shape
+  uniform = rows.z_UNO.shape[1]
+  device = jax.lax.axis_index(BATCH_AXES)
+  tokens = columns.user_T.shape[0] - jax.lax.axis_size(BATCH_AXES) * users * uniform
+  event_K = columns.token_K - device * users * length
+  draw_K = columns.token_K - tokens - device * users * uniform
+  own_event_K = columns.valid_K & (event_K >= 0) & (event_K < users * length) & (columns.token_K < tokens)
+  own_draw_K = columns.valid_K & (draw_K >= 0) & (draw_K < users * uniform)
+
+  def collect(of_events: Array, of_draws: Array) -> Array:
+    """[U, L, ...] and [U, N, ...] -> [K, ...]."""
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (of_events, of_draws)]
+    # A place beyond the end reads as 0; a negative one would count from the end.
+    places = (jnp.where(own, place, jnp.iinfo(jnp.int32).max) for own, place in
+              ((own_event_K, event_K), (own_draw_K, draw_K)))  # fmt: skip
+    parts = [x.at[place].get(mode='fill', fill_value=0) for x, place in zip(flat, places, strict=True) if x.shape[0]]
+    return jax.lax.psum(sum(parts), BATCH_AXES)
+
+  columns_KO = collect(rows.anchors.z_ULO, rows.z_UNO)
+  if rows.frequency_UL is None:
+    return columns_KO, None
+  none_UN = rows.frequency_UL[:, :0]
+  return columns_KO, collect(rows.frequency_UL, none_UN if rows.frequency_UN is None else rows.frequency_UN)
 
 
-def _multi_token(
-  h_ULO: Array,
-  z_ULO: Array,
-  positive_UL: Array,
-  mask_UL: Array,
-  log_negatives_UL: Array,
-  scale: Array,
-  config: PretrainConfig,
-  step: Array,
-  index_U: Array,
+def _log_negatives(
+  rows: _Rows, columns: Columns, columns_KO: Array, correction_K: Array, scale: Array, model: int
 ) -> Array:
-  """Each anchor against `pairs` offsets drawn from its window of L' following events."""
-  users, length = positive_UL.shape
-  place_ULP = (index_U[:, None, None] * length + jnp.arange(length)[:, None]) * config.pairs + jnp.arange(config.pairs)
-  offset_ULP = 1 + (hash_uniform(place_ULP, step + 1) % jnp.uint32(config.window)).astype(jnp.int32)
-  target_ULP = jnp.arange(length)[:, None] + offset_ULP
-  inside_ULP = target_ULP < length
-  target_ULP = jnp.minimum(target_ULP, length - 1)
-  user_U11 = jnp.arange(users)[:, None, None]
-  valid_ULP = inside_ULP & positive_UL[user_U11, target_ULP] & mask_UL[:, :, None]
-  logit_ULP = scale * jnp.einsum('ulo,ulpo->ulp', h_ULO, z_ULO[user_U11, target_ULP])
-  return _mean(info_nce(logit_ULP, log_negatives_UL[:, :, None]), valid_ULP)
-
-
-def _future_token(
-  h_ULO: Array, z_ULO: Array, positive_UL: Array, log_negatives_UL: Array, scale: Array, config: PretrainConfig
-) -> Array:
-  """One anchor, the L_d-th event, against the L' events that follow it; segments that end before have no pair."""
-  anchor = config.downstream_length - 1
-  targets = slice(anchor + 1, anchor + 1 + config.window)
-  logit_UP = scale * jnp.einsum('uo,upo->up', h_ULO[:, anchor], z_ULO[:, targets])
-  return _mean(info_nce(logit_UP, log_negatives_UL[:, anchor, None]), positive_UL[:, targets])
-
-
-def _mean(values: Array, valid: Array) -> Array:
-  return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+  """`log_sum_negatives` of the device's rows, [U, L]; the devices of a `model` group take a share each."""
+  users, length, width = rows.anchors.h_ULO.shape
+  h_AO, user_A = rows.anchors.h_ULO.reshape(-1, width), rows.user_UL.reshape(-1)
+  if model == 1:
+    return log_sum_negatives(h_AO, user_A, columns, columns_KO, correction_K, scale).reshape(users, length)
+  share = -(-users * length // model)
+  pad = share * model - users * length
+  first = jax.lax.axis_index('model') * share
+  h_AO = jax.lax.dynamic_slice_in_dim(jnp.pad(h_AO, ((0, pad), (0, 0))), first, share)
+  user_A = jax.lax.dynamic_slice_in_dim(jnp.pad(user_A, (0, pad)), first, share)
+  own_A = log_sum_negatives(h_AO, user_A, columns, columns_KO, correction_K, scale)
+  places = first + jnp.arange(share)
+  all_A = jnp.zeros(share * model).at[places].set(own_A, indices_are_sorted=True, unique_indices=True)
+  return jax.lax.psum(all_A, 'model')[: users * length].reshape(users, length)

@@ -10,16 +10,26 @@ from jax.sharding import Mesh
 
 from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
+from pinfm_jax.data.negatives import NegativeSource
+from pinfm_jax.data.new_events import earlier_partitions, new_segments
+from pinfm_jax.data.packing import PackedSegments
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
+from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.hashing import fold_seed
+from pinfm_jax.model.masking import HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
+from pinfm_jax.train.action_loss import action_loss, hidden_actions, init_action_head
 from pinfm_jax.train.checkpoint import Keep
+from pinfm_jax.train.growth import Continued, EarlierRun
 from pinfm_jax.train.heldout import held_out_loss, split_segments
 from pinfm_jax.train.loop import LoopConfig, train
-from pinfm_jax.train.losses import sequence_losses
+from pinfm_jax.train.losses import Extra, sequence_losses
+from pinfm_jax.train.negatives import positive_mask
 from pinfm_jax.train.optimizer import Update
+from pinfm_jax.train.popularity import ItemSketch, empty_sketch, sketch_frequency, update_sketch
 from pinfm_jax.train.profiling import Window
-from pinfm_jax.train.sharding import process_rows
+from pinfm_jax.train.sharding import everywhere, process_rows
 from pinfm_jax.train.step import Batch, TrainState
 
 Array = jax.Array
@@ -27,11 +37,13 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class PretrainTask:
-  """Implements `train.step.Task` for L_ntl + L_mtl + L_ftl."""
+  """Implements `train.step.Task` for L_ntl + L_mtl + L_ftl, and the loss of hidden actions if they are used."""
 
   model: PinFMConfig
   config: PretrainConfig
   action_bits: int
+  seed: int = 0  # of all that is drawn: negatives, sampled pairs, hidden ids and actions
+  catalogue: int = 1  # items that uniform negatives are drawn from
 
   @property
   def tables(self) -> TableConfig:
@@ -44,34 +56,78 @@ class PretrainTask:
     return Update(self.config.update, self.config.steps)
 
   def init(self, key: Array) -> Any:
-    """Fresh parameters and the learnable temperature."""
+    """Fresh parameters and the learnable temperature; maybe a head for hidden actions."""
     vectors = jnp.zeros((1, 2, self.model.tables.item_width))
-    events = no_events(1, 2)
+    events = no_events(1, 2, self.model)
     params = PinFM(self.model).init(key, vectors, events)['params']
-    return {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
+    params = {'pinfm': params, 'log_temperature': jnp.log(jnp.float32(self.config.temperature))}
+    if self.config.action_mask:
+      params['action_head'] = init_action_head(key, self.model.tower.output_width, self.model.num_actions)
+    return params
 
   def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
-    """The events' ids: targets are events too."""
-    return (batch['item'],)
+    """The events' ids (targets are events too), and those of the uniform negatives."""
+    names = ('item', 'negative_item') if self.config.uniform_negatives else ('item',)
+    return tuple(batch[name] for name in names)
+
+  def observe(self, constants: ItemSketch | None, batch: Batch, step: Array) -> ItemSketch | None:
+    """Counts the batch's positive events, if the popularity correction counts while it trains."""
+    if self.config.log_q != 'sketch':
+      return constants
+    events = segment_events(batch)
+    item_T2, positive_T = events.item_UL2.reshape(-1, 2), positive_mask(events, self.action_bits).reshape(-1)
+    sketch = update_sketch(constants, everywhere(item_T2), everywhere(positive_T), self.config.sketch_decay)
+    return jax.tree.map(everywhere, sketch)
 
   def loss(
-    self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: None
+    self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: ItemSketch | None
   ) -> tuple[Array, dict[str, Array]]:
     """The three sequence losses of a batch of segments."""
-    events = segment_events(batch)
-    (vectors_ULV,) = vectors
+    events = self._hide_ids(segment_events(batch), step)
     model, weights = PinFM(self.model), {'params': params['pinfm']}
-    h_ULO, _ = model.apply(weights, vectors_ULV, events, train=True, rngs={'dropout': key}, method='encode')
-    z_ULO = model.apply(weights, vectors_ULV, method='targets')
-    index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
-    return sequence_losses(
-      h_ULO, z_ULO, params['log_temperature'], events, self.config, self.action_bits, step, index_U
+    items_ULV = model.apply(weights, vectors[0], events.content_ULW, events.hidden_id_UL, method='items')
+    hidden_UL = hidden_actions(events.mask_UL, self.config.action_mask, self.seed, step)
+    h_ULO, _ = model.apply(
+      weights, items_ULV, events, train=True, hidden_actions_UL=hidden_UL, rngs={'dropout': key}, method='encode'
     )
+    z_ULO = model.apply(weights, items_ULV, method='targets')
+    index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
+    extra = self._extra(batch, constants)
+    if self.config.uniform_negatives:
+      drawn_UNV = model.apply(weights, vectors[1], batch.get('negative_content'), method='items')
+      extra = extra._replace(z_UNO=model.apply(weights, drawn_UNV, method='targets'))
+    seed = fold_seed(self.seed, step)
+    total, figures = sequence_losses(
+      h_ULO, z_ULO, params['log_temperature'], events, self.config, self.action_bits, seed, index_U, extra
+    )
+    if hidden_UL is not None:
+      figures['action'] = action_loss(params['action_head'], h_ULO, events.actions_UL, hidden_UL)
+      total += self.config.action_weight * figures['action']
+    return total, figures
+
+  def _hide_ids(self, events: EventBatch, step: Array) -> EventBatch:
+    """Hides a share of the ids, as tokens and as targets alike."""
+    if not self.model.id_mask:
+      return events
+    places_UL = batch_places(events.mask_UL.shape)
+    return events._replace(hidden_id_UL=draw(places_UL, self.model.id_mask, self.seed, step, HIDE_ID))
+
+  def _extra(self, batch: Batch, sketch: ItemSketch | None) -> Extra:
+    """The ids of the uniform negatives, and the frequencies that the correction needs: counted before, or so far."""
+    item_UN2 = batch['negative_item'] if self.config.uniform_negatives else None
+    if self.config.log_q == 'none':
+      return Extra(item_UN2=item_UN2)
+    if self.config.log_q == 'counts':
+      of_events, of_draws = batch['frequency'], batch.get('negative_frequency')
+    else:
+      of_events = sketch_frequency(sketch, batch['item'])
+      of_draws = None if item_UN2 is None else sketch_frequency(sketch, item_UN2)
+    return Extra(item_UN2, None, of_events, of_draws, self.catalogue)
 
 
 def segment_events(batch: Batch) -> EventBatch:
   """The pipeline's columns as the model's input."""
-  names = ('item', 'surface', 'actions', 'mask', 'user', 'segment')
+  names = ('item', 'surface', 'actions', 'mask', 'user', 'segment', 'gap', 'content', 'new')
   return EventBatch(*(batch.get(name) for name in names))
 
 
@@ -89,6 +145,7 @@ def pretrain(
   """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
 
   With `config.eval_every`, a share of the users does not train; the losses on their segments are logged as eval/....
+  With `config.continue_from` it starts from what an earlier run has learned (see `train.growth`).
 
   Raises:
     UserError: the configuration does not fit the data, or see `train`.
@@ -98,14 +155,30 @@ def pretrain(
       f'pretrain.downstream_length {config.downstream_length} leaves no future events in segments of '
       f'{config.segment_length}; make segment_length larger, or set pretrain.ftl_weight=0'
     )
-  segments = Segments.before(dataset, until_ms, config.segment_length)
-  task = PretrainTask(model, config, action_bits(config, dataset.info.actions))
-  position = {'seed': seed, 'data': dataset.info.checksum, 'until_ms': until_ms, 'batch': config.batch_segments}
-  evaluate = None
+  segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
+  task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
+  position = {
+    'seed': seed,
+    'data': dataset.info.checksum,
+    'until_ms': until_ms,
+    'batch': config.batch_segments,
+    'pack': config.pack,
+  }
+  warm_start = evaluate = None
+  if config.continue_from:
+    earlier = EarlierRun.open(config.continue_from, seed)
+    partitions = earlier_partitions(dataset, earlier.data)
+    if config.continue_on == 'new':
+      segments = new_segments(segments, partitions, earlier.until_ms)
+    position |= {'continues': earlier.data, 'continues_step': earlier.step}
+    warm_start = Continued(earlier, model)
   if config.eval_every:
     segments, held_out = split_segments(segments, config)
-    evaluate = held_out_loss(without_dropout(task), held_out, config, mesh, layout)
+    evaluate = held_out_loss(for_measuring(task), held_out, config, mesh, layout)
     position['eval_share'] = config.eval_share
+  negatives = NegativeSource.of(dataset, segments, config, task.action_bits, until_ms, seed)
+  task = replace(task, catalogue=negatives.catalogue)
+  examples = PackedSegments.of(segments) if config.pack else segments
   loop = LoopConfig(
     label=f'pretrain (seed {seed})',
     steps=config.steps,
@@ -124,11 +197,15 @@ def pretrain(
   rows = process_rows(mesh, config.batch_segments)
 
   def batches(first_step: int):
-    return training_batches(segments, config.batch_segments, seed, first_step, rows)
+    stream = training_batches(examples, config.batch_segments, seed, first_step, rows)
+    return negatives.add(stream, first_step, rows)
 
-  return train(task, mesh, directory, loop, batches, evaluate=evaluate)
+  sketch = empty_sketch(config.sketch_width) if config.log_q == 'sketch' else None
+  return train(task, mesh, directory, loop, batches, sketch, warm_start, evaluate)
 
 
-def without_dropout(task: PretrainTask) -> PretrainTask:
-  """The same task for measuring: nothing is dropped at random."""
-  return replace(task, model=replace(task.model, tower=replace(task.model.tower, dropout=0.0)))
+def for_measuring(task: PretrainTask) -> PretrainTask:
+  """The same task for measuring: nothing is dropped, and in-batch negatives alone, so that runs compare."""
+  tower = replace(task.model.tower, dropout=0.0)
+  config = replace(task.config, log_q='none', uniform_negatives=0, impression_negatives=0, action_mask=0.0)
+  return replace(task, model=replace(task.model, tower=tower, id_mask=0.0), config=config)

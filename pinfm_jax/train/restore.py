@@ -1,9 +1,9 @@
 """Where a training run starts: its own checkpoint, another run's, a pretrained model, or nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -16,9 +16,16 @@ from pinfm_jax.train.step import Task, TrainState, init_state, state_shardings
 ACCUMULATOR = 'tables/accumulator'
 
 
+class Start(Protocol):
+  """What a fresh run can start from instead of scratch."""
+
+  def begin(self, create: Callable[[], TrainState], abstract: TrainState) -> TrainState:
+    """The state to start from; `create` makes the fresh state, `abstract` is its shapes, types and shardings."""
+
+
 @dataclass(frozen=True)
 class WarmStart:
-  """A pretraining run whose model a fresh run takes over.
+  """A pretraining run whose model a fresh run takes over; implements `Start`.
 
   Attributes:
     directory: of the run (it holds checkpoints/).
@@ -30,6 +37,10 @@ class WarmStart:
   use: str = 'newest'
   groups: tuple[str, ...] = ('pinfm', 'log_temperature')
 
+  def begin(self, create: Callable[[], TrainState], abstract: TrainState) -> TrainState:
+    """See `warm_started`."""
+    return warm_started(create, abstract, self)
+
 
 def starting_state(
   task: Task,
@@ -39,7 +50,7 @@ def starting_state(
   position: dict[str, Any],
   checkpoints: Checkpoints,
   resume: str = '',
-  warm_start: WarmStart | None = None,
+  warm_start: Start | None = None,
   layout: MeshConfig = MeshConfig(),
 ) -> TrainState:
   """The state from which a run goes on.
@@ -47,7 +58,8 @@ def starting_state(
   Restore precedence:
     1. the newest checkpoint of the run's own directory, if there is one;
     2. the newest checkpoint of the run named by `resume`: everything, its step too; same shapes, same data order;
-    3. the tables, accumulators and parameter groups of `warm_start`; all else is initialised;
+    3. `warm_start`: a pretrained model's tables, accumulators and parameter groups (`WarmStart`), or all that an
+       earlier run on less data has learned (`growth.Continued`); all else is initialised;
     4. scratch.
   Arrays are read straight into their shardings, and what is read is never initialised first.
 
@@ -60,7 +72,7 @@ def starting_state(
   if resume:
     return _resumed(Path(resume), abstract, position)
   if warm_start:
-    return warm_started(create, abstract, warm_start)
+    return warm_start.begin(create, abstract)
   return create()
 
 
@@ -118,7 +130,7 @@ def _is_pretrained(name: str, groups: tuple[str, ...]) -> bool:
   return top == 'tables' or (top == 'params' and rest[0] in groups)
 
 
-def rest_of(create: Any, wanted: dict[str, Any], names: dict[str, str]) -> Any:
+def rest_of(create: Any, wanted: dict[str, Any], names: Container[str]) -> Any:
   """A jitted function that makes the initial values of everything but `names`, by name.
 
   The compiler drops what they do not need: a table that is read from elsewhere is not drawn.

@@ -134,6 +134,11 @@ def _process_blocks(mesh: Mesh) -> list[int]:
   return sorted({index[0].start or 0 for index in indices.values()})
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+  """Asks for the whole array on every device of the mesh of `jax.set_mesh`; without a mesh nothing changes."""
+  return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P())
+
+
 def _divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
   axes = tuple(spec) + (None,) * (len(shape) - len(spec))
   return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, axes, strict=True)))

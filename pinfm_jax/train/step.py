@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pinfm_jax.config import MeshConfig, TableConfig
 from pinfm_jax.model.hashing import hash_uniform
 from pinfm_jax.model.tables import Tables, init_rows, table_rows
-from pinfm_jax.train.exchange import Exchange
+from pinfm_jax.train.exchange import Exchange, fitted_capacity
 from pinfm_jax.train.optimizer import RowStep, Update
 from pinfm_jax.train.sharding import parameter_shardings, replicated, table_sharding
 
@@ -37,7 +37,7 @@ class TrainState:
     params: dense parameters.
     opt_state: their optimizer state.
     tables: item tables with their accumulators, or None.
-    constants: values that are read and never trained (normalisation statistics), or None.
+    constants: values that no gradient trains: normalisation statistics, running item counts (`Task.observe`); or None.
   """
 
   step: Array
@@ -59,6 +59,9 @@ class Task(Protocol):
 
   def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
     """uint32 arrays [A, B, 2] of every id whose vector the loss needs; A lies over the mesh as examples do."""
+
+  def observe(self, constants: Any, batch: Batch, step: Array) -> Any:
+    """The constants after a step's batch was seen, before its loss; most tasks return them as they are."""
 
   def loss(
     self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: Any
@@ -119,16 +122,13 @@ def _init_tables(task: Task, mesh: Mesh, salt: Array, shardings: Tables) -> Tabl
 
 
 def fitted_layout(task: Task, state: TrainState, layout: MeshConfig, batch: Batch) -> MeshConfig:
-  """The layout with an exchange capacity that serves batches like this one in a single round.
-
-  That is the largest request that a device has of another, and a sixteenth. A capacity that is set stays.
-  """
+  """The layout with an exchange capacity that serves batches like this one in a single round; one that is set stays."""
   owners = math.prod(jax.sharding.get_mesh().shape[axis] for axis in layout.table_axes)
   if state.tables is None or layout.exchange_capacity or owners == 1:
     return layout
-  exchange = Exchange(task.tables, state.tables.rows_GE.shape[0], layout.table_axes)
-  largest = int(jax.jit(lambda batch: exchange.largest_request(task.ids(batch, state.step)))(batch))
-  return replace(layout, exchange_capacity=-(-largest * 17 // 256) * 16)
+  ids = jax.jit(task.ids)(batch, state.step)
+  capacity = fitted_capacity(task.tables, state.tables.rows_GE.shape[0], layout.table_axes, ids)
+  return replace(layout, exchange_capacity=capacity)
 
 
 def make_step(
@@ -138,6 +138,7 @@ def make_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    state = state.replace(constants=task.observe(state.constants, batch, state.step))
     if state.tables is None:
       return _dense_step(task, state, batch, key)
     exchange = Exchange(task.tables, state.tables.rows_GE.shape[0], layout.table_axes, layout.exchange_capacity)

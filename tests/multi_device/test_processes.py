@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -52,23 +53,32 @@ def _free_port() -> int:
 
 
 def _launch(data: Path, out: Path, plan: str, processes: int, devices: int, timeout: int = TIMEOUT_S) -> Ended:
+  address = f'127.0.0.1:{_free_port()}'
+  script = ['-W', 'error', str(HERE / 'two_processes.py'), str(data), str(out), plan, address]
+  return _start([[*script, str(process), str(processes)] for process in range(processes)], out, devices, timeout)
+
+
+def _start(commands: list[list[str]], out: Path, devices: int, timeout: int) -> Ended:
+  """Starts a Python process a command and waits for all of them."""
   out.mkdir(exist_ok=True)
   flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
-  environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  address = f'127.0.0.1:{_free_port()}'
-  script = [sys.executable, '-W', 'error', str(HERE / 'two_processes.py'), str(data), str(out), plan, address]
+  environment = {
+    **os.environ,
+    'XLA_FLAGS': flags,
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
+  }
   started = []
   try:
-    for process in range(processes):
-      log = open(out / f'errors{process}', 'w')  # noqa: SIM115 (the child's)
-      command = [*script, str(process), str(processes)]
-      started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-      log.close()
+    for process, command in enumerate(commands):
+      with open(out / f'errors{process}', 'w') as log:
+        started.append(subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log))
     codes = tuple(child.wait(timeout) for child in started)
   finally:
     for child in started:
       child.kill()
-  errors = tuple((out / f'errors{process}').read_text() for process in range(processes))
+      child.wait()
+  errors = tuple((out / f'errors{process}').read_text() for process in range(len(commands)))
   return Ended(codes, errors, out)
 
 
@@ -190,3 +200,37 @@ def test_a_killed_process_ends_the_others(tmp_path):
   ended = _launch(tmp_path, tmp_path / 'out', 'kill', 2, 1, timeout=120)
   assert ended.codes[1] == -9
   assert ended.codes[0] != 0
+
+
+@pytest.mark.slow
+def test_a_whole_run_in_two_processes_gives_the_results_of_one(tmp_path):
+  launch = tmp_path / 'launch.py'
+  launch.write_text('from toy import EXPERIMENT as experiment\n')
+  code = 'import sys; from pinfm_jax.cli import main; sys.exit(main(sys.argv[1:]))'
+  settings = ['--set', 'pretrain.eval_every=3', 'pretrain.eval_share=0.3', 'pretrain.keep_best=1']
+  command = lambda name: ['-c', code, 'run', str(launch), '--workdir', str(tmp_path / name), *settings]
+  address = ['--coordinator', f'127.0.0.1:{_free_port()}', '--num-processes', '2', '--process-id']
+  one = _good(_start([command('one')], tmp_path / 'out1', 2, TIMEOUT_S))
+  two = _good(_start([[*command('two'), *address, str(p)] for p in range(2)], tmp_path / 'out2', 1, TIMEOUT_S))
+  for text in (one.errors[0], two.errors[0]):
+    assert [line for line in text.splitlines() if re.fullmatch(r'== \w+', line)] == [
+      f'== {name}' for name in ('prepare', 'pretrain', 'finetune', 'evaluate', 'export', 'report')
+    ]
+  assert [line for line in two.errors[1].splitlines() if not line.startswith('[Gloo]')] == []  # one speaks for all
+  a, b = (json.loads((tmp_path / name / 'results.json').read_text()) for name in ('one', 'two'))
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    np.testing.assert_allclose(b[name], value, rtol=2e-3, atol=2e-3, err_msg=name)  # ranks of near ties may swap
+  files = lambda name: {str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob('*') if p.suffix}
+  kept = lambda name: {path for path in files(name) if not path.startswith('compiled') and 'checkpoints' not in path}
+  assert kept('one') == kept('two')
+  for folder in ('pretrain', 'ranker_with_pinfm', 'ranker_without_pinfm'):
+    rows = [_metrics(tmp_path / name / 'seed0' / folder) for name in ('one', 'two')]
+    assert [row['step'] for row in rows[0]] == [row['step'] for row in rows[1]]
+    for x, y in zip(*rows, strict=True):
+      for name in x.keys() & {'loss', 'eval/loss'}:
+        np.testing.assert_allclose(y[name], x[name], rtol=1e-4)
+
+
+def _metrics(directory: Path) -> list[dict]:
+  return [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]

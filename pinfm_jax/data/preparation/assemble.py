@@ -23,6 +23,7 @@ from pinfm_jax.data.preparation.partition import (
   request_part,
 )
 from pinfm_jax.data.preparation.spool import Spool, plan
+from pinfm_jax.data.preparation.stored import StoredUsers
 from pinfm_jax.data.preparation.writing import RecordSpool, ShardWriter, write_table
 from pinfm_jax.data.records import encode_histories, encode_requests
 from pinfm_jax.progress import Progress
@@ -43,6 +44,7 @@ class Ingested:
     time_known: what is known about the times.
     features: the candidates' features.
     sides: loaded item and user files.
+    stored: users of the data set that is appended to, or None.
   """
 
   config: PrepareConfig
@@ -53,6 +55,7 @@ class Ingested:
   time_known: TimeKnown
   features: Features
   sides: list[SideTable]
+  stored: StoredUsers | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Assembled:
   shards: tuple[DataFile, ...]
   tables: tuple[DataFile, ...]
   users: int
+  new_users: int
   items: int
   requests: int
   content_width: int
@@ -80,13 +84,12 @@ class Assembler:
     self._surface_code = ingested.shared.surfaces.final()[1].astype(np.uint16)
     shards = self._shards(ingested.events)
     self._histories = ShardWriter(folder, 'histories', shards)
-    # Shards divide the hashes of the users evenly, so that they can be filled before the users are counted.
-    self._shard_last = np.array([((shard + 1) << 64) // shards - 1 for shard in range(shards)], np.uint64)
+    self._shard_last = last_hashes(shards)
     self._request_records = RecordSpool(spill / 'requests.bin')
     self._items = ItemTable()
     self._users: list[pl.DataFrame] = []
     self._requests: list[pl.DataFrame] = []
-    self._num_users = 0
+    self._num_users = self._new_users = 0
     self._times: list[int] = []
     self._event_rows: Counter[str] = Counter()
     self._impression_rows: Counter[str] = Counter()
@@ -115,6 +118,7 @@ class Assembler:
       shards=tuple(shards),
       tables=tuple(tables),
       users=self._num_users,
+      new_users=self._new_users,
       items=items.height,
       requests=num_requests,
       content_width=content_width,
@@ -124,7 +128,7 @@ class Assembler:
     )
 
   def _shards(self, spool: Spool) -> int:
-    return self._config.shards or max(1, math.ceil(spool.rows / _ROWS_PER_SHARD))
+    return number_of_shards(self._config, spool.rows)
 
   def _part(self, first: int, last: int) -> int:
     """Writes the users of some buckets; returns how many rows that took."""
@@ -143,42 +147,50 @@ class Assembler:
       self._config.cap,
       self._action_code,
       self._surface_code,
+      self._in.stored.next_ordinals if self._in.stored else None,
     )
-    self._write_histories(part)
+    rows_U = self._number(part.users['mixed'].to_numpy())
+    self._write_histories(part, rows_U)
     if requests:
-      self._spool_requests(part, requests)
+      self._spool_requests(part, requests, rows_U)
     self._num_users += part.users.height
     return rows.height + shown.height
 
-  def _write_histories(self, part: EventPart) -> None:
+  def _number(self, mixed: np.ndarray) -> np.ndarray:
+    """Rows of users: stored ones keep theirs, the others get the next ones."""
+    stored = self._in.stored
+    rows = stored.rows(mixed) if stored else np.full(len(mixed), -1)
+    new = np.flatnonzero(rows < 0)
+    rows[new] = (stored.count if stored else 0) + self._new_users + np.arange(len(new))
+    self._new_users += len(new)
+    return rows
+
+  def _write_histories(self, part: EventPart, rows_U: np.ndarray) -> None:
     records = encode_histories(part.events, part.offsets)
     shard = np.searchsorted(self._shard_last, part.users['mixed'].to_numpy())
     for number, count in zip(*np.unique(shard, return_counts=True), strict=True):
       self._histories.write(int(number), islice(records, int(count)))
-    self._users.append(part.users.drop('mixed'))
+    self._users.append(part.users.drop('mixed').with_columns(pl.Series('user_row', rows_U, pl.UInt32)))
     self._items.add(part.items)
     self._event_rows.update(kept=len(part.events), merged=part.merged, duplicates=part.duplicates, cut=part.cut)
     if len(part.events) and self._in.time_known.histories:
       self._times += [int(part.events.timestamp.min()), int(part.events.timestamp.max())]
 
-  def _spool_requests(self, events: EventPart, part: RequestPart) -> None:
+  def _spool_requests(self, events: EventPart, part: RequestPart, rows_U: np.ndarray) -> None:
     place, ends = history_ends(events, part)
-    rows = place + self._num_users
+    rows = rows_U[place]
+    if self._in.stored:
+      ends = ends + self._in.stored.events(events.users['mixed'].to_numpy())[place]
     self._request_records.append(encode_requests(part.candidates, rows, ends, part.offsets))
-    table = part.requests.with_columns(
-      request_ids(part.requests, self._config.request_by), pl.Series('user_row', rows, pl.UInt32)
-    )
-    self._requests.append(table.select('request_id', 'user_row', 'timestamp', 'candidates', 'order'))
+    self._requests.append(requests_table(part, self._config.request_by, rows))
     self._items.add(part.items.with_columns(pl.col('first_seen').alias('first_shown')))
     self._impression_rows.update(kept=len(part.candidates), merged=part.merged, duplicates=part.duplicates)
     if self._in.time_known.impressions:
       self._times += [int(part.candidates.timestamp.min()), int(part.candidates.timestamp.max())]
 
   def _write_users(self) -> DataFile:
-    users = pl.concat(self._users)
-    if 'user_id' not in users.columns:
-      users = users.with_columns(pl.col('user_key').reinterpret(signed=True).alias('user_id'))
-    return write_table(users.select('user_key', 'user_id', 'events'), self._folder / 'users.parquet')
+    users = users_table(self._users, self._in.stored is not None)
+    return write_table(users, self._folder / 'users.parquet')
 
   def _write_requests(self) -> tuple[list[DataFile], DataFile]:
     """Puts the requests of all parts in the order of their first impressions."""
@@ -192,3 +204,31 @@ class Assembler:
       writer.write(shard, islice(records, size))
     shards = writer.close()
     return shards, write_table(table[order].drop('order'), self._folder / 'requests.parquet')
+
+
+def number_of_shards(config: PrepareConfig, rows: int) -> int:
+  """Record files for so many rows of input, unless the configuration says how many."""
+  return config.shards or max(1, math.ceil(rows / _ROWS_PER_SHARD))
+
+
+def last_hashes(shards: int) -> np.ndarray:
+  """The last hash of a user of each shard, uint64 [shards].
+
+  Shards divide the hashes of the users evenly, so that they can be filled before the users are counted.
+  """
+  return np.array([((shard + 1) << 64) // shards - 1 for shard in range(shards)], np.uint64)
+
+
+def users_table(parts: list[pl.DataFrame], with_rows: bool = False) -> pl.DataFrame:
+  """The table of users as it is stored, from that of every part; `with_rows` for one that is appended."""
+  users = pl.concat(parts)
+  if 'user_id' not in users.columns:
+    users = users.with_columns(pl.col('user_key').reinterpret(signed=True).alias('user_id'))
+  names = ['user_key', 'user_id', 'events']
+  return users.select(['user_row', *names] if with_rows else names)
+
+
+def requests_table(part: RequestPart, request_by: str, rows: np.ndarray) -> pl.DataFrame:
+  """The table of a part's requests with the rows of their users, not yet in the order of time."""
+  table = part.requests.with_columns(request_ids(part.requests, request_by), pl.Series('user_row', rows, pl.UInt32))
+  return table.select('request_id', 'user_row', 'timestamp', 'candidates', 'order')

@@ -1,7 +1,7 @@
 """Sparse features as indices (the one rule of preparation and serving), and the features of items and of users."""
 
 import hashlib
-from bisect import bisect_left
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,7 @@ def encode_sparse(feature: SparseFeature, value: object) -> int:
   if feature.values is None:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return 1 + int.from_bytes(digest, 'little') % (feature.size - 1)
-  place = bisect_left(feature.values, text)
-  return place + 1 if place < len(feature.values) and feature.values[place] == text else 0
+  return feature.codes.get(text, 0)
 
 
 def encode_sparse_column(feature: SparseFeature, texts: pl.Series) -> np.ndarray:
@@ -64,9 +63,15 @@ def encode_sparse_column(feature: SparseFeature, texts: pl.Series) -> np.ndarray
 class SparseCollector:
   """Meets the values of a sparse feature batch by batch and says how it is encoded."""
 
-  def __init__(self, name: str):
-    self._name = name
+  def __init__(self, name: str, grown: SparseFeature | None = None):
+    """Starts empty, or with the feature `grown` whose codes stay."""
+    self._name, self._grown = name, grown
     self._values: set[str] = set()
+
+  @property
+  def values(self) -> list[str]:
+    """The values met so far; beyond the limit not all of them."""
+    return sorted(self._values)
 
   def add(self, texts: pl.Series) -> None:
     """Takes a column of strings."""
@@ -74,10 +79,28 @@ class SparseCollector:
       self._values.update(texts.drop_nulls().unique().to_list())
 
   def feature(self) -> SparseFeature:
-    """A vocabulary, or hashed buckets if more than VOCABULARY_LIMIT values were met."""
+    """A vocabulary, or hashed buckets if more than VOCABULARY_LIMIT values were met.
+
+    A vocabulary that grows keeps its codes and takes the new values behind them, up to the limit; what is beyond it
+    counts as unknown, which is said on stderr.
+    """
+    if self._grown is not None:
+      return self._grown if self._grown.values is None else self._appended()
     if len(self._values) > VOCABULARY_LIMIT:
       return SparseFeature(self._name, 'hashed', HASH_BUCKETS)
     return SparseFeature(self._name, 'vocabulary', len(self._values) + 1, tuple(sorted(self._values)))
+
+  def _appended(self) -> SparseFeature:
+    old = self._grown.values
+    new = sorted(self._values.difference(old))
+    room = max(VOCABULARY_LIMIT - len(old), 0)
+    if len(new) > room:
+      sys.stderr.write(
+        f'{self._name}: {len(new) - room} or more new values count as unknown, a vocabulary holds {VOCABULARY_LIMIT}; '
+        'prepare all logs together to have it hashed\n'
+      )
+    values = (*old, *new[:room])
+    return SparseFeature(self._name, 'vocabulary', len(values) + 1, values)
 
 
 def feature_fields(
@@ -140,6 +163,7 @@ def load_side_table(
   mapping: Mapping[str, str],
   names: Mapping[str, Sequence[str]],
   rejects: RejectLog,
+  grown: Mapping[str, SparseFeature] | None = None,
 ) -> SideTable:
   """Reads an item or user file whole; of an id's several rows the first counts.
 
@@ -150,6 +174,7 @@ def load_side_table(
     mapping: canonical name -> source column.
     names: kind -> features to read from this file.
     rejects: takes the malformed rows.
+    grown: sparse features whose codes stay, when a data set is appended to.
 
   Raises:
     UserError: the file cannot be read or lacks a column.
@@ -158,7 +183,7 @@ def load_side_table(
   wanted = [name for kind in names.values() for name in kind]
   columns = {name: source_column(path, header, mapping, name) for name in (f'{who}_id', *wanted)}
   created = source_column(path, header, mapping, 'created_at', required=False) if who == 'item' else None
-  collectors = {name: SparseCollector(name) for name in names[SPARSE]}
+  collectors = {name: SparseCollector(name, (grown or {}).get(name)) for name in names[SPARSE]}
   widths: dict[str, int] = {}
   unit, frames = None, []
   for batch in read_batches(path, [*columns.values(), *([created] if created else [])]):

@@ -40,6 +40,11 @@ class ImpressionIntake:
   _columns: dict[str, str] = field(default_factory=dict)
   _late: frozenset[str] = frozenset()
 
+  def __post_init__(self):
+    stored = self.shared.stored
+    if stored is not None:
+      self.request_id_type = stored.request_id_type
+
   def open(self, path: Path) -> list[str]:
     """Finds the columns of a file; returns those to read. Features that it lacks are left to the side tables."""
     config, header, mapping = self.config, column_names(path), self.config.impression_columns
@@ -66,12 +71,15 @@ class ImpressionIntake:
     if self.names and names != self.names:
       raise UserError(f'{path} has other features than the impression files before it; expected the same of all')
     self.names, self._columns, self._late = names, columns, frozenset(late)
-    self.sparse = self.sparse or {name: SparseCollector(name) for name in names[SPARSE]}
+    known = self.shared.stored.sparse if self.shared.stored else {}
+    self.sparse = self.sparse or {name: SparseCollector(name, known.get(name)) for name in names[SPARSE]}
     return list(columns.values())
 
   def canonical(self, batch: Batch, first_order: int) -> tuple[pl.DataFrame, pl.Series]:
     """The canonical rows of the good rows, and the reasons why the others are bad."""
     frame, columns, schema = batch.frame, self._columns, batch.frame.schema
+    if not self.widths and self.shared.stored:
+      self.widths = {name: self.shared.stored.widths[name] for name in self.names[EMBEDDING]}
     if not self.widths:
       self.widths = {name: vector_width(frame, columns[name], name) for name in self.names[EMBEDDING]}
     fields = common_fields(self.config, self.shared, frame, columns, self._late)
@@ -95,7 +103,7 @@ class ImpressionIntake:
 
   def _time_fields(self, batch: Batch) -> dict[str, Field]:
     unit, columns = self.config.impression_time_unit, self._columns
-    made = {'timestamp': self._units.field(batch, columns['timestamp'], unit, 'timestamp')}
+    made = {'timestamp': self.shared.in_time(self._units.field(batch, columns['timestamp'], unit, 'timestamp'))}
     if 'item_created_at' in columns:
       unit = 'auto' if unit == 'order' else unit
       column = columns['item_created_at']

@@ -31,8 +31,11 @@ from pinfm_jax.data.preparation.config import PrepareConfig
 from pinfm_jax.data.preparation.reading import Batch, column_names, read_batches
 from pinfm_jax.data.preparation.rejects import RejectLog
 from pinfm_jax.data.preparation.spool import Spool
+from pinfm_jax.data.preparation.stored import Stored
 from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
+
+LATE = 'late: not after the end of the data set that it is appended to'
 
 
 class Intake(Protocol):
@@ -54,20 +57,35 @@ class Shared:
   Attributes:
     id_type: 'user' and 'item' -> 'integer' or 'string', once known.
     actions, surfaces: names with provisional codes.
+    stored: the data set that is appended to, or None.
   """
 
   id_type: dict[str, str]
   actions: Vocabulary
   surfaces: Vocabulary
+  stored: Stored | None = None
 
   @classmethod
-  def of(cls, config: PrepareConfig) -> 'Shared':
-    """Everything that the configuration fixes."""
+  def of(cls, config: PrepareConfig, stored: Stored | None = None) -> 'Shared':
+    """Everything that the configuration, and the data set that is appended to, fix."""
     given = {'user': config.user_id_type, 'item': config.item_id_type}
     actions = Vocabulary.of('action', MAX_ACTIONS, config.actions)
-    actions.add(list(config.action_columns.values()))
     surfaces = Vocabulary.of('surface', MAX_SURFACES, config.surfaces)
-    return cls({who: kind for who, kind in given.items() if kind != 'auto'}, actions, surfaces)
+    if stored is not None:
+      for vocabulary, names in ((actions, stored.info.actions), (surfaces, stored.info.surfaces)):
+        vocabulary.names = vocabulary.names or list(names)  # names that are given begin with the stored ones
+        vocabulary.settled = len(names)
+    actions.add(list(config.action_columns.values()))
+    return cls({who: kind for who, kind in given.items() if kind != 'auto'}, actions, surfaces, stored)
+
+  def in_time(self, time: Field) -> Field:
+    """A row's time; one that lies within a data set that is appended to is late, and its row malformed.
+
+    Merging late rows would move the history ends of requests that are stored already.
+    """
+    if self.stored is None or self.stored.ends_ms is None:
+      return time
+    return Field(time.value, (*time.faults, (time.value <= self.stored.ends_ms, LATE)))
 
 
 @dataclass
@@ -114,7 +132,8 @@ class EventIntake:
     frame, columns, schema = batch.frame, self._columns, batch.frame.schema
     fields = common_fields(self.config, self.shared, frame, columns, self._late)
     if not self.order_only:
-      fields['timestamp'] = self._units.field(batch, columns['timestamp'], self.config.time_unit, 'timestamp')
+      time = self._units.field(batch, columns['timestamp'], self.config.time_unit, 'timestamp')
+      fields['timestamp'] = self.shared.in_time(time)
     elif 'timestamp' in self._late:
       late = (pl.col('timestamp').is_not_null(), 'timestamp in a log whose first rows have none')
       fields['late'] = Field(pl.lit(None), (late,))

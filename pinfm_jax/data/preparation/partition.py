@@ -1,6 +1,6 @@
 """What is done with one part of the users: merge, sort, cap, and find what each request may see."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,12 +55,18 @@ class RequestPart:
   duplicates: int
 
 
-def merge_events(rows: pl.DataFrame, order_only: bool) -> tuple[pl.DataFrame, int, int]:
+Ordinals = Callable[[np.ndarray], np.ndarray]
+
+
+def merge_events(
+  rows: pl.DataFrame, order_only: bool, ordinals: Ordinals | None = None
+) -> tuple[pl.DataFrame, int, int]:
   """Merges rows that agree in user, time, item and surface.
 
   Args:
     rows: mixed, item_key, timestamp (unless order_only), surface, actions, order.
     order_only: the times are the ranks of the user's rows in file order.
+    ordinals: hashes of users -> the rank of their first row here; None: 0.
 
   Returns:
     The events sorted by user, time and first row, how many rows merged, and how many were exact duplicates.
@@ -69,6 +75,8 @@ def merge_events(rows: pl.DataFrame, order_only: bool) -> tuple[pl.DataFrame, in
     rows = rows.sort('mixed', 'order')
     bounds = _bounds(rows['mixed'].to_numpy())
     rank = np.arange(rows.height) - np.repeat(bounds[:-1], np.diff(bounds))
+    if ordinals is not None:
+      rank += np.repeat(ordinals(rows['mixed'].to_numpy()[bounds[:-1]]), np.diff(bounds))
     return rows.with_columns(pl.Series('timestamp', rank, pl.Int64)), 0, 0
   rows = rows.sort('mixed', 'timestamp', 'order')
   # Only rows of one user at one time can merge; they are few, and hashing all rows would take longer than sorting.
@@ -90,6 +98,7 @@ def event_part(
   cap: int,
   action_code: Sequence[int],
   surface_code: np.ndarray,
+  ordinals: Ordinals | None = None,
 ) -> EventPart:
   """The stored events of the users of one part.
 
@@ -100,9 +109,10 @@ def event_part(
     cap: a user's newest events that are kept.
     action_code: stored bit of every provisional action.
     surface_code: stored code of every provisional surface.
+    ordinals: see merge_events.
   """
   ids = [name for name in ('user_key', 'user_id', 'item_id') if name in rows.columns]
-  merged, num_merged, num_duplicates = merge_events(rows.drop(ids), order_only)
+  merged, num_merged, num_duplicates = merge_events(rows.drop(ids), order_only, ordinals)
   bounds = _bounds(merged['mixed'].to_numpy())
   kept = np.arange(merged.height) >= np.repeat(bounds[1:] - cap, np.diff(bounds))
   items = (

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,12 @@ class RejectLog:
       self._file.write(json.dumps(entry, ensure_ascii=False, default=str) + '\n')
     if counter.total() > _EARLY_STOP_ROWS:
       self.check(kind)
+
+  def absorb(self, kind: str, text: str, read: int, reasons: Mapping[str, int]) -> None:
+    """Takes what another log has written and counted."""
+    self._file.write(text)
+    self.read[kind] += read
+    self._reasons.setdefault(kind, Counter()).update(reasons)
 
   def check(self, kind: str) -> None:
     """Raises UserError if more than the tolerated share of the rows of this kind so far is malformed."""

@@ -56,7 +56,7 @@ class Spool:
       return
     frame = pl.concat(self._waiting)
     self._waiting, self._waiting_bytes = [], 0
-    bucket = _bucket(mix(frame['user_key'].to_numpy()))
+    bucket = bucket_of(mix(frame['user_key'].to_numpy()))
     sorted_frame = frame[np.argsort(bucket, kind='stable')]
     sorted_frame.write_ipc(self._path(len(self._starts)), record_batch_size=_BATCH_ROWS)
     self._starts.append(np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=BUCKETS))]))
@@ -105,5 +105,6 @@ def plan(spools: list[Spool], partitions: int | None, part_bytes: int) -> list[t
   return [*ranges, (first, BUCKETS)]
 
 
-def _bucket(mixed: np.ndarray) -> np.ndarray:
+def bucket_of(mixed: np.ndarray) -> np.ndarray:
+  """The bucket of each user, from its hash."""
   return (mixed >> np.uint64(64 - 12)).astype(np.uint16)

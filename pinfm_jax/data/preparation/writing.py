@@ -23,11 +23,19 @@ _WRITER_OPTIONS = 'group_size:1,zstd:1'
 class ShardWriter:
   """Writes records into numbered shards, first to last."""
 
-  def __init__(self, folder: Path, kind: str, count: int):
-    """`count` shards KIND-00000-of-0000N.array_record are made in `folder`, even if some stay empty."""
-    self._paths = [folder / f'{kind}-{i:05}-of-{count:05}.array_record' for i in range(count)]
-    self._records = [0] * count
-    self._current = -1
+  def __init__(self, folder: Path, kind: str, count: int, only: int | None = None):
+    """Starts at the first shard.
+
+    Args:
+      folder: where `count` shards KIND-00000-of-0000N.array_record are made, even if some stay empty.
+      kind: see folder.
+      count: see folder.
+      only: make this shard alone.
+    """
+    first, last = (0, count) if only is None else (only, only + 1)
+    self._first, self._current = first, first - 1
+    self._paths = [folder / f'{kind}-{i:05}-of-{count:05}.array_record' for i in range(first, last)]
+    self._records = [0] * (last - first)
     self._writer: ArrayRecordWriter | None = None
 
   def write(self, shard: int, records: Iterable[bytes]) -> None:
@@ -35,11 +43,11 @@ class ShardWriter:
     self._advance(shard)
     for record in records:
       self._writer.write(record)
-      self._records[shard] += 1
+      self._records[shard - self._first] += 1
 
   def close(self) -> list[DataFile]:
     """Finishes all shards and describes them."""
-    self._advance(len(self._paths))
+    self._advance(self._first + len(self._paths))
     return [describe(path, records) for path, records in zip(self._paths, self._records, strict=True)]
 
   def _advance(self, shard: int) -> None:
@@ -48,8 +56,8 @@ class ShardWriter:
         self._writer.close()
         self._writer = None
       self._current += 1
-      if self._current < len(self._paths):
-        self._writer = ArrayRecordWriter(str(self._paths[self._current]), _WRITER_OPTIONS)
+      if self._current < self._first + len(self._paths):
+        self._writer = ArrayRecordWriter(str(self._paths[self._current - self._first]), _WRITER_OPTIONS)
 
 
 class RecordSpool:

@@ -1,0 +1,1 @@
+"""Measurements that one command repeats: each prints its ratios beside what is asked of them."""

@@ -1,0 +1,91 @@
+"""Packs several short segments into one row of length L, so that a batch holds fewer padded places.
+
+Segments are placed longest first, each into the fullest row that still has room (best fit, decreasing). Which
+segments share a row is a pure function of the data set; the rows are shuffled each epoch, not made anew.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import numpy as np
+
+from pinfm_jax.data.featurize import event_inputs
+from pinfm_jax.data.pipeline import Segments
+
+
+@dataclass(frozen=True)
+class PackedSegments:
+  """Random access to packed rows; makes the columns of `Segments`, and 'segment'.
+
+  Attributes:
+    segments: the segments that are packed.
+    order: segments by row; a row's segments stand together.
+    first: where each row starts in `order`, and the end.
+  """
+
+  segments: Segments
+  order: np.ndarray
+  first: np.ndarray
+
+  @classmethod
+  def of(cls, segments: Segments) -> 'PackedSegments':
+    """Packs all segments into rows of `segments.length`."""
+    row = pack(segments.stop - segments.start, segments.length)
+    order = np.argsort(row, kind='stable')
+    return cls(segments, order, np.searchsorted(row[order], np.arange(row.max() + 2)))
+
+  def __len__(self) -> int:
+    return len(self.first) - 1
+
+  def __getitem__(self, index: SupportsIndex) -> Mapping[str, np.ndarray]:
+    """A row: each segment's events one after the other, then padding.
+
+    Returns:
+      `event_inputs` of the events; user uint32 [L]; segment int32 [L], 1, 2, .. for the segments and 0 for padding.
+    """
+    index, length = int(index), self.segments.length
+    if not 0 <= index < len(self):
+      raise IndexError(f'row {index} is outside the {len(self)} packed rows')
+    parts = []
+    for number, which in enumerate(self.order[self.first[index] : self.first[index + 1]], start=1):
+      user = int(self.segments.user_row[which])
+      events = slice(int(self.segments.start[which]), int(self.segments.stop[which]))
+      count = events.stop - events.start
+      columns = event_inputs(self.segments.dataset.history(user), events, count, self.segments.tokens)
+      parts.append({**columns, 'user': np.full(count, user, np.uint32), 'segment': np.full(count, number, np.int32)})
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {
+      name: np.pad(column, [(0, length - len(column))] + [(0, 0)] * (column.ndim - 1))
+      for name, column in joined.items()
+    }
+
+
+def pack(sizes: np.ndarray, length: int) -> np.ndarray:
+  """Best-fit decreasing bin packing: the row of each segment, rows numbered from 0 in the order they are opened.
+
+  Takes time in proportion to the number of segments: rows with room are kept by the room they have, and a bit set
+  says which rooms occur.
+
+  Args:
+    sizes: events of each segment, 1 to `length`.
+    length: L.
+  """
+  row_of = np.empty(len(sizes), np.int64)
+  order = np.argsort(-sizes, kind='stable')
+  rows_with_room: list[list[int]] = [[] for _ in range(length + 1)]
+  occurs, rows = 0, 0  # bit r of `occurs` is set where some row has room r
+  for which, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+    fitting = occurs >> size
+    if fitting:
+      room = size + (fitting & -fitting).bit_length() - 1
+      row = rows_with_room[room].pop()
+      if not rows_with_room[room]:
+        occurs &= ~(1 << room)
+    else:
+      row, room, rows = rows, length, rows + 1
+    row_of[which] = row
+    if room > size:
+      rows_with_room[room - size].append(row)
+      occurs |= 1 << (room - size)
+  return row_of

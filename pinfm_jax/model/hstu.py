@@ -1,0 +1,141 @@
+"""HSTU blocks (Zhai et al. 2024, arXiv:2402.17152): the other decoder that PinFM tried as M (section 2).
+
+A block projects to U, V, Q and K through SiLU, mixes V by SiLU(Q K^T + bias) / n, normalises, gates by U, projects
+back and adds the residual. There is no softmax and no MLP; the bias is a learned number a head and relative position.
+
+n is the constant `max_positions`. The published code divides by the padded length of the batch, so a representation
+would change with padding, between pretraining and serving lengths, and when segments are packed. Dividing by the number
+of visible keys would be consistent too, but it takes out what HSTU keeps and softmax does not: how many past events
+match. With a constant, each key's contribution is independent of all others, so the crossing pass is a plain sum of the
+history's part and the candidate's own.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pinfm_jax.config import TowerConfig
+from pinfm_jax.model.dcat import LayerKV, visible_keys
+from pinfm_jax.model.layers import dense
+
+Array = jax.Array
+
+
+class HSTUBlock(nn.Module):
+  """One HSTU layer; takes and returns what `transformer.Block` does."""
+
+  config: TowerConfig
+
+  def setup(self) -> None:
+    """Declares the layers and the relative position bias."""
+    width, dtype = self.config.width, jnp.dtype(self.config.dtype)
+    self.norm = nn.LayerNorm(dtype=dtype)
+    self.gate_value_query_key = dense(4 * width, ('embed', 'heads'), dtype=dtype)
+    # Without scale and bias, as published: `out` could absorb the scale.
+    self.norm_attention = nn.LayerNorm(dtype=dtype, use_scale=False, use_bias=False)
+    self.out = dense(width, ('heads', 'embed'), 1 / self.config.layers, dtype=dtype)
+    self.position_bias_PH = self.param(
+      'position_bias', nn.initializers.normal(0.02), (self.config.max_positions, self.config.heads)
+    )
+    self.dropout = nn.Dropout(self.config.dropout)
+
+  def __call__(
+    self, x: Array, context: LayerKV | None, mask_UL: Array, segment_UL: Array | None, train: bool
+  ) -> tuple[Array, LayerKV | None]:
+    """Runs the block.
+
+    Args:
+      x: [U, L, D] histories (context pass) or [U, C, D] candidates (crossing pass).
+      context: None for the context pass; the history's keys and values for the crossing pass.
+      mask_UL: True on the history's real events.
+      segment_UL: segments of packed rows in the context pass, or None.
+      train: dropout on.
+
+    Returns:
+      The block's output, like x, and the keys and values to keep (None in the crossing pass).
+    """
+    gate, query, own = self._project(x)
+    if context is None:
+      bias_HLM = relative_bias(self.position_bias_PH, x.shape[1])
+      mixed, kept = mix_causal(query, own, mask_UL, segment_UL, bias_HLM, self.config.max_positions), own
+    else:
+      mixed = mix_context(query, context, mask_UL, own, self.position_bias_PH, self.config.max_positions)
+      kept = None
+    gated = gate * self.norm_attention(mixed.reshape(x.shape))
+    return x + self.dropout(self.out(gated), deterministic=not train), kept
+
+  def keys_values(self, x: Array) -> LayerKV:
+    """Just the keys and values: all that the crossing pass needs of the context's last layer."""
+    return self._project(x)[2]
+
+  def _project(self, x: Array) -> tuple[Array, Array, LayerKV]:
+    heads = (self.config.heads, self.config.width // self.config.heads)
+    projected = jax.nn.silu(self.gate_value_query_key(self.norm(x)))
+    gate, value, query, key = jnp.split(projected, 4, axis=-1)
+    value, query, key = (y.reshape(*x.shape[:-1], *heads) for y in (value, query, key))
+    return gate, query, LayerKV(key, value)
+
+
+def relative_bias(bias_PH: Array, length: int) -> Array:
+  """The bias of query l and key m by their distance l - m: [P, H] -> [H, L, L]; 0 for later keys, which are masked.
+
+  A line of 2 L numbers, repeated and read again in lines of 2 L + 1, shifts by one place from line to line. So the
+  gradient is a sum over lines; that of a gather by distance would be a scatter of L^2 rows, which took a quarter of
+  the attention's time on CPU.
+  """
+  by_distance_HL = bias_PH[:length].T
+  line_HX = jnp.pad(by_distance_HL, ((0, 0), (length - 1, 1)))
+  flat_HX = jnp.pad(jnp.tile(line_HX, (1, length)), ((0, 0), (0, length)))
+  return flat_HX.reshape(-1, length, 2 * length + 1)[:, :, :length][:, :, ::-1]
+
+
+def mix_causal(
+  query_ULHK: Array, kv: LayerKV, mask_UL: Array, segment_UL: Array | None, bias_HLM: Array, normaliser: int
+) -> Array:
+  """Pointwise attention of every position over the events up to itself; weights in float32.
+
+  Args:
+    query_ULHK: queries.
+    kv: keys and values of the same positions.
+    mask_UL: True on real events; padding adds nothing.
+    segment_UL: segments of packed rows, or None; distances inside a segment are those of the row.
+    bias_HLM: see `relative_bias`.
+    normaliser: n.
+
+  Returns:
+    float32 [U, L, H, K]: the norm that follows takes out a mean much larger than the differences.
+  """
+  scores_UHLM = jnp.einsum('ulhk,umhk->uhlm', query_ULHK, kv.key, preferred_element_type=jnp.float32)
+  weights_UHLM = jax.nn.silu(scores_UHLM + bias_HLM) * (1 / normaliser)
+  weights_UHLM = jnp.where(visible_keys(mask_UL, segment_UL), weights_UHLM, 0.0)
+  weights_UHLM = weights_UHLM.astype(kv.value.dtype)
+  return jnp.einsum('uhlm,umhk->ulhk', weights_UHLM, kv.value, preferred_element_type=jnp.float32)
+
+
+def mix_context(
+  query_UCHK: Array, context: LayerKV, mask_UL: Array, own: LayerKV, bias_PH: Array, normaliser: int
+) -> Array:
+  """Pointwise attention of each candidate over its user's history and itself; candidates never see each other.
+
+  A candidate stands right behind the last real event, so its distance to event l is (number of events) - l.
+
+  Args:
+    query_UCHK: candidate queries.
+    context: keys and values of the history, [U, L, H, K].
+    mask_UL: True on real events.
+    own: the candidates' own keys and values, [U, C, H, K].
+    bias_PH: bias by distance and head.
+    normaliser: n.
+
+  Returns:
+    float32 [U, C, H, K]; a user without events attends to itself alone.
+  """
+  distance_UL = jnp.sum(mask_UL, axis=1, keepdims=True) - jnp.arange(mask_UL.shape[1])
+  bias_UH1L = bias_PH[jnp.maximum(distance_UL, 0)].transpose(0, 2, 1)[:, :, None, :]
+  scores_UHCL = jnp.einsum('uchk,ulhk->uhcl', query_UCHK, context.key, preferred_element_type=jnp.float32)
+  weights_UHCL = jax.nn.silu(scores_UHCL + bias_UH1L) * (1 / normaliser)
+  weights_UHCL = jnp.where(mask_UL[:, None, None, :], weights_UHCL, 0.0).astype(context.value.dtype)
+  own_UCH = jnp.einsum('uchk,uchk->uch', query_UCHK, own.key, preferred_element_type=jnp.float32) + bias_PH[0]
+  own_weight_UCH = jax.nn.silu(own_UCH) * (1 / normaliser)
+  mixed_UCHK = jnp.einsum('uhcl,ulhk->uchk', weights_UHCL, context.value, preferred_element_type=jnp.float32)
+  return mixed_UCHK + own_weight_UCH[..., None] * own.value

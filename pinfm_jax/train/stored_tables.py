@@ -1,0 +1,122 @@
+"""Reads a checkpoint's tables in blocks of rows, however large they are, to where they train or are exported."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+from orbax.checkpoint import v1 as ocp
+
+from pinfm_jax.errors import UserError
+
+BLOCK_ROWS = 1 << 16
+CHUNK_BYTES = 64 << 20
+
+
+def chunked_saves() -> ocp.Context:
+  """How checkpoints are saved: arrays in pieces of at most 64 MiB, the least that a reader must hold.
+
+  A piece is compressed as a whole; unless told otherwise, Orbax makes one of a device's whole part of a table.
+  """
+  context = ocp.Context()
+  context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+  return context
+
+
+def read_sharded(path: Path, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+  """An array of a checkpoint in its sharding, read a block at a time into memory that is there once.
+
+  Args:
+    path: of the checkpoint.
+    name: of the array in the state, its parts joined by dots.
+    wanted: shape, type and sharding.
+  """
+  stored = _open_array(path, name)
+  if stored.shape != wanted.shape or stored.dtype.numpy_dtype != wanted.dtype:
+    raise ValueError(f'{name} is {stored.dtype.name}{list(stored.shape)}, expected {wanted}')
+  fill = jax.jit(
+    lambda whole, block, start: jax.lax.dynamic_update_slice_in_dim(whole, block, start, 0), donate_argnums=0
+  )
+  step = max(1, CHUNK_BYTES // max(1, stored.dtype.numpy_dtype.itemsize * int(np.prod(stored.shape[1:]))))
+  parts = []
+  for device, index in wanted.sharding.addressable_devices_indices_map(wanted.shape).items():
+    first, last, _ = index[0].indices(wanted.shape[0])
+    part = jnp.zeros((last - first, *wanted.shape[1:]), wanted.dtype, device=device)
+    for start in range(first, last, step):
+      block = stored[start : min(start + step, last)].read().result()
+      part = fill(part, jax.device_put(block, device), start - first)
+      part.block_until_ready()  # the next block may then reuse this one's memory
+    parts.append(part)
+  return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
+
+
+def _open_array(path: Path, name: str) -> tensorstore.TensorStore:
+  """An array of a checkpoint as Orbax lays it out."""
+  spec = {'driver': 'zarr3', 'kvstore': {'driver': 'ocdbt', 'base': (path / 'state').as_uri(), 'path': name}}
+  return tensorstore.open(spec, open=True, read=True).result()
+
+
+class StoredState:
+  """The newest checkpoint in a directory, opened for reading a part of it."""
+
+  def __init__(self, directory: Path):
+    """Opens the checkpoint.
+
+    Raises:
+      UserError: there is none.
+    """
+    self._directory = Path(directory).absolute()
+    if not self._directory.is_dir():
+      raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
+    with ocp.training.Checkpointer(self._directory) as checkpointer:
+      if checkpointer.latest is None:
+        raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
+      self.step = checkpointer.latest.step
+      self._layout = checkpointer.checkpointables_metadata(self.step).metadata['state']
+
+  @property
+  def has_tables(self) -> bool:
+    """Whether the model has item tables."""
+    return 'tables' in self._layout
+
+  def parts(self, *names: str) -> dict[str, Any]:
+    """Some top-level parts of the state ('params', 'constants', ..), as nested dicts of NumPy arrays."""
+
+    def wanted(name: str, tree: Any) -> Any:
+      # Abstract NumPy arrays ask Orbax for host memory; `empty` touches no page.
+      return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype) if name in names else ..., tree)
+
+    abstract = {name: wanted(name, tree) for name, tree in self._layout.items()}
+    with ocp.training.Checkpointer(self._directory) as checkpointer:
+      state = checkpointer.load_checkpointables(self.step, {'state': abstract})['state']
+    return {name: state[name] for name in names if name in self._layout}
+
+  def table_rows(self, count: int, block_rows: int = BLOCK_ROWS) -> Iterator[np.ndarray]:
+    """The first `count` rows of the tables in order, as stored (float32, or bf16 as uint16 bits).
+
+    Besides the block, one stored piece is in memory: 64 MiB, or a device's part of the table in a checkpoint that was
+    saved without `chunked_saves`.
+
+    Args:
+      count: how many rows; the padding behind them is left out.
+      block_rows: rows of a block, at most.
+
+    Yields:
+      Blocks [rows, E].
+    """
+    path = self._directory / str(self.step)
+    table = _open_array(path, 'tables.rows')
+    if table.shape[0] < count:
+      raise UserError(
+        f'{path} has {table.shape[0]} table rows, the model {count}: use the settings it was trained with'
+      )
+    piece = table.chunk_layout.read_chunk.shape[0]
+    # Whole pieces, since reading any row of one decompresses all of it.
+    step = piece * max(1, block_rows // piece)
+    for start in range(0, count, step):
+      block_GE = table[start : min(start + step, count)].read().result()
+      for first in range(0, len(block_GE), block_rows):
+        yield block_GE[first : first + block_rows]

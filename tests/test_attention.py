@@ -1,7 +1,10 @@
 """The forms of causal attention: equal to a NumPy oracle, chosen as documented, lowered for platforms not at hand."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +179,32 @@ def test_the_softmax_of_bfloat16_is_computed_in_float32(form):
   assert set(exponents) == {'f32'}
   sums = re.findall(r'(\w+)\[[\d,]*\] = reduce_sum', text)
   assert set(sums) == {'f32'}
+
+
+_SHARDS = """
+import jax, jax.numpy as jnp, numpy as np
+from pinfm_jax.model.attention import on_shards
+from pinfm_jax.model.dcat import LayerKV, attend_causal
+query, key, value = (jax.random.normal(k, (4, 6, 4, 8)) for k in jax.random.split(jax.random.key(0), 3))
+segment = jnp.asarray(np.repeat([[1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 2]], 2, axis=0), jnp.int32)
+expected = attend_causal(query, LayerKV(key, value), segment > 0, segment)
+for sizes, users, heads in (((2, 2, 2), 1, 2), ((4, 1, 2), 1, 2), ((1, 1, 8), 4, 4), ((8, 1, 1), 4, 4)):
+  seen = set()
+  def kernel(q, k, v, s):
+    seen.add(q.shape)
+    return attend_causal(q, LayerKV(k, v), s > 0, s)
+  with jax.set_mesh(jax.make_mesh(sizes, ('data', 'fsdp', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 3)):
+    got = jax.jit(lambda q, k, v, s: on_shards(kernel, q, LayerKV(k, v), s))(query, key, value, segment)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  assert seen == {(users, 6, heads, 8)}, (sizes, seen)
+print('equal')
+"""
+
+
+def test_each_of_eight_devices_runs_the_kernel_on_its_users_and_heads():
+  """Axes that divide split users and heads; those that do not leave them whole."""
+  flags = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+  done = subprocess.run(
+    [sys.executable, '-c', _SHARDS], env={**os.environ, 'XLA_FLAGS': flags}, capture_output=True, text=True, timeout=300
+  )
+  assert done.stdout.strip() == 'equal', done.stderr[-2000:]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pinfm_jax.model.hashing import hash_rows, hash_uniform, key_words
+from pinfm_jax.model.hashing import fold_seed, hash_rows, hash_uniform, key_words
 
 
 def test_key_words_split_and_restore_64_bits():
@@ -86,3 +86,11 @@ def _chi_square(values, bins):
 
 def _limit(degrees):
   return degrees + 5 * np.sqrt(2 * degrees)  # five standard deviations
+
+
+def test_seeds_are_folded_apart_and_any_whole_number_is_a_seed():
+  found = {int(fold_seed(seed, step, purpose)) for seed in range(8) for step in range(50) for purpose in range(3)}
+  assert len(found) == 8 * 50 * 3
+  assert int(fold_seed(1, 2)) != int(fold_seed(2, 1))
+  assert int(fold_seed(-1, 0)) == int(fold_seed(2**32 - 1, 0))
+  assert int(fold_seed(3, 4)) == int(fold_seed(jnp.uint32(3), jnp.int32(4)))

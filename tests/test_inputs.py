@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from flax.core import meta
 
 from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig, TowerConfig, UpdateConfig
@@ -15,9 +16,9 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.masking import HIDE_ACTIONS, HIDE_CANDIDATE_ID, HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
-from pinfm_jax.model.tables import gather_rows, init_tables, item_vectors, plan_rows
 from pinfm_jax.train import finetune
 from pinfm_jax.train.action_loss import action_loss, hidden_actions
+from pinfm_jax.train.exchange import Exchange
 from pinfm_jax.train.pretrain import PretrainTask, segment_events
 from pinfm_jax.train.sharding import make_mesh
 from pinfm_jax.train.step import init_state, make_step
@@ -95,20 +96,24 @@ def encode(params):
 @pytest.fixture(scope='module')
 def loss_and_gradients(mesh, params):
   """(batch, seed) -> figures and the gradients of the parameters and of the table rows."""
-  tables, made = init_tables(jax.random.key(1), MODEL.tables), {}
+  tables, made = toy.tables(MODEL.tables), {}
+  exchange = Exchange(MODEL.tables, tables.rows_GE.shape[0])
 
   def compiled(seed):
     task = PretrainTask(MODEL, CONFIG, 0, seed=seed)
 
     @jax.jit
     def compute(batch, step):
-      plan = plan_rows(task.ids(batch, step), task.tables)
+      ids = task.ids(batch, step)
+      plan = exchange.plan(ids)
 
       def loss(params, rows_KE):
-        return task.loss(params, item_vectors(rows_KE, plan), batch, step, jax.random.key(0), None)
+        vectors = exchange.vectors(rows_KE, plan, ids)
+        return task.loss(params, vectors, batch, step, jax.random.key(0), None)
 
-      grads, figures = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, gather_rows(tables.rows_GE, plan))
-      return figures, grads[0], jnp.zeros_like(tables.rows_GE).at[plan.unique_K].set(grads[1], mode='drop')
+      rows_KE = exchange.lookup(tables.rows_GE, plan)
+      grads, figures = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rows_KE)
+      return figures, grads[0], jnp.zeros_like(tables.rows_GE).at[plan.rows.unique_K].set(grads[1], mode='drop')
 
     return compute
 

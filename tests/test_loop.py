@@ -37,7 +37,7 @@ class Line:
     return {'pinfm': {'slope': jnp.zeros(()), 'offset': jax.random.normal(key)}, 'log_temperature': jnp.zeros(())}
 
   def ids(self, batch, step):
-    return batch['id']
+    return ()
 
   def observe(self, constants, batch, step):
     return constants
@@ -55,11 +55,11 @@ class WithTables(Line):
   tables: TableConfig | None = TableConfig(sub_tables=2, rows=1000, width=4)
 
   def ids(self, batch, step):
-    return batch['id'] + step.astype(jnp.uint32)
+    return (batch['id'][:, None] + step.astype(jnp.uint32),)
 
-  def loss(self, params, vectors_MV, batch, step, key, constants):
+  def loss(self, params, vectors, batch, step, key, constants):
     loss, figures = super().loss(params, None, batch, step, key, constants)
-    return loss + jnp.mean(jnp.square(vectors_MV - 1)), figures
+    return loss + jnp.mean(jnp.square(vectors[0] - 1)), figures
 
 
 @flax.struct.dataclass
@@ -100,8 +100,8 @@ def kept(directory):
 def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read(mesh, tmp_path, monkeypatch):
   events, make, read = [], loop.make_step, MetricsLog.read
 
-  def spied(task):
-    step = make(task)
+  def spied(task, layout):
+    step = make(task, layout)
 
     def run(state, batch):
       events.append(f'dispatch {sum(e.startswith("d") for e in events) + 1}')
@@ -313,8 +313,8 @@ def test_the_best_checkpoint_warms_up_another_run(mesh, tmp_path):
 def test_the_tables_stay_in_place_over_steps_measurements_and_saves(mesh, tmp_path, monkeypatch):
   addresses, make = [], loop.make_step
 
-  def spied(task):
-    step = make(task)
+  def spied(task, layout):
+    step = make(task, layout)
 
     def run(state, batch):
       addresses.append(state.tables.rows_GE.unsafe_buffer_pointer())

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from pinfm_jax.data.info import DataFile, DatasetInfo
@@ -81,11 +80,6 @@ class PreparedDataset:
   def all_requests(self) -> Iterator[Request]:
     """All requests in row order (by time), read ahead in chunks."""
     return map(self._within_cap, self._requests.decode_all(decode_request))
-
-  def changed_users(self, partitions: int) -> np.ndarray:
-    """Ascending rows of the users of whom more is known than in the first `partitions` partitions."""
-    later = range(partitions, len(self.info.partitions))
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *(self.parts.rows(number) for number in later)]))
 
   @property
   def users(self) -> pl.DataFrame:

@@ -11,12 +11,12 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from pinfm_jax.errors import UserError
+from pinfm_jax.train.alone import check_together, newest, reading_alone
 from pinfm_jax.train.step import TrainState
 from pinfm_jax.train.stored_tables import chunked_saves, read_sharded
 
 logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports every file it touches
 
-_read_alone = False  # see load_arrays
 SELECTED = 'selected'  # the one figure of a checkpoint by which the best are kept: the lower, the better
 
 
@@ -46,8 +46,7 @@ class Checkpoints:
         the state to the host first, then trains on while it is written.
       read_only: leave what lies there as it is, half-written saves of a run that may be at work included.
     """
-    if _read_alone:
-      raise RuntimeError('this process has read a checkpoint alone (load_arrays): start new processes to train again')
+    check_together()
     self._directory = Path(directory).absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
     self.blocking = jax.default_backend() == 'cpu' if blocking is None else blocking
@@ -176,24 +175,13 @@ def abstract_state(create: Any, shardings: TrainState) -> TrainState:
 
 
 def load_arrays(directory: Path) -> dict[str, Any]:
-  """The newest checkpoint's state as a nested dict of NumPy arrays, for the export.
-
-  Of several processes one may call it alone, once they have trained: Orbax numbers its operations in each process, so
-  after one that was not common they can write no checkpoint together (`Checkpoints` refuses, where Orbax would hang).
+  """The newest checkpoint's state as a nested dict of NumPy arrays. One process may call it alone (`reading_alone`).
 
   Raises:
     UserError: there is no checkpoint.
   """
-  global _read_alone
-  steps = [int(path.name) for path in Path(directory).glob('[0-9]*') if path.name.isdigit()]
-  if not steps:
-    raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
-  path, here, context = Path(directory).absolute() / str(max(steps)), jax.process_index(), ocp.Context()
-  if jax.process_count() > 1:  # Orbax would wait for the others
-    context.multiprocessing.primary_host, context.multiprocessing.active_processes = here, {here}
-    context.multiprocessing.barrier_sync_key_prefix = f'alone{here}'
-    _read_alone = True
-  with context:
+  path = newest(directory)
+  with reading_alone():
     layout = ocp.checkpointables_metadata(path).metadata['state']
     # Abstract NumPy arrays ask Orbax for host memory, whatever devices wrote the checkpoint; `empty` touches no page.
     abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), layout)

@@ -273,6 +273,12 @@ class Exchange:
     return sum_duplicates(*gathered)
 
 
+def fitted_capacity(tables: TableConfig, rows: int, axes: tuple[str, ...], ids: tuple[Array, ...]) -> int:
+  """A capacity that serves ids like these in a single round: the largest request and a sixteenth, rounded up."""
+  largest = int(jax.jit(Exchange(tables, rows, axes).largest_request)(ids))
+  return -(-largest * 17 // 256) * 16
+
+
 def read_vectors(
   rows_GE: Array, ids: tuple[Array, ...], tables: TableConfig, axes: tuple[str, ...] = AXES
 ) -> tuple[Array, ...]:

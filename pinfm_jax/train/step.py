@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pinfm_jax.config import MeshConfig, TableConfig
 from pinfm_jax.model.hashing import hash_uniform
 from pinfm_jax.model.tables import Tables, init_rows, table_rows
-from pinfm_jax.train.exchange import Exchange
+from pinfm_jax.train.exchange import Exchange, fitted_capacity
 from pinfm_jax.train.optimizer import RowStep, Update
 from pinfm_jax.train.sharding import parameter_shardings, replicated, table_sharding
 
@@ -122,16 +122,13 @@ def _init_tables(task: Task, mesh: Mesh, salt: Array, shardings: Tables) -> Tabl
 
 
 def fitted_layout(task: Task, state: TrainState, layout: MeshConfig, batch: Batch) -> MeshConfig:
-  """The layout with an exchange capacity that serves batches like this one in a single round.
-
-  That is the largest request that a device has of another, and a sixteenth. A capacity that is set stays.
-  """
+  """The layout with an exchange capacity that serves batches like this one in a single round; one that is set stays."""
   owners = math.prod(jax.sharding.get_mesh().shape[axis] for axis in layout.table_axes)
   if state.tables is None or layout.exchange_capacity or owners == 1:
     return layout
-  exchange = Exchange(task.tables, state.tables.rows_GE.shape[0], layout.table_axes)
-  largest = int(jax.jit(lambda batch: exchange.largest_request(task.ids(batch, state.step)))(batch))
-  return replace(layout, exchange_capacity=-(-largest * 17 // 256) * 16)
+  ids = jax.jit(task.ids)(batch, state.step)
+  capacity = fitted_capacity(task.tables, state.tables.rows_GE.shape[0], layout.table_axes, ids)
+  return replace(layout, exchange_capacity=capacity)
 
 
 def make_step(

@@ -11,6 +11,7 @@ import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from pinfm_jax.errors import UserError
+from pinfm_jax.train.alone import newest, reading_alone
 
 BLOCK_ROWS = 1 << 16
 CHUNK_BYTES = 64 << 20
@@ -60,7 +61,7 @@ def _open_array(path: Path, name: str) -> tensorstore.TensorStore:
 
 
 class StoredState:
-  """The newest checkpoint in a directory, opened for reading a part of it."""
+  """The newest checkpoint in a directory, opened for reading a part of it. One process may do so (`reading_alone`)."""
 
   def __init__(self, directory: Path):
     """Opens the checkpoint.
@@ -68,14 +69,9 @@ class StoredState:
     Raises:
       UserError: there is none.
     """
-    self._directory = Path(directory).absolute()
-    if not self._directory.is_dir():
-      raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
-    with ocp.training.Checkpointer(self._directory) as checkpointer:
-      if checkpointer.latest is None:
-        raise UserError(f'{directory} has no checkpoints; run the stage that trains it first')
-      self.step = checkpointer.latest.step
-      self._layout = checkpointer.checkpointables_metadata(self.step).metadata['state']
+    self._path = newest(directory)
+    with reading_alone():
+      self._layout = ocp.checkpointables_metadata(self._path).metadata['state']
 
   @property
   def has_tables(self) -> bool:
@@ -90,8 +86,8 @@ class StoredState:
       return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype) if name in names else ..., tree)
 
     abstract = {name: wanted(name, tree) for name, tree in self._layout.items()}
-    with ocp.training.Checkpointer(self._directory) as checkpointer:
-      state = checkpointer.load_checkpointables(self.step, {'state': abstract})['state']
+    with reading_alone():
+      state = ocp.load_checkpointables(self._path, {'state': abstract})['state']
     return {name: state[name] for name in names if name in self._layout}
 
   def table_rows(self, count: int, block_rows: int = BLOCK_ROWS) -> Iterator[np.ndarray]:
@@ -107,7 +103,7 @@ class StoredState:
     Yields:
       Blocks [rows, E].
     """
-    path = self._directory / str(self.step)
+    path = self._path
     table = _open_array(path, 'tables.rows')
     if table.shape[0] < count:
       raise UserError(

@@ -6,12 +6,10 @@ the pipeline settles on the first rows what the whole log has in common, waits, 
 
 import itertools
 import json
-import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 from apache_beam.pvalue import AsSingleton
 from apache_beam.transforms.combiners import ToList
 
+from pinfm_jax.data.beam.job import KINDS, REJECTED, SUMMARY, TABLES, TOLD, Job, Rules
 from pinfm_jax.data.beam.reading import (
   REJECTS,
   ROWS,
   SPARSE_VALUES,
   VOCABULARY,
-  Intakes,
   ReadFile,
   merged_names,
   unpacked,
@@ -46,35 +44,15 @@ from pinfm_jax.data.beam.writing import (
   sorted_range,
   summed,
 )
-from pinfm_jax.data.events import MAX_ACTIONS, MAX_SURFACES, Vocabulary
-from pinfm_jax.data.info import DataFile, DatasetInfo, Features, TimeKnown, features_of
-from pinfm_jax.data.preparation.assemble import Assembled, Ingested, number_of_shards, users_table
+from pinfm_jax.data.info import DatasetInfo
+from pinfm_jax.data.preparation.assemble import users_table
 from pinfm_jax.data.preparation.config import PrepareConfig
-from pinfm_jax.data.preparation.features import SPARSE, SideTable, SparseCollector
-from pinfm_jax.data.preparation.impressions import ImpressionIntake
-from pinfm_jax.data.preparation.intake import EventIntake, Shared
 from pinfm_jax.data.preparation.item_table import ItemTable
-from pinfm_jax.data.preparation.reading import read_batches
 from pinfm_jax.data.preparation.rejects import RejectLog
-from pinfm_jax.data.preparation.spool import BUCKETS
 from pinfm_jax.data.preparation.writing import atomic_directory, write_table
-from pinfm_jax.data.prepare import (
-  Made,
-  check_mappings,
-  count_rows,
-  describe_dataset,
-  load_sides,
-  ordered_features,
-  time_known,
-)
+from pinfm_jax.data.prepare import check_mappings
 from pinfm_jax.errors import UserError
 from pinfm_jax.workdir import write_text
-
-_PART_BYTES = 64 << 20  # of log files a part
-_SUMMARY, _TOLD, _REJECTED = 'summary', 'summary.json', 'rejects.jsonl'
-_TABLES = 'tables'
-_TABLE_NAMES = ('users.parquet', 'items.parquet', 'requests.parquet')
-_KINDS = ('events', 'impressions')
 
 
 def prepare_with_beam(config: PrepareConfig, runner: Sequence[str] = ()) -> DatasetInfo:
@@ -94,19 +72,19 @@ def prepare_with_beam(config: PrepareConfig, runner: Sequence[str] = ()) -> Data
   check_mappings(config)
   out = Path(config.out).absolute()
   with atomic_directory(out, config.overwrite) as folder:
-    (folder / _SUMMARY).mkdir()
+    (folder / SUMMARY).mkdir()
     beside = out.with_name(f'{out.name}.rejected.jsonl')
     with RejectLog(folder / 'rejected.jsonl', beside, config.max_rejected_share) as rejects:
-      job = _Job(config, folder, rejects)
+      job = Job(config, folder, rejects)
       _run(job, runner)
       job.take_rejects()
       info = job.describe()
-    shutil.rmtree(folder / _SUMMARY)
+    shutil.rmtree(folder / SUMMARY)
     info.write(folder / 'dataset.json')
   return info
 
 
-def _run(job: '_Job', runner: Sequence[str]) -> None:
+def _run(job: Job, runner: Sequence[str]) -> None:
   options = PipelineOptions(list(runner))
   options.view_as(SetupOptions).save_main_session = False
   try:
@@ -116,104 +94,7 @@ def _run(job: '_Job', runner: Sequence[str]) -> None:
     raise UserError(str(error).partition(' [while running')[0]) from None
 
 
-@dataclass(frozen=True)
-class _Rules:
-  """What every worker is told; all of it can be pickled."""
-
-  config: PrepareConfig
-  intakes: Intakes
-  sides: list[SideTable]
-  columns: dict[str, Any]
-  order_only: bool
-  time_known: TimeKnown
-  parts: int
-
-  def settled(
-    self, _: None, names: dict[str, list[str]], values: dict[str, list[str]], rows: dict[str, int]
-  ) -> Settled:
-    """What the whole log says, from what its files say."""
-    impressions, features = self.intakes.get('impressions'), Features()
-    if impressions is not None:
-      sparse = {}
-      for name in impressions.names[SPARSE]:
-        collector = SparseCollector(name)
-        collector.add(pl.Series(values.get(name, []), dtype=pl.String))
-        sparse[name] = collector.feature()
-      features = ordered_features(self.config, sparse, impressions.widths, self.sides)
-    shards = tuple(number_of_shards(self.config, rows.get(kind, 0)) for kind in _KINDS)
-    actions = _final('action', MAX_ACTIONS, self.config.actions, names)
-    return Settled(actions, _final('surface', MAX_SURFACES, self.config.surfaces, names), features, shards)
-
-
-class _Job:
-  """The starting program's side: settles what the files have in common, and reads the summary of the run."""
-
-  def __init__(self, config: PrepareConfig, folder: Path, rejects: RejectLog):
-    self.folder, self._config, self._rejects = folder, config, rejects
-    self._shared = Shared.of(config)
-    intakes: Intakes = {'events': EventIntake(config, self._shared)}
-    self.logs = {'events': [str(Path(log).absolute()) for log in config.logs]}
-    if config.impressions:
-      intakes['impressions'] = ImpressionIntake(config, self._shared)
-      self.logs['impressions'] = [str(Path(log).absolute()) for log in config.impressions]
-    columns = {kind: _settle(intake, self.logs[kind]) for kind, intake in intakes.items()}
-    order_only = intakes['events'].order_only
-    if order_only:
-      sys.stderr.write('no timestamp column: events get the ordinal times 0, 1, 2, .. in file order\n')
-    sides = load_sides(config, intakes['impressions'].names, self._shared, rejects) if config.impressions else []
-    size = sum(Path(log).stat().st_size for logs in self.logs.values() for log in logs)
-    parts = min(config.partitions or max(1, math.ceil(size / _PART_BYTES)), BUCKETS)
-    self.rules = _Rules(config, intakes, sides, columns, order_only, time_known(config, order_only), parts)
-
-  def take_rejects(self) -> None:
-    """Puts the malformed rows of the logs before those of the item and user files, and stops if they are too many.
-
-    Raises:
-      UserError: there are too many, or no good row.
-    """
-    for kind, text, read, reasons in map(json.loads, (self.folder / _SUMMARY / _REJECTED).open(encoding='utf-8')):
-      self._rejects.absorb(kind, text, read, reasons)
-    for kind, logs in self.logs.items():
-      read, rejected = self._rejects.read[kind], self._rejects.rejected(kind)
-      if not read:
-        raise UserError(f'{", ".join(logs)} has no rows: expected at least one of the {kind}')
-      if rejected == read:
-        raise UserError(f'every row of the {kind} is malformed: see the reasons in {self._rejects.keep()}')
-      self._rejects.check(kind)
-
-  def describe(self) -> DatasetInfo:
-    """The description of the finished data set."""
-    summary = json.loads((self.folder / _SUMMARY / _TOLD).read_text(encoding='utf-8'))
-    self._shared.actions.names, self._shared.surfaces.names = summary['actions'], summary['surfaces']
-    files = {name: [] for name in (HISTORIES, REQUESTS, _TABLES)}
-    for kind, file in summary['files']:
-      files[kind].append(DataFile(*file))
-    tables = sorted(files[_TABLES], key=lambda file: _TABLE_NAMES.index(file.name))
-    sizes = {table.name: table.records for table in tables}
-    assembled = Assembled(
-      shards=tuple(sorted(files[HISTORIES], key=_name) + sorted(files[REQUESTS], key=_name)),
-      tables=tuple(tables),
-      users=sizes['users.parquet'],
-      new_users=sizes['users.parquet'],
-      items=sizes['items.parquet'],
-      requests=sizes.get('requests.parquet', 0),
-      content_width=summary['content_width'],
-      time_range_ms=tuple(summary['times']),
-      events=summary['events'],
-      impressions=summary['impressions'],
-    )
-    rules, features = self.rules, features_of(summary['features'])
-    ingested = Ingested(
-      self._config, self._shared, None, None, rules.order_only, rules.time_known, features, rules.sides
-    )
-    return describe_dataset(Made(ingested, assembled, count_rows(assembled, self._rejects)))
-
-
-def _name(file: DataFile) -> str:
-  return file.name
-
-
-def _build(pipeline: beam.Pipeline, job: _Job) -> None:
+def _build(pipeline: beam.Pipeline, job: Job) -> None:
   rules, folder = job.rules, str(job.folder)
   files = [(kind, number, path) for kind, paths in job.logs.items() for number, path in enumerate(paths)]
   read = (
@@ -315,7 +196,7 @@ def _write_users(users: list[tuple[int, bytes]], folder: str) -> Iterator[tuple[
     yield _table(users_table([unpacked(content) for _, content in sorted(users)]), folder, 'users.parquet')
 
 
-def _write_items(items: list[bytes], folder: str, rules: _Rules) -> Iterator[tuple[tuple[str, list], int]]:
+def _write_items(items: list[bytes], folder: str, rules: Rules) -> Iterator[tuple[tuple[str, list], int]]:
   if items:
     table = ItemTable()
     for content in items:
@@ -335,13 +216,13 @@ def _table(frame: pl.DataFrame, folder: str, name: str) -> tuple[str, list]:
   with tempfile.TemporaryDirectory(prefix='.table-', dir=folder) as scratch:
     file = write_table(frame.rechunk(), Path(scratch) / name)
     (Path(scratch) / name).replace(Path(folder) / name)
-  return _TABLES, [file.name, file.records, file.bytes, file.sha256]
+  return TABLES, [file.name, file.records, file.bytes, file.sha256]
 
 
 def _write_rejects(rejects: list[tuple], folder: str) -> None:
-  ordered = sorted(rejects, key=lambda entry: (_KINDS.index(entry[0]), entry[1]))
+  ordered = sorted(rejects, key=lambda entry: (KINDS.index(entry[0]), entry[1]))
   lines = (json.dumps([kind, text, read, reasons]) + '\n' for kind, _, text, read, reasons in ordered)
-  write_text(Path(folder) / _SUMMARY / _REJECTED, ''.join(lines))
+  write_text(Path(folder) / SUMMARY / REJECTED, ''.join(lines))
 
 
 def _write_summary(
@@ -349,22 +230,4 @@ def _write_summary(
 ) -> None:
   document = {'actions': settled.actions, 'surfaces': settled.surfaces, 'features': asdict(settled.features)}
   document |= {**counts, 'files': files, 'content_width': max(widths, default=0)}
-  write_text(Path(folder) / _SUMMARY / _TOLD, json.dumps(document))
-
-
-def _settle(intake: EventIntake | ImpressionIntake, logs: Sequence[str]) -> dict[str, Any]:
-  """Opens all files and reads the first rows, off which types, units and widths are read; returns the row's types."""
-  for log in logs:
-    intake.open(Path(log))
-  for log in logs:
-    wanted = intake.open(Path(log))
-    for batch in read_batches(Path(log), wanted):
-      if batch.frame.height:
-        return dict(intake.canonical(batch, 0)[0].schema)
-  raise UserError(f'{", ".join(logs)} has no rows: expected at least one of the {intake.kind}')
-
-
-def _final(kind: str, limit: int, fixed: Sequence[str] | None, names: dict[str, list[str]]) -> tuple[str, ...]:
-  vocabulary = Vocabulary.of(kind, limit, fixed)
-  vocabulary.add(names.get(kind, []))
-  return tuple(vocabulary.final()[0])
+  write_text(Path(folder) / SUMMARY / TOLD, json.dumps(document))

@@ -21,9 +21,11 @@ CHUNK_BYTES = 64 << 20
 def chunked_saves() -> ocp.Context:
   """How checkpoints are saved: arrays in pieces of at most 64 MiB, the least that a reader must hold.
 
-  A piece is compressed as a whole; unless told otherwise, Orbax makes one of a device's whole part of a table.
+  Unless told otherwise, Orbax makes one piece of a device's whole part of a table. Nothing is compressed: the low bits
+  of trained rows are noise, so zstd gains a quarter of their size for some ten times the time.
   """
   context = ocp.Context()
+  context.array.saving.use_compression = False
   context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
   return context
 

@@ -1,7 +1,6 @@
 """The pretraining step of a launch file as abstract arrays: shapes, types and shardings, and nothing allocated."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from pinfm_jax.train.step import Batch, TrainState, init_state, state_shardings
 # model.num_surfaces of the launch file win.
 NUM_ACTIONS = 16
 NUM_SURFACES = 16
+CONTENT_WIDTH = 64  # of a model with content; model.content_width of the launch file wins
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Problem:
     """The model with the sizes that a data set would give."""
     model = self.experiment.model
     actions, surfaces = model.num_actions or NUM_ACTIONS, model.num_surfaces or NUM_SURFACES
-    return replace(model, num_actions=actions, num_surfaces=surfaces)
+    content_width = model.content_width or CONTENT_WIDTH if model.content else 0
+    return replace(model, num_actions=actions, num_surfaces=surfaces, content_width=content_width)
 
   @property
   def task(self) -> PretrainTask:
@@ -90,18 +91,27 @@ def abstract_state(problem: Problem, mesh: Mesh | AbstractMesh) -> TrainState:
 
 
 def abstract_batch(problem: Problem, mesh: Mesh | AbstractMesh) -> Batch:
-  """A global batch as the pipeline makes it (`data.pipeline.Segments`)."""
-  pretrain = problem.experiment.pretrain
-  columns: Mapping[str, tuple[tuple[int, ...], Any]] = {
-    'item': ((2,), jnp.uint32),
-    'surface': ((), jnp.int32),
-    'actions': ((), jnp.uint32),
-    'mask': ((), jnp.bool_),
-    'user': ((), jnp.uint32),
-  }
-  shape, sharding = (pretrain.batch_segments, pretrain.segment_length), batch_sharding(mesh)
+  """A global batch as the pipeline makes it (`data.pipeline.Segments`, `data.negatives`), with the options' columns."""
+  pretrain, model = problem.experiment.pretrain, problem.model
+  length, negatives = pretrain.segment_length, pretrain.uniform_negatives // pretrain.batch_segments
+  counts, width = pretrain.log_q == 'counts', model.content_width
+  wanted: tuple[tuple[bool, str, tuple[int, ...], Any], ...] = (
+    (True, 'item', (length, 2), jnp.uint32),
+    (True, 'surface', (length,), jnp.int32),
+    (True, 'actions', (length,), jnp.uint32),
+    (True, 'mask', (length,), jnp.bool_),
+    (True, 'user', (length,), jnp.uint32),
+    (pretrain.pack, 'segment', (length,), jnp.int32),
+    (model.tower.time_gap_buckets > 0, 'gap', (length,), jnp.int32),
+    (model.content, 'content', (length, width), jnp.float16),
+    (counts, 'frequency', (length,), jnp.float32),
+    (negatives > 0, 'negative_item', (negatives, 2), jnp.uint32),
+    (negatives > 0 and counts, 'negative_frequency', (negatives,), jnp.float32),
+    (negatives > 0 and model.content, 'negative_content', (negatives, width), jnp.float16),
+  )
+  rows, sharding = pretrain.batch_segments, batch_sharding(mesh)
   return {
-    name: jax.ShapeDtypeStruct((*shape, *rest), dtype, sharding=sharding) for name, (rest, dtype) in columns.items()
+    name: jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=sharding) for asked, name, rest, dtype in wanted if asked
   }
 
 

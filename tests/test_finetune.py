@@ -251,6 +251,17 @@ def test_the_warm_start_refuses_other_shapes(toy_run, task, stats, pretrained, c
     _warm_started(replace(task, model=model), toy_run, stats, pretrained)
 
 
+def test_the_warm_start_refuses_a_model_with_other_options(toy_run, task, stats, pretrained):
+  gaps = replace(task.model, tower=replace(task.model.tower, time_gap_buckets=4))
+  with pytest.raises(UserError, match=r'holds params/pinfm/gap_embedding as None where the model has'):
+    _warm_started(replace(task, model=gaps), toy_run, stats, pretrained)
+  create, abstract = fresh_state(task, toy_run.mesh, 5, stats)
+  fewer = {name: value for name, value in abstract.params['pinfm'].items() if name != 'psi'}  # as if it were optional
+  abstract = abstract.replace(params={**abstract.params, 'pinfm': fewer})
+  with pytest.raises(UserError, match=r'holds params/pinfm/psi/\S+, which the model does not have; fine-tune with'):
+    restore.warm_started(create, abstract, WarmStart(pretrained))
+
+
 def test_the_warm_start_draws_no_table_that_it_then_overwrites(toy_run, task, stats):
   big = replace(task, model=replace(task.model, tables=replace(task.model.tables, rows=100_000)))
   create, abstract = fresh_state(big, toy_run.mesh, 0, stats)

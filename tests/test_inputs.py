@@ -1,7 +1,6 @@
 """Options of the model's input: what the model reads of gaps, content, hidden ids and hidden actions, and learns."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,9 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.masking import HIDE_ACTIONS, HIDE_CANDIDATE_ID, HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
-from pinfm_jax.train import finetune
 from pinfm_jax.train.action_loss import action_loss, hidden_actions
 from pinfm_jax.train.exchange import Exchange
+from pinfm_jax.train.growth import check_growth
 from pinfm_jax.train.pretrain import PretrainTask, segment_events
 from pinfm_jax.train.sharding import make_mesh
 from pinfm_jax.train.step import init_state, make_step
@@ -283,12 +282,13 @@ def test_draws_follow_the_runs_seed_and_step(loss_and_gradients, batch):
   assert len({action(0), action(1), action(0, STEP + 1)}) == 3
 
 
-def test_a_warm_start_from_a_model_with_other_options_is_refused(monkeypatch, tmp_path):
-  shapes = lambda model: meta.unbox(jax.eval_shape(PretrainTask(model, PretrainConfig(), 0).init, jax.random.key(0)))
-  monkeypatch.setattr(finetune, 'load_arrays', lambda _: {'params': shapes(PLAIN)})
-  with pytest.raises(UserError, match=r'holds a model with other options \(model.content') as error:
-    finetune.warm_started(SimpleNamespace(params=shapes(MODEL)), tmp_path)
-  assert '\n' not in str(error.value)
+@pytest.mark.parametrize('name', ['content', 'id_mask', 'time_gap_buckets'])
+def test_a_run_is_not_continued_with_other_options(name):
+  tower = replace(MODEL.tower, time_gap_buckets=BUCKETS + 1)
+  other = replace(MODEL, tower=tower) if name == 'time_gap_buckets' else replace(MODEL, **{name: 0})
+  with pytest.raises(UserError, match=rf'model\.\S*{name} is .*, the run that is continued has .*: use the same'):
+    check_growth(MODEL, other)
+  check_growth(MODEL, MODEL)
 
 
 def topics_batch(rng, items, content, users=16):

@@ -3,23 +3,28 @@
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 import toy
 from jax.sharding import AbstractMesh
 
 from pinfm_jax.cli import main
+from pinfm_jax.data.negatives import NegativeSource
+from pinfm_jax.data.packing import PackedSegments
+from pinfm_jax.data.pipeline import Segments, training_batches
+from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.plan.chips import CHIPS, USABLE, find_chip
 from pinfm_jax.plan.compile import Compiled, tpu_topology
 from pinfm_jax.plan.fit import BATCHES, memory, nearest_fit
 from pinfm_jax.plan.hlo import count_program, group_size, shape_bytes
 from pinfm_jax.plan.memory import activation_bytes, batch_bytes, least_bytes, parameters, state_bytes
-from pinfm_jax.plan.problem import Problem
+from pinfm_jax.plan.problem import Problem, abstract_batch, abstract_state
 from pinfm_jax.plan.report import verdict
 from pinfm_jax.plan.roofline import estimate
 from pinfm_jax.plan.work import Bytes, Flops, step_bytes, step_flops
 from pinfm_jax.train.sharding import make_mesh
-from pinfm_jax.train.step import init_state
+from pinfm_jax.train.step import init_state, make_step
 
 GPU = find_chip(None, 'H100', 1)
 
@@ -57,6 +62,38 @@ def test_the_bytes_of_a_real_state_are_those_of_the_arithmetic():
   assert least_bytes(small) == 1000 * (8 * 2 + 4)
   plain = problem(model__tables__dtype='bfloat16', pretrain__update__table_rule='sgd')
   assert state_bytes(plain) == replace(found, accumulators=0)
+
+
+OPTIONS = {
+  'model__tower__time_gap_buckets': 24,
+  'model__content': True,
+  'model__content_width': 8,
+  'model__id_mask': 0.2,
+  'pretrain__action_mask': 0.2,
+  'pretrain__uniform_negatives': 16,
+  'pretrain__log_q': 'counts',
+  'pretrain__pack': True,
+}
+
+
+@pytest.mark.parametrize('settings', [{}, OPTIONS], ids=['plain', 'options'])
+def test_the_batch_has_the_columns_of_the_pipeline(settings, toy_run):
+  small = problem(**settings)
+  config, until = small.experiment.pretrain, toy_run.split.pretrain_until
+  source = Segments.before(toy_run.dataset, until, config.segment_length, TokenInputs.of(small.model, toy_run.dataset))
+  added = NegativeSource.of(toy_run.dataset, source, config, 0, until, 0)
+  source = PackedSegments.of(source) if config.pack else source
+  batch = next(added.add(training_batches(source, config.batch_segments, 0, 0), 0))
+  columns = lambda arrays: {name: (array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
+  assert columns(abstract_batch(small, small.abstract_mesh)) == columns(batch)
+
+
+def test_a_step_with_every_option_of_the_input_can_be_planned():
+  small = problem(**OPTIONS)
+  mesh = make_mesh(small.experiment.mesh)
+  with jax.set_mesh(mesh):
+    traced = make_step(small.task, small.layout).trace(abstract_state(small, mesh), abstract_batch(small, mesh))
+  assert traced.out_info
 
 
 def test_the_paper_s_tables_on_many_devices_allocate_nothing():

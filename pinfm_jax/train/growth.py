@@ -133,6 +133,12 @@ def check_growth(old: PinFMConfig, new: PinFMConfig) -> None:
     before, now = getattr(old.tables, name), getattr(new.tables, name)
     if before != now:
       raise UserError(f'model.tables.{name} is {now}, the run that is continued has {before}: use the same')
+  for name, before, now in (
+    *((name, getattr(old, name), getattr(new, name)) for name in ('content', 'content_width', 'id_mask')),
+    ('tower.time_gap_buckets', old.tower.time_gap_buckets, new.tower.time_gap_buckets),
+  ):
+    if before != now:
+      raise UserError(f'model.{name} is {now}, the run that is continued has {before}: use the same')
   for name in ('num_actions', 'num_surfaces'):
     before, now = getattr(old, name), getattr(new, name)
     if now < before:

@@ -106,11 +106,18 @@ def warm_started(create: Any, abstract: TrainState, warm_start: WarmStart) -> Tr
     )
   wanted, found = plain(abstract), source.layout(step)
   have = described(found)
+  expected = described(wanted)
   names = {
     name: what
-    for name, what in described(wanted).items()
+    for name, what in expected.items()
     if _is_pretrained(name, warm_start.groups) and (name != ACCUMULATOR or name in have)
   }
+  for name in have:  # an option of the model's input brings parameters of its own: they must not be lost in silence
+    if _is_pretrained(name, warm_start.groups) and name not in expected and name != ACCUMULATOR:
+      raise UserError(
+        f'{warm_start.directory} holds {name}, which the model does not have; '
+        'fine-tune with the model settings it was pretrained with, or set finetune.init=scratch'
+      )
   for name, what in names.items():
     if have.get(name) != what:
       raise UserError(

@@ -4,8 +4,8 @@ Command:   pinfm run experiments/pinfm_5b.py --stages prepare,pretrain,finetune
            pinfm export runs/pinfm_5b --out bundles/pinfm_5b
 Hardware:  2 CPU cores, 24 GB of memory, 30 GB of disk
 Time:      see experiments/README.md
-Expected:  the loss falls; memory stays near the 10.9 GB of rows and accumulators. The simulated feed has 4,000 items, so
-           nearly all rows are never touched: this shows what size costs, not what it gives.
+Expected:  the loss falls; memory stays near the 10.9 GB of rows and accumulators. The simulated feed has 4,000 items,
+           so nearly all rows are never touched: this shows what size costs, not what it gives.
 """
 
 from pinfm_jax.config import (

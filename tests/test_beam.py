@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import test_append as logs
+from test_append import T0
 
 from pinfm_jax.cli import main
 from pinfm_jax.data.dataset import PreparedDataset
@@ -114,6 +115,18 @@ def test_errors_are_one_line_and_leave_nothing(days, tmp_path, beam):
     assert '\n' not in str(caught.value)
     assert not (tmp_path / 'out').exists()
     assert not list(tmp_path.glob('out.partial*'))
+
+
+def test_workers_in_processes_of_their_own(days, tmp_path, beam):
+  runner = ['--runner=DirectRunner', '--direct_running_mode=multi_processing', '--direct_num_workers=2']
+  settings = {'logs': tuple(days.events), 'impressions': tuple(days.shown), 'partitions': 3, **logs.SHOWN}
+  local = prepare(PrepareConfig(out=tmp_path / 'local', **settings))
+  assert beam(PrepareConfig(out=tmp_path / 'beam', **settings), runner).checksum == local.checksum
+  for name, time in (('s', T0 // 1000), ('ms', T0)):
+    (tmp_path / f'{name}.csv').write_text(f'user_id,timestamp,item_id\n1,{time},1\n')
+  with pytest.raises(UserError, match='like ms in .* but like s in') as caught:
+    beam(PrepareConfig((tmp_path / 's.csv', tmp_path / 'ms.csv'), tmp_path / 'out'), runner)
+  assert '\n' not in str(caught.value)
 
 
 def test_the_command(days, tmp_path, capsys):

@@ -157,5 +157,5 @@ def test_packed_pretraining_runs_and_is_not_resumed_unpacked(toy_run, tmp_path):
   state = pretrain(toy_run.dataset, until, model, config, toy_run.mesh, tmp_path, seed=0)
   assert int(state.step) == 2
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
-  with pytest.raises(UserError, match='with pack True, this run has None'):
+  with pytest.raises(UserError, match='with pack True, this run has False'):
     pretrain(toy_run.dataset, until, model, replace(config, pack=False), toy_run.mesh, tmp_path, seed=0)

@@ -302,6 +302,7 @@ def launch(tmp_path):
     (['--devices', '8', '--mesh', '8,x,1'], "--mesh got '8,x,1'"),
     (['--devices', '16'], 'batch_segments 8 does not divide over 16 devices (mesh data x fsdp); for example --set'),
     (['--devices', '8', '--set', 'model.tables.row=1'], "nearest is 'rows'"),
+    (['--devices', '8', '--set', 'pretrain.uniform_negatives=9'], '9 is not a multiple of pretrain.batch_segments 8'),
   ],
 )
 def test_a_mistake_is_one_line(launch, capsys, words, expected):
@@ -310,3 +311,20 @@ def test_a_mistake_is_one_line(launch, capsys, words, expected):
   assert error.startswith('pinfm: error: ')
   assert error.count('\n') == 1
   assert expected in error
+
+
+def test_every_option_s_columns_are_in_the_batch():
+  """The columns are those that the pipeline makes: widths in bytes an event, and those of the draws."""
+  plain = batch_bytes(problem())
+  events = 8 * 16
+  for settings, more in (
+    ({'pretrain__pack': True}, 4 * events),
+    ({'model__tower__time_gap_buckets': 8}, 4 * events),
+    ({'model__content': True, 'model__content_width': 24}, 48 * events),
+    ({'pretrain__log_q': 'counts'}, 4 * events),
+    ({'pretrain__uniform_negatives': 32}, 32 * 8),
+    ({'pretrain__uniform_negatives': 32, 'pretrain__log_q': 'counts'}, 4 * events + 32 * 12),
+  ):
+    assert batch_bytes(problem(**settings)) == plain + more, settings
+  sketch = state_bytes(problem(pretrain__log_q='sketch', pretrain__sketch_width=1024))
+  assert sketch.rest == state_bytes(problem()).rest + 4 * 1024 * 4 + 4

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from pinfm_jax.config import MeshConfig
 from pinfm_jax.model.hashing import key_words
 from pinfm_jax.train.sharding import put_batch
-from pinfm_jax.train.step import Task, init_state, make_step
+from pinfm_jax.train.step import Task, fitted_layout, init_state, make_step
 
 Batch = dict[str, np.ndarray]
 
@@ -47,7 +48,9 @@ class Stepper:
     """
     self._mesh, self._batches, self.steps = mesh, batches, 0
     self._state = init_state(task, mesh, seed)()
-    self._step = make_step(task).lower(self._state, put_batch(batches[0], mesh)).compile()
+    batch = put_batch(batches[0], mesh)
+    layout = fitted_layout(task, self._state, MeshConfig(), batch)  # as the training loop does
+    self._step = make_step(task, layout).lower(self._state, batch).compile()
     self.temporary_bytes = self._step.memory_analysis().temp_size_in_bytes
 
   def __call__(self, number: int) -> Any:

@@ -139,7 +139,7 @@ def _full_step(sizes: TableSizes) -> list[Figure]:
     for name, rows in (('small', sizes.small), ('large', sizes.large)):
       tables = TableConfig(sub_tables=sizes.sub_tables, rows=rows, width=sizes.width, dtype=sizes.dtype)
       model = PinFMConfig(tables, sizes.tower, num_actions=actions, num_surfaces=surfaces)
-      runs[name] = Stepper(PretrainTask(model, pretrain, 0), mesh, batches)
+      runs[name] = Stepper(PretrainTask(model, pretrain, action_bits=0), mesh, batches)
     seconds = interleave(runs, sizes.rounds)
   return [
     Figure.of(

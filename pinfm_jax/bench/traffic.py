@@ -22,14 +22,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pinfm_jax.bench.results import Figure
-from pinfm_jax.config import MeshConfig, TableConfig
+from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.pipeline import Segments, training_batches
 from pinfm_jax.data.prepare import prepare
 from pinfm_jax.data.simulator import SimulatorConfig, simulate, simulated_prepare_config
 from pinfm_jax.model.tables import Tables, gather_rows, item_vectors, plan_rows, update_rows
-from pinfm_jax.train.exchange import Exchange, fitted_capacity
-from pinfm_jax.train.sharding import AXES, batch_sharding, make_mesh, replicated, table_sharding
+from pinfm_jax.train.exchange import Exchange
+from pinfm_jax.train.pretrain import PretrainTask
+from pinfm_jax.train.sharding import batch_sharding, make_mesh, replicated, table_sharding
+from pinfm_jax.train.step import TrainState, fitted_layout
 
 DEVICES = 8
 
@@ -43,7 +45,7 @@ class TrafficSizes:
     segments: of the global batch.
     length: events a segment.
     tables: the paper's, by default; plans need no memory for them.
-    batches: the first one sets the capacity (`train.exchange.fitted_capacity`), the others are measured.
+    batches: the first one sets the capacity (`train.step.fitted_layout`), the others are measured.
   """
 
   feed: str = 'quickstart'
@@ -143,7 +145,12 @@ def _figures(name: str, batches: list[np.ndarray], mesh: Mesh, sizes: TrafficSiz
   total = sizes.tables.sub_tables * sizes.tables.rows
   rows = -(-total // mesh.size) * mesh.size
   ids = [jax.device_put(batch, batch_sharding(mesh)) for batch in batches]
-  exchange = Exchange(sizes.tables, rows, capacity=fitted_capacity(sizes.tables, rows, AXES, (ids[0],)))
+  # The rule that training follows, on a state whose table is a shape alone.
+  tables = Tables(jax.ShapeDtypeStruct((rows, sizes.tables.width), jnp.float32), None)
+  task = PretrainTask(PinFMConfig(sizes.tables), PretrainConfig(), 0)
+  state = TrainState(jnp.int32(0), None, None, None, tables)
+  layout = fitted_layout(task, state, MeshConfig(), {'item': ids[0]})
+  exchange = Exchange(sizes.tables, rows, capacity=layout.exchange_capacity)
   traffic = jax.jit(lambda x: exchange.traffic(exchange.plan((x,))), out_shardings=replicated(mesh))
   found = [{k.split('/')[1]: float(v) for k, v in traffic(x).items()} for x in ids[1:]]
   needed, places, rounds = (float(np.mean([f[k] for f in found])) for k in ('rows', 'places', 'rounds'))

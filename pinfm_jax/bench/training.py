@@ -152,7 +152,7 @@ def _ours(items: int, batch: int, sizes: TrainingSizes) -> Stepper:
     ftl_weight=0.0,
   )  # fmt: skip
   batches = [random_segments(rng, batch, shape.length, items, _ACTIONS, _SURFACES) for _ in range(4)]
-  return Stepper(PretrainTask(model, pretrain, 0), make_mesh(MeshConfig()), batches)
+  return Stepper(PretrainTask(model, pretrain, action_bits=0), make_mesh(MeshConfig()), batches)
 
 
 def _module(rival: str | Path | None) -> ModuleType | None:

@@ -102,9 +102,9 @@ def compile_step(problem: Problem, topology: str | None = None) -> Compiled:
     [str(Path(__file__).resolve().parents[2]), *filter(None, [environment.get('PYTHONPATH')])]
   )
   if topology:
-    # There is no TPU here to ask: libtpu must not look for one, nor wait for the cloud's metadata server.
-    for name, value in (('TPU_SKIP_MDS_QUERY', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost')):
-      environment.setdefault(name, value)
+    # No TPU is used: libtpu must not wait for the cloud's metadata server, nor refuse to be loaded by two processes.
+    for name in ('TPU_SKIP_MDS_QUERY', 'ALLOW_MULTIPLE_LIBTPU_LOAD'):
+      environment.setdefault(name, '1')
   command = [sys.executable, '-m', 'pinfm_jax.plan.compile']
   done = subprocess.run(command, input=json.dumps(job), env=environment, capture_output=True, text=True)
   if done.returncode:

@@ -11,7 +11,7 @@ from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.plan.chips import Chip
 from pinfm_jax.plan.compile import Compiled
 from pinfm_jax.plan.memory import StateBytes, activation_bytes, batch_bytes, least_bytes, state_bytes
-from pinfm_jax.plan.problem import Problem, offers
+from pinfm_jax.plan.problem import Problem
 from pinfm_jax.train.sharding import AXES
 
 BATCHES = 2  # on the device: the one in use, and the next one on its way
@@ -137,11 +137,9 @@ def _options(problem: Problem) -> list[list[tuple[int, dict[str, Any], int]]]:
   segments = experiment.pretrain.batch_segments
   halvings = [k for k in range(1, segments.bit_length()) if segments % 2**k == 0]
   groups.append([nothing] + [(k, {'pretrain.batch_segments': segments >> k}, 1) for k in halvings])
-  if offers(experiment, 'model.tower.remat'):
-    kinds = ('none', 'dots', 'full')
-    now = kinds.index(experiment.model.tower.remat)
-    more = range(now + 1, len(kinds))
-    groups.append([nothing] + [(i - now, {'model.tower.remat': kinds[i]}, 1) for i in more])
+  kinds = ('none', 'dots', 'full')
+  now = kinds.index(experiment.model.tower.remat)
+  groups.append([nothing] + [(i - now, {'model.tower.remat': kinds[i]}, 1) for i in range(now + 1, len(kinds))])
   if experiment.model.tables.dtype == 'float32':
     groups.append([nothing, (2, {'model.tables.dtype': 'bfloat16'}, 1)])
   if experiment.mesh.table_axes != AXES:

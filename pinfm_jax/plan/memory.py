@@ -72,9 +72,10 @@ def activation_bytes(problem: Problem) -> float:
   size = 2 if tower.dtype == 'bfloat16' else 4
   width, heads = tower.width, tower.heads
   scores = heads * pretrain.segment_length * (4 + size)
-  everything = (8 + 2 * tower.mlp_ratio) * width * size + scores
-  kept = {'none': everything, 'dots': (5 + tower.mlp_ratio) * width * size, 'full': width * size}
+  mlp = tower.mlp_ratio if tower.backbone == 'gpt2' else 0
+  everything = (8 + 2 * mlp) * width * size + scores
+  kept = {'none': everything, 'dots': (5 + mlp) * width * size, 'full': width * size}
   blocks = (tower.layers * kept[tower.remat] + 2 * everything) / model
   rows = tables.sub_tables * tables.width * 4 * 5
-  logits = min(pretrain.max_columns, problem.tokens) * 4 * min(tokens, 8 * pretrain.segment_length) * 3
+  logits = problem.columns * 4 * min(tokens, 8 * pretrain.segment_length) * 3
   return tokens * (blocks + rows + 6 * tower.output_width * 4) + logits

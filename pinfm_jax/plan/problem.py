@@ -1,6 +1,5 @@
 """The pretraining step of a launch file as abstract arrays: shapes, types and shardings, and nothing allocated."""
 
-import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,15 +9,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig
 from pinfm_jax.errors import UserError
+from pinfm_jax.train.popularity import empty_sketch
 from pinfm_jax.train.pretrain import PretrainTask
 from pinfm_jax.train.sharding import AXES, batch_sharding, mesh_sizes
 from pinfm_jax.train.step import Batch, TrainState, init_state, state_shardings
 
-# A plan needs no data set. These sizes of the vocabularies concern some kilobytes; model.num_actions and
-# model.num_surfaces of the launch file win.
+# A plan needs no data set. These sizes concern some kilobytes; model.num_actions, model.num_surfaces and
+# model.content_width of the launch file win.
 NUM_ACTIONS = 16
 NUM_SURFACES = 16
-CONTENT_WIDTH = 64  # of a model with content; model.content_width of the launch file wins
+CONTENT_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Problem:
     """The model with the sizes that a data set would give."""
     model = self.experiment.model
     actions, surfaces = model.num_actions or NUM_ACTIONS, model.num_surfaces or NUM_SURFACES
-    content_width = model.content_width or CONTENT_WIDTH if model.content else 0
-    return replace(model, num_actions=actions, num_surfaces=surfaces, content_width=content_width)
+    content = (model.content_width or CONTENT_WIDTH) if model.content else model.content_width
+    return replace(model, num_actions=actions, num_surfaces=surfaces, content_width=content)
 
   @property
   def task(self) -> PretrainTask:
@@ -52,7 +52,7 @@ class Problem:
     """The mesh with its sizes filled in.
 
     Raises:
-      UserError: it does not cover the devices, or the batch does not divide over it.
+      UserError: it does not cover the devices, or the batch does not divide over it or into the uniform negatives.
     """
     mesh = self.experiment.mesh
     data, fsdp, model = mesh_sizes(mesh, self.devices)
@@ -61,6 +61,11 @@ class Problem:
       raise UserError(
         f'pretrain.batch_segments {segments} does not divide over {data * fsdp} devices (mesh data x fsdp); '
         f'for example --set pretrain.batch_segments={-(-segments // (data * fsdp)) * data * fsdp}'
+      )
+    drawn = self.experiment.pretrain.uniform_negatives
+    if drawn % segments:
+      raise UserError(
+        f'pretrain.uniform_negatives {drawn} is not a multiple of pretrain.batch_segments {segments}; make it one'
       )
     return replace(mesh, data=data, fsdp=fsdp, model=model)
 
@@ -76,6 +81,12 @@ class Problem:
     return AbstractMesh(self.shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
   @property
+  def columns(self) -> int:
+    """K, columns of the losses."""
+    pretrain = self.experiment.pretrain
+    return min(pretrain.max_columns, self.tokens) + pretrain.uniform_negatives
+
+  @property
   def tokens(self) -> int:
     """Events of a global batch."""
     pretrain = self.experiment.pretrain
@@ -84,45 +95,48 @@ class Problem:
 
 def abstract_state(problem: Problem, mesh: Mesh | AbstractMesh) -> TrainState:
   """The training state as `jax.ShapeDtypeStruct`s with shardings."""
-  create = init_state(problem.task, mesh, 0, layout=problem.layout)
-  shardings = state_shardings(problem.task, mesh, layout=problem.layout)
+  task, layout, config = problem.task, problem.layout, problem.experiment.pretrain
+  sketch = jax.eval_shape(lambda: empty_sketch(config.sketch_width)) if config.log_q == 'sketch' else None
+  shardings = state_shardings(task, mesh, sketch, layout)
+  create = init_state(task, mesh, 0, layout=layout)
   with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
-    return jax.tree.map(_with_sharding, jax.eval_shape(create), shardings)
+    state = jax.eval_shape(create).replace(constants=sketch)
+  return jax.tree.map(_with_sharding, state, shardings)
 
 
 def abstract_batch(problem: Problem, mesh: Mesh | AbstractMesh) -> Batch:
-  """A global batch as the pipeline makes it (`data.pipeline.Segments`, `data.negatives`), with the options' columns."""
-  pretrain, model = problem.experiment.pretrain, problem.model
-  length, negatives = pretrain.segment_length, pretrain.uniform_negatives // pretrain.batch_segments
-  counts, width = pretrain.log_q == 'counts', model.content_width
-  wanted: tuple[tuple[bool, str, tuple[int, ...], Any], ...] = (
-    (True, 'item', (length, 2), jnp.uint32),
-    (True, 'surface', (length,), jnp.int32),
-    (True, 'actions', (length,), jnp.uint32),
-    (True, 'mask', (length,), jnp.bool_),
-    (True, 'user', (length,), jnp.uint32),
-    (pretrain.pack, 'segment', (length,), jnp.int32),
-    (model.tower.time_gap_buckets > 0, 'gap', (length,), jnp.int32),
-    (model.content, 'content', (length, width), jnp.float16),
-    (counts, 'frequency', (length,), jnp.float32),
-    (negatives > 0, 'negative_item', (negatives, 2), jnp.uint32),
-    (negatives > 0 and counts, 'negative_frequency', (negatives,), jnp.float32),
-    (negatives > 0 and model.content, 'negative_content', (negatives, width), jnp.float16),
-  )
-  rows, sharding = pretrain.batch_segments, batch_sharding(mesh)
-  return {
-    name: jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=sharding) for asked, name, rest, dtype in wanted if asked
+  """A global batch with the columns that the pipeline makes for this configuration.
+
+  They are those of `data.featurize.event_inputs`, `data.packing` and `data.negatives`.
+  """
+  model, config = problem.model, problem.experiment.pretrain
+  event, drawn = (config.segment_length,), (config.uniform_negatives // config.batch_segments,)
+  columns: dict[str, tuple[tuple[int, ...], Any]] = {
+    'item': ((*event, 2), jnp.uint32),
+    'surface': (event, jnp.int32),
+    'actions': (event, jnp.uint32),
+    'mask': (event, jnp.bool_),
+    'user': (event, jnp.uint32),
   }
-
-
-def offers(experiment: Experiment, key: str) -> bool:
-  """Whether there is a setting of this dotted name."""
-  value: Any = experiment
-  for name in key.split('.'):
-    if not dataclasses.is_dataclass(value) or not hasattr(value, name):
-      return False
-    value = getattr(value, name)
-  return True
+  if config.pack:
+    columns['segment'] = (event, jnp.int32)
+  if model.tower.time_gap_buckets:
+    columns['gap'] = (event, jnp.int32)
+  if model.content:
+    columns['content'] = ((*event, model.content_width), jnp.float16)
+  if config.log_q == 'counts':
+    columns['frequency'] = (event, jnp.float32)
+  if config.uniform_negatives:
+    columns['negative_item'] = ((*drawn, 2), jnp.uint32)
+    if model.content:
+      columns['negative_content'] = ((*drawn, model.content_width), jnp.float16)
+    if config.log_q == 'counts':
+      columns['negative_frequency'] = (drawn, jnp.float32)
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct((config.batch_segments, *rest), dtype, sharding=sharding)
+    for name, (rest, dtype) in columns.items()
+  }
 
 
 def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -68,9 +68,9 @@ def step_flops(problem: Problem) -> Flops:
   tokens = problem.tokens
   dense = 6.0 * tokens * sum(kernels.values())
   attention = 12.0 * tokens * pretrain.segment_length * tower.width * tower.layers
-  logits = 6.0 * tokens * min(pretrain.max_columns, tokens) * tower.output_width
+  logits = 6.0 * tokens * problem.columns * tower.output_width
   again = {'none': 0.0, 'dots': attention / 3, 'full': 2.0 * tokens * blocks + attention / 3}
-  return Flops(dense, attention, logits, logits / 3 + again[getattr(tower, 'remat', 'none')])
+  return Flops(dense, attention, logits, logits / 3 + again[tower.remat])
 
 
 def step_bytes(problem: Problem, state: StateBytes, chip: Chip) -> Bytes:
@@ -83,10 +83,11 @@ def step_bytes(problem: Problem, state: StateBytes, chip: Chip) -> Bytes:
   tokens = problem.tokens / (data * fsdp)
   size = 2 if tower.dtype == 'bfloat16' else 4
   # A block keeps 16 or so arrays of its width, and the [L, L] weights of its heads.
-  block = (8 + 2 * tower.mlp_ratio) * tower.width + tower.heads * pretrain.segment_length
+  mlp = tower.mlp_ratio if tower.backbone == 'gpt2' else 0
+  block = (8 + 2 * mlp) * tower.width + tower.heads * pretrain.segment_length
   kept = tokens * tower.layers * block * size
   # float32 chunks: written and read in the forward pass, in its repetition and in the backward pass.
-  logits = 6.0 * tokens * min(pretrain.max_columns, problem.tokens) * 4
+  logits = 6.0 * tokens * problem.columns * 4
   # 32 bytes is the least that an accumulator's read or write moves.
   return Bytes(
     tower=2.0 * state.moments + 6.0 * state.tower,

@@ -77,6 +77,17 @@ def test_the_compiled_step_takes_the_arguments_that_the_arithmetic_says_and_allo
 
 
 @pytest.mark.slow
+def test_a_step_with_every_option_takes_the_columns_that_the_plan_makes():
+  options = {
+    'pretrain.pack': True, 'pretrain.log_q': 'sketch', 'pretrain.sketch_width': 1024, 'pretrain.uniform_negatives': 16,
+    'pretrain.action_mask': 0.2, 'model.content': True, 'model.id_mask': 0.1, 'model.tower.time_gap_buckets': 8,
+    'model.tower.remat': 'full',
+  }  # fmt: skip
+  problem = Problem(apply_overrides(toy.EXPERIMENT, options), 2)
+  assert compile_step(problem).arguments == state_bytes(problem).total + batch_bytes(problem)
+
+
+@pytest.mark.slow
 def test_the_command_prints_every_part(tmp_path, capsys):
   launch = tmp_path / 'launch.py'
   launch.write_text('from toy import EXPERIMENT as experiment\n')

@@ -6,6 +6,7 @@ the pipeline settles on the first rows what the whole log has in common, waits, 
 
 import itertools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,8 @@ from pinfm_jax.data.prepare import check_mappings
 from pinfm_jax.errors import UserError
 from pinfm_jax.workdir import write_text
 
+_TOLD_BY_WORKER = re.compile(r'pinfm_jax\.errors\.UserError: (.*?) \[while running')
+
 
 def prepare_with_beam(config: PrepareConfig, runner: Sequence[str] = ()) -> DatasetInfo:
   """Prepares logs into the data set directory `config.out`, as `prepare` does.
@@ -90,8 +93,12 @@ def _run(job: Job, runner: Sequence[str]) -> None:
   try:
     with beam.Pipeline(options=options) as pipeline:
       _build(pipeline, job)
-  except UserError as error:
-    raise UserError(str(error).partition(' [while running')[0]) from None
+  except Exception as error:
+    # A runner adds where it happened; one with workers of its own makes the worker's traceback a text.
+    told = _TOLD_BY_WORKER.search(str(error))
+    if told is None and not isinstance(error, UserError):
+      raise
+    raise UserError(told[1] if told else str(error).partition(' [while running')[0]) from None
 
 
 def _build(pipeline: beam.Pipeline, job: Job) -> None:

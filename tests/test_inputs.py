@@ -282,7 +282,7 @@ def test_draws_follow_the_runs_seed_and_step(loss_and_gradients, batch):
   assert len({action(0), action(1), action(0, STEP + 1)}) == 3
 
 
-@pytest.mark.parametrize('name', ['content', 'id_mask', 'time_gap_buckets'])
+@pytest.mark.parametrize('name', ['content', 'time_gap_buckets'])
 def test_a_run_is_not_continued_with_other_options(name):
   tower = replace(MODEL.tower, time_gap_buckets=BUCKETS + 1)
   other = replace(MODEL, tower=tower) if name == 'time_gap_buckets' else replace(MODEL, **{name: 0})

@@ -134,7 +134,7 @@ def check_growth(old: PinFMConfig, new: PinFMConfig) -> None:
     if before != now:
       raise UserError(f'model.tables.{name} is {now}, the run that is continued has {before}: use the same')
   for name, before, now in (
-    *((name, getattr(old, name), getattr(new, name)) for name in ('content', 'content_width', 'id_mask')),
+    *((name, getattr(old, name), getattr(new, name)) for name in ('content', 'content_width')),
     ('tower.time_gap_buckets', old.tower.time_gap_buckets, new.tower.time_gap_buckets),
   ):
     if before != now:

@@ -11,7 +11,6 @@ import pytest
 
 from pinfm_jax.data.negatives import ItemCounts, NegativeSource
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
-from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import fold_seed, key_words
 from pinfm_jax.model.pinfm import PinFM
 from pinfm_jax.train import loop
@@ -111,11 +110,6 @@ def test_uniform_negatives_are_uniform_over_the_items_of_the_past(toy_run, segme
   assert np.abs(counts - mean).max() < 5 * np.sqrt(mean)
   whole = NegativeSource.of(toy_run.dataset, segments, config, 0, None, 0)
   assert whole.catalogue == len(items)
-
-
-def test_uniform_negatives_that_do_not_divide_are_refused(toy_run, segments, config):
-  with pytest.raises(UserError, match='uniform_negatives is 12; expected a multiple of pretrain.batch_segments 8'):
-    _source(toy_run, segments, replace(config, uniform_negatives=12))
 
 
 class _KilledError(Exception):

@@ -13,7 +13,6 @@ from pinfm_jax.config import PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.pipeline import Batch, Segments
 from pinfm_jax.data.tokens import ItemContent
-from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import key_words
 
 _MERGE_AT = 1 << 22  # keys held before they are counted
@@ -104,15 +103,7 @@ class NegativeSource:
     """Reads the catalogue and counts the training examples, each only if an option needs it.
 
     Items first seen at `until_ms` or later are not drawn: training must not learn that the future is unlikely.
-
-    Raises:
-      UserError: the uniform negatives do not divide over the rows.
     """
-    if config.uniform_negatives % config.batch_segments:
-      raise UserError(
-        f'pretrain.uniform_negatives is {config.uniform_negatives}; expected a multiple of pretrain.batch_segments '
-        f'{config.batch_segments}: every segment carries as many'
-      )
     keys = np.zeros(0, np.uint64)
     if config.uniform_negatives:
       items = dataset.items

@@ -52,7 +52,7 @@ class Problem:
     """The mesh with its sizes filled in.
 
     Raises:
-      UserError: it does not cover the devices, or the batch does not divide over it or into the uniform negatives.
+      UserError: it does not cover the devices, or the batch does not divide over it.
     """
     mesh = self.experiment.mesh
     data, fsdp, model = mesh_sizes(mesh, self.devices)
@@ -61,11 +61,6 @@ class Problem:
       raise UserError(
         f'pretrain.batch_segments {segments} does not divide over {data * fsdp} devices (mesh data x fsdp); '
         f'for example --set pretrain.batch_segments={-(-segments // (data * fsdp)) * data * fsdp}'
-      )
-    drawn = self.experiment.pretrain.uniform_negatives
-    if drawn % segments:
-      raise UserError(
-        f'pretrain.uniform_negatives {drawn} is not a multiple of pretrain.batch_segments {segments}; make it one'
       )
     return replace(mesh, data=data, fsdp=fsdp, model=model)
 

@@ -302,7 +302,10 @@ def launch(tmp_path):
     (['--devices', '8', '--mesh', '8,x,1'], "--mesh got '8,x,1'"),
     (['--devices', '16'], 'batch_segments 8 does not divide over 16 devices (mesh data x fsdp); for example --set'),
     (['--devices', '8', '--set', 'model.tables.row=1'], "nearest is 'rows'"),
-    (['--devices', '8', '--set', 'pretrain.uniform_negatives=9'], 'is 9; expected a multiple of pretrain.batch_seg'),
+    (
+      ['--devices', '8', '--set', 'pretrain.uniform_negatives=9'],
+      'is 9; expected a multiple of pretrain.batch_segments 8',
+    ),
   ],
 )
 def test_a_mistake_is_one_line(launch, capsys, words, expected):

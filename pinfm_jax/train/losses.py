@@ -110,8 +110,10 @@ def sequence_losses(
     correction_K = jnp.zeros(columns.valid_K.shape)
     if frequency_K is not None:
       correction_K = log_inclusion(frequency_K, columns, uniform_V2.shape[0], extra.catalogue)
-    log_negatives_UL = _log_negatives(rows, columns, columns_KO, correction_K, scale, mesh.shape['model'])
-    sums = pair_sums(rows.anchors, log_negatives_UL, scale, config, seed)
+    # Cast once, before the chunks: the cast's transpose is the sum of their gradients over devices, else one a chunk.
+    shared = jax.lax.pcast((columns_KO, correction_K, scale), BATCH_AXES, to='varying')
+    log_negatives_UL = _log_negatives(rows, columns, *shared, mesh.shape['model'])
+    sums = pair_sums(rows.anchors, log_negatives_UL, shared[-1], config, seed)
     sums = {name: jax.lax.psum(value, BATCH_AXES) for name, value in sums.items()}
     return {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
 
@@ -158,6 +160,7 @@ def _log_negatives(
   h_AO, user_A = rows.anchors.h_ULO.reshape(-1, width), rows.user_UL.reshape(-1)
   if model == 1:
     return log_sum_negatives(h_AO, user_A, columns, columns_KO, correction_K, scale).reshape(users, length)
+  columns_KO, correction_K, scale = jax.lax.pcast((columns_KO, correction_K, scale), 'model', to='varying')
   share = -(-users * length // model)
   pad = share * model - users * length
   first = jax.lax.axis_index('model') * share

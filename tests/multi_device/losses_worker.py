@@ -15,6 +15,7 @@ import numpy as np
 from pinfm_jax.config import PretrainConfig
 from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.pinfm import EventBatch
+from pinfm_jax.train import negatives
 from pinfm_jax.train.losses import Extra, sequence_losses
 from pinfm_jax.train.negatives import positive_mask
 from pinfm_jax.train.popularity import empty_sketch, sketch_frequency, update_sketch
@@ -69,15 +70,16 @@ def program(name: str):
   return jax.jit(run)
 
 
-def floats_that_cross(text: str) -> int:
-  """The most floats of one array that a collective of a compiled program moves."""
+def floats_that_cross(text: str) -> list[int]:
+  """The floats of each array that the collectives of a compiled program move, largest first."""
   lines = [line for line in text.splitlines() if re.search(r' (all-\w+|collective-permute|reduce-scatter)\(', line)]
   shapes = [shape for line in lines for shape in re.findall(r'f32\[([\d,]*)\]', line.split('(%')[0])]
-  return max((math.prod(int(n) for n in shape.split(',') if n) for shape in shapes), default=0)
+  return sorted((math.prod(int(n) for n in shape.split(',') if n) for shape in shapes), reverse=True)
 
 
 def main(out: str) -> None:
   """Runs every configuration on every mesh."""
+  negatives.CHUNK_LOGITS = 128  # several chunks a device
   vectors, events = batch()
   drawn, seen = vectors.pop('drawn'), {}
   for mesh_name, sizes in MESHES.items():

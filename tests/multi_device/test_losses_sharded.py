@@ -61,5 +61,7 @@ def test_the_batch_is_worth_comparing(config, seen):
 def test_only_the_columns_vectors_cross_devices(mesh, seen):
   columns = losses_worker.PLAIN.max_columns + losses_worker.CONFIGS['all'].uniform_negatives
   crossed = seen['all', mesh]['floats_that_cross']
-  assert 0 < crossed <= columns * losses_worker.WIDTH
-  assert crossed < losses_worker.ROWS * losses_worker.LENGTH * losses_worker.WIDTH  # H of all tokens
+  assert crossed[0] == columns * losses_worker.WIDTH
+  assert crossed[0] < losses_worker.ROWS * losses_worker.LENGTH * losses_worker.WIDTH  # H of all tokens
+  # Their vectors once, and their gradient once: not in every chunk of the loop over anchors.
+  assert np.sum(crossed == crossed[0]) == 2

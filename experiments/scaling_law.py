@@ -1,6 +1,7 @@
 """Scaling law: what more table rows and a larger tower are worth, on a simulated feed with many items.
 
 Command:   pinfm bench scaling experiments/scaling_law.py
+           (the middle point alone, with its retrieval figures: pinfm run experiments/scaling_law.py)
 Hardware:  2 CPU cores, 10 GB of memory, 4 GB of disk
 Time:      5 points of about 5 minutes, and 2 minutes for the data; resumable
 Expected:  see experiments/README.md
@@ -37,7 +38,7 @@ FEED = {
 
 experiment = Experiment(
   name='scaling_law',
-  data=DataConfig(source='simulator', simulator=FEED),
+  data=DataConfig(source='simulator', simulator=FEED, test_days=1, validation_days=1, finetune_days=1),
   model=PinFMConfig(
     tables=TableConfig(sub_tables=8, rows=1_000_000, width=8, init_scale=0.1),
     tower=TowerConfig(layers=2, width=64, heads=4, output_width=64, max_positions=64),

@@ -101,7 +101,7 @@ def test_the_tables_are_compared_by_what_ran(tmp_path, timed):
   assert all(run.steps == sizes.dense_rounds + 1 for run in dense.values())
   expected = ratios(alone_seconds['large'], alone_seconds['small'])
   assert (figures['alone/ratio'].value, figures['alone/ratio'].greatest) == (expected.median, expected.greatest)
-  assert figures['dense/ratio'].value == ratios(dense_seconds['dense'], dense_seconds['sparse']).median
+  assert figures['dense/128/ratio'].value == ratios(dense_seconds['dense'], dense_seconds['sparse']).median
   assert figures['alone/temporary_ratio'].value == 1.0
   assert figures['alone/temporary'].value == alone['large'].temporary_bytes > 0
   assert figures['alone/large'].value == Spread.of(alone_seconds['large']).median

@@ -36,7 +36,7 @@ class TableSizes:
     small: rows a sub-table of the full step's small tables.
     large: of its large tables.
     width: of a row.
-    dtype: of the stored rows.
+    dtype: of the stored rows; the comparison with a dense gradient is in float32.
     tower: of the full step: a small one, beside which the cost of the tables shows.
     segments: a batch of the full step.
     length: events a segment.
@@ -44,6 +44,7 @@ class TableSizes:
     alone_small: rows of the one sub-table, small.
     alone_large: rows of the one sub-table, large.
     dense_rows: rows of the one sub-table that is compared with a dense gradient.
+    dense_ids: looked up and updated a step there; each number is measured.
     ids: looked up and updated a step by the tables alone, all fresh.
     rounds: timed rounds.
     dense_rounds: timed rounds of the dense comparison.
@@ -62,17 +63,18 @@ class TableSizes:
   alone_small: int = 1_000_000
   alone_large: int = 64_000_000
   dense_rows: int = 8_000_000
+  dense_ids: tuple[int, ...] = (4_096, 16_384)
   ids: int = 16_384
   rounds: int = 15
-  dense_rounds: int = 5
+  dense_rounds: int = 9
   quick: bool = False
 
 
 FULL = TableSizes()
 QUICK = TableSizes(
   small=200, large=2_000, width=8, tower=TowerConfig(layers=1, width=16, heads=2, output_width=16, max_positions=16),
-  segments=4, length=16, columns=16, alone_small=1_000, alone_large=8_000, dense_rows=20_000, ids=256, rounds=3,
-  dense_rounds=2, quick=True,
+  segments=4, length=16, columns=16, alone_small=1_000, alone_large=8_000, dense_rows=20_000, dense_ids=(128,), ids=256,
+  rounds=3, dense_rounds=2, quick=True,
 )  # fmt: skip
 
 
@@ -178,19 +180,25 @@ def _alone(sizes: TableSizes) -> list[Figure]:
 
 def _dense(sizes: TableSizes) -> list[Figure]:
   """Lookup and update of one sub-table against the gradient of a dense lookup with Optax's Adagrad."""
-  words = _fresh_ids(sizes.ids, sizes.dense_rounds + 1)
-  config = _one(sizes.dense_rows, sizes)
-  runs = {'sparse': _SparseTable(config, words), 'dense': _DenseTable(config, words)}
-  seconds = interleave(runs, sizes.dense_rounds, warmup=1)
-  rows = plot.count(sizes.dense_rows)
-  return [
-    Figure.of(
-      'dense/ratio', f'jax.grad of a dense lookup with optax.adagrad over this, {rows} rows',
-      ratios(seconds['dense'], seconds['sparse']), at_least=100.0,
-    ),
-    Figure.of('dense/dense', f'dense gradient and optax.adagrad, {rows} rows', Spread.of(seconds['dense']), unit='s'),
-    Figure.of('dense/sparse', f'rows alone, {rows} rows', Spread.of(seconds['sparse']), unit='s'),
-  ]  # fmt: skip
+  config = replace(_one(sizes.dense_rows, sizes), dtype='float32')  # what the dense table is stored in
+  figures, rows = [], plot.count(sizes.dense_rows)
+  for ids in sizes.dense_ids:
+    words = _fresh_ids(ids, sizes.dense_rounds + 1)
+    runs = {'sparse': _SparseTable(config, words), 'dense': _DenseTable(config, words)}
+    seconds = interleave(runs, sizes.dense_rounds, warmup=1)
+    name, where = f'dense/{ids}', f'{rows} rows, {ids:,} ids'
+    ratio, text = (
+      ratios(seconds['dense'], seconds['sparse']),
+      f'dense gradient and optax.adagrad over rows alone, {where}',
+    )
+    figures += [
+      Figure.of(f'{name}/ratio', text, ratio, at_least=100.0),
+      Figure.of(f'{name}/dense', f'dense gradient and optax.adagrad, {where}', Spread.of(seconds['dense']), unit='s'),
+      Figure.of(f'{name}/sparse', f'rows alone, {where}', Spread.of(seconds['sparse']), unit='s'),
+    ]
+    del runs
+    gc.collect()  # a dense table takes several times its size
+  return figures
 
 
 class _SparseTable:

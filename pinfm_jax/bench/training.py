@@ -48,7 +48,7 @@ class TrainingSizes:
   shape: Shape = Shape(width=64, layers=2, heads=1, length=200)
   batches: tuple[int, ...] = (16, 128)
   items: tuple[int, ...] = (12_000, 1_000_000)
-  columns: int = 256
+  columns: int = 128
   rounds: int = 9
   threads: int = 2
   tower: TowerConfig = TowerConfig(layers=4, width=512, heads=8, max_positions=256)

@@ -159,7 +159,7 @@ def test_the_task_hands_the_losses_what_belongs_together(toy_run, segments, conf
   bits = action_bits(config, toy_run.dataset.info.actions)
   task = PretrainTask(toy_run.model, config, bits, seed=3, catalogue=source.catalogue)
   seen = []
-  monkeypatch.setattr('pinfm_jax.train.pretrain.sequence_losses', lambda *args: seen.append(args))
+  monkeypatch.setattr('pinfm_jax.train.pretrain.sequence_losses', lambda *args: (0.0, seen.append(args)))
   ids, width, rng = task.ids(batch, 0), toy_run.model.tables.item_width, np.random.default_rng(0)
   vectors = tuple(jnp.asarray(rng.normal(size=(*part.shape[:2], width)), jnp.float32) for part in ids)
   params = nn.unbox(task.init(jax.random.key(0)))

@@ -18,6 +18,8 @@ _MAY_BE_ZERO = (
   'hash_seed',
   'mesh.data',
   'mesh.exchange_capacity',
+  'mesh.fsdp',
+  'mesh.model',
   'model.content_width',
   'model.num_actions',
   'model.num_surfaces',
@@ -61,6 +63,8 @@ def check_experiment(experiment: Experiment) -> None:
     raise UserError(f'arms need names that differ in letters or digits; got {", ".join(names)}')
   if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
     raise UserError(f'seeds are {experiment.seeds}; expected one or more distinct numbers')
+  if min(experiment.seeds) < 0:
+    raise UserError(f'seeds are {experiment.seeds}; expected numbers that are not negative')
   for arm in experiment.arms:
     for key in arm.overrides:
       if not key.startswith(('ranker.', 'finetune.')):
@@ -75,6 +79,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_model(each.model)
     _check_mesh(each.mesh)
     _check_lengths(each)
+    _check_lists(each)
     _check_held_out(each.pretrain)
     _check_negatives(each.pretrain)
 
@@ -110,6 +115,18 @@ def _check_values(experiment: Experiment) -> None:
       raise UserError(f'{key} is {value}; expected a finite number that is not negative')
     if value == 0 and isinstance(value, int) and not key.endswith(_MAY_BE_ZERO):
       raise UserError(f'{key} is 0; expected at least 1')
+
+
+def _check_lists(experiment: Experiment) -> None:
+  for key, values in (('evaluate.ks', experiment.evaluate.ks), ('ranker.mlp', experiment.ranker.mlp)):
+    if any(value < 1 for value in values):
+      raise UserError(f'{key} is {values}; expected numbers of at least 1')
+  for key, rate in (
+    ('model.tower.dropout', experiment.model.tower.dropout),
+    ('ranker.dropout', experiment.ranker.dropout),
+  ):
+    if rate >= 1:
+      raise UserError(f'{key} is {rate}; expected a share below 1')
 
 
 def _check_model(model: PinFMConfig) -> None:
@@ -205,6 +222,8 @@ def _check_lengths(experiment: Experiment) -> None:
   for name, update in (('pretrain', pretrain.update), ('finetune', finetune.update)):
     if not 0 <= update.beta1 < 1 or not 0 <= update.beta2 < 1:
       raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')
+  if not (pretrain.ntl_weight or pretrain.mtl_weight or pretrain.ftl_weight):
+    raise UserError('pretrain.ntl_weight, mtl_weight and ftl_weight are all 0: nothing would be learned; set one')
   if pretrain.action_mask >= 1:
     raise UserError(f'pretrain.action_mask is {pretrain.action_mask}; expected a share below 1')
   if pretrain.temperature <= 0:

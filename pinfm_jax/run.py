@@ -25,7 +25,7 @@ from pinfm_jax.stages.pretrain import pretrain_stage
 from pinfm_jax.stages.report import report_stage
 from pinfm_jax.train.distributed import is_first, on_first
 from pinfm_jax.train.profiling import Window
-from pinfm_jax.workdir import OtherSettingsError, write_json, write_text
+from pinfm_jax.workdir import write_json, write_text
 
 STAGES: Mapping[str, Callable[[Run], None]] = {
   'prepare': prepare_stage,
@@ -106,7 +106,7 @@ def _run_stages(context: Run, stages: Sequence[str]) -> None:
         else:
           stage(context)
         print(f'== {name} took {duration(time.monotonic() - begin)}', flush=True)
-  except OtherSettingsError:
+  except UserError:
     if earlier is not None:
       write_text(description, earlier)  # the directory stays the earlier experiment's
     raise

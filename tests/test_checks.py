@@ -16,7 +16,9 @@ def test_the_toy_experiment_passes():
 @pytest.mark.parametrize(
   'setting',
   [
-    'baseline=nobody', 'seeds=1,1', 'data.test_days=0', 'data.test_days=-1', 'evaluate.split=tst', 'finetune.init=foo',
+    'baseline=nobody', 'seeds=1,1', 'seeds=-1', 'evaluate.ks=0,5', 'ranker.mlp=0', 'model.tower.dropout=1.5',
+    'ranker.dropout=1', 'data.simulator.seed=-1', 'data.test_days=0', 'data.test_days=-1', 'evaluate.split=tst',
+    'finetune.init=foo',
     'ranker.sequence=foo', 'model.tower.width=15', 'model.tower.max_positions=3', 'model.tower.dtype=float7',
     'model.tables.rows=0', 'model.tables.rows=2000000000', 'model.tables.width=7', 'pretrain.batch_segments=0',
     'pretrain.log_every=0', 'pretrain.checkpoint_every=0', 'pretrain.steps=0', 'pretrain.window=0',
@@ -64,3 +66,15 @@ def test_impression_negatives_need_a_positive_set_and_the_next_token_loss(other)
   key, value = other.split('=')
   with pytest.raises(UserError, match=key.split('.')[-1]):
     check_experiment(apply_overrides(toy.EXPERIMENT, {'pretrain.impression_negatives': '2', key: value}))
+
+
+def test_a_loss_has_to_be_left():
+  changes = {f'pretrain.{name}_weight': 0.0 for name in ('ntl', 'mtl', 'ftl')}
+  with pytest.raises(UserError, match='nothing would be learned'):
+    check_experiment(apply_overrides(toy.EXPERIMENT, changes))
+
+
+@pytest.mark.parametrize('axis', ['data', 'fsdp', 'model'])
+def test_a_mesh_axis_may_take_what_is_left(axis):
+  sizes = {f'mesh.{name}': int(name != axis) for name in ('data', 'fsdp', 'model')}
+  check_experiment(apply_overrides(toy.EXPERIMENT, sizes))

@@ -94,6 +94,16 @@ def test_a_checkpoint_of_other_data_or_seed_is_refused(toy_run, tmp_path):
     pretrain(toy_run.dataset, toy_run.split.pretrain_until, wider, config, toy_run.mesh, tmp_path, seed=0)
 
 
+@pytest.mark.parametrize(('part', 'changes'), [('tables', {'hash_seed': 3}), ('tower', {'heads': 4})])
+def test_a_run_that_means_other_rows_or_heads_is_not_resumed(toy_run, tmp_path, part, changes):
+  """Neither changes a shape, so only the position tells."""
+  _pretrain(toy_run, tmp_path / 'first', steps=3)
+  model = replace(toy_run.model, **{part: replace(getattr(toy_run.model, part), **changes)})
+  config = replace(toy_run.experiment.pretrain, resume=str(tmp_path / 'first'))
+  with pytest.raises(UserError, match='was written with'):
+    pretrain(toy_run.dataset, toy_run.split.pretrain_until, model, config, toy_run.mesh, tmp_path / 'next', seed=0)
+
+
 def test_the_tables_stay_in_place_over_steps(toy_run):
   task, batch = _task_and_batch(toy_run)
   with jax.set_mesh(toy_run.mesh):

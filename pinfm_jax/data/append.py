@@ -105,7 +105,10 @@ def _check_times(stored: Stored, config: PrepareConfig) -> None:
     if timed != known.histories or config.time_unit == 'order':
       has, got = ('times', 'none') if known.histories else ('an order but no times', 'a timestamp column')
       got = "time unit 'order'" if config.time_unit == 'order' else got
-      raise UserError(f'{path} has {has} and {log} has {got}; expected the same of both: prepare all logs together')
+      raise UserError(
+        f'{path} has {has} and {log} has {got}; expected the same of both: '
+        'name the column (--columns timestamp=NAME), or prepare all logs together'
+      )
   ordinal = config.impression_time_unit == 'order'
   if stored.info.shard_files('requests') and not (known.histories and known.impressions and not ordinal):
     raise UserError(f'{path} has requests without known times, so nothing can be appended: prepare all logs together')

@@ -17,8 +17,6 @@ from pinfm_jax.model.hashing import hash_rows, key_words
 
 AGE = 'item_age_hours'
 EVENTS = 'history_events'
-SURFACE = 'surface'
-ITEM = 'item_id'
 
 
 @dataclass(frozen=True)

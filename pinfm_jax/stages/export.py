@@ -98,6 +98,7 @@ def export_arm(
   directory, experiment = run.arm_directory(seed, arm), run.arm_experiment(arm)
   if not is_done(directory):
     raise UserError(f'{directory} is not fine-tuned; run the finetune stage first (pinfm run FILE)')
+  claim(directory, run.finetune_settings(experiment, seed))  # other settings would make another model of the arrays
   stored, info = StoredState(directory / 'checkpoints'), run.dataset.info
   state = stored.parts('params', 'constants')
   tables, schema = run.model.tables, run.schema(experiment)

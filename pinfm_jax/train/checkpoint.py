@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from pinfm_jax.config import PinFMConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.train.alone import check_together, newest, reading_alone
 from pinfm_jax.train.step import TrainState
@@ -166,6 +167,15 @@ class Checkpoints:
           f'{self._directory}/{step} does not fit this configuration (it has {name} of shape {found.get(name)}, '
           f'the model {wanted.get(name)}); use the configuration it was written with, or another --workdir'
         )
+
+
+def unseen_in_shapes(model: PinFMConfig) -> dict[str, Any]:
+  """Settings that change what arrays mean and not their shapes; a part of a checkpoint's position."""
+  tables, tower = model.tables, model.tower
+  return {
+    'hash': [tables.sub_tables, tables.rows, tables.hash_seed],
+    'tower': [tower.backbone, tower.heads, tower.max_positions],
+  }
 
 
 def abstract_state(create: Any, shardings: TrainState) -> TrainState:

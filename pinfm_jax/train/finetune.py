@@ -18,6 +18,7 @@ from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.masking import HIDE_CANDIDATE_ID, HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, no_events
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
+from pinfm_jax.train.checkpoint import unseen_in_shapes
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import sequence_losses
 from pinfm_jax.train.optimizer import Update
@@ -223,7 +224,13 @@ def finetune(
     examples=config.batch_requests,
     checkpoint_every=config.checkpoint_every,
     log_every=config.log_every,
-    position={'seed': seed, 'data': info.checksum, 'batch': config.batch_requests, 'examples': len(requests)},
+    position={
+      'seed': seed,
+      'data': info.checksum,
+      'batch': config.batch_requests,
+      'examples': len(requests),
+      **unseen_in_shapes(task.model),
+    },
     resume=config.resume,
     profile=profile,
     layout=layout,

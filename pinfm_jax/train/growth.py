@@ -135,7 +135,10 @@ def check_growth(old: PinFMConfig, new: PinFMConfig) -> None:
       raise UserError(f'model.tables.{name} is {now}, the run that is continued has {before}: use the same')
   for name, before, now in (
     *((name, getattr(old, name), getattr(new, name)) for name in ('content', 'content_width')),
-    ('tower.time_gap_buckets', old.tower.time_gap_buckets, new.tower.time_gap_buckets),
+    *(
+      (f'tower.{name}', getattr(old.tower, name), getattr(new.tower, name))
+      for name in ('backbone', 'heads', 'time_gap_buckets')
+    ),
   ):
     if before != now:
       raise UserError(f'model.{name} is {now}, the run that is continued has {before}: use the same')

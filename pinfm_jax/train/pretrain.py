@@ -20,7 +20,7 @@ from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.masking import HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
 from pinfm_jax.train.action_loss import action_loss, hidden_actions, init_action_head
-from pinfm_jax.train.checkpoint import Keep
+from pinfm_jax.train.checkpoint import Keep, unseen_in_shapes
 from pinfm_jax.train.growth import Continued, EarlierRun
 from pinfm_jax.train.heldout import held_out_loss, split_segments
 from pinfm_jax.train.loop import LoopConfig, train
@@ -163,6 +163,7 @@ def pretrain(
     'until_ms': until_ms,
     'batch': config.batch_segments,
     'pack': config.pack,
+    **unseen_in_shapes(model),
   }
   warm_start = evaluate = None
   if config.continue_from:

@@ -33,7 +33,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
   if min(sizes) < 1 or int(np.prod(sizes)) != devices:
     raise UserError(
       f'mesh {config.data} x {config.fsdp} x {config.model} does not cover the {devices} devices; '
-      'set mesh.data=0 to take what is left, or sizes whose product is the number of devices'
+      'set sizes whose product is the number of devices; one may be 0 and takes what is left, if the others divide it'
     )
   return tuple(sizes)
 

@@ -165,6 +165,24 @@ def test_another_setting_in_the_same_workdir_is_refused(finished, capsys, settin
   assert (finished.workdir / 'experiment.json').read_text() == described  # so that export and report stay right
 
 
+def test_a_refused_command_leaves_the_workdir_as_it_was(finished, capsys):
+  described = (finished.workdir / 'experiment.json').read_text()
+  command = ['run', str(finished.launch), '--workdir', str(finished.workdir), '--stages', 'evaluate', '--set']
+  assert main([*command, 'evaluate.main_label=nope']) == 2
+  assert "'nope'" in capsys.readouterr().err
+  assert (finished.workdir / 'experiment.json').read_text() == described
+
+
+def test_other_settings_than_the_trained_ones_are_not_exported(finished, tmp_path, capsys):
+  """A hash seed changes no shape: the bundle would be made, and every id would read another id's rows."""
+  command = ['run', str(finished.launch), '--workdir', str(finished.workdir), '--stages', 'report']
+  assert main([*command, '--set', 'model.tables.hash_seed=7']) == 0
+  assert main(['export', str(finished.workdir), '--out', str(tmp_path / 'bundle')]) == 2
+  assert 'model.tables.hash_seed=0, now it is 7' in capsys.readouterr().err
+  assert not (tmp_path / 'bundle').exists()
+  assert main(command) == 0  # writes the right settings again
+
+
 def test_a_setting_of_the_evaluation_may_change(finished):
   """It changes no training, so the same workdir takes it."""
   command = ['run', str(finished.launch), '--workdir', str(finished.workdir), '--stages', 'evaluate']

@@ -106,10 +106,10 @@ class PrepareConfig:
     ):
       if count > limit:
         raise UserError(f'got {count} {name}, at most {limit} can be stored')
-    if self.cap < 1 or (self.shards or 1) < 1 or (self.partitions or 1) < 1:
-      raise UserError(
-        f'cap, shards and partitions must be at least 1, got {self.cap}, {self.shards}, {self.partitions}'
-      )
+    for name in ('cap', 'shards', 'partitions'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise UserError(f'{name} must be at least 1, got {value}')
     if self.request_by == 'user_day' and self.impression_time_unit == 'order':
       raise UserError(
         "request_by 'user_day' needs times, but impression_time_unit is 'order': give a request_id column"

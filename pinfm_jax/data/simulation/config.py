@@ -52,7 +52,7 @@ class SimulatorConfig:
 
   def __post_init__(self):
     """Refuses sizes that cannot be simulated."""
-    least = {'users': 1, 'items': 40, 'days': 1, 'topics': 5, 'content_width': 1, 'min_candidates': 1}
+    least = {'users': 1, 'items': 40, 'days': 1, 'topics': 5, 'content_width': 1, 'min_candidates': 1, 'seed': 0}
     for name, value in least.items():
       if getattr(self, name) < value:
         raise UserError(f'simulator: {name} is {getattr(self, name)}; it must be at least {value}')

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+_LEAST_BLOCK = 16  # queries
 MASKED = -1e30  # finite, so that a fully masked part has weight 0 and no NaN gradient
 
 
@@ -44,10 +45,33 @@ def attend_causal(query_ULHK: Array, kv: LayerKV, mask_UL: Array, segment_UL: Ar
   Returns:
     [U, L, H, K]; a padded position's output is finite and meaningless.
   """
-  scores_UHLM = jnp.einsum('ulhk,umhk->uhlm', query_ULHK, kv.key, preferred_element_type=jnp.float32)
-  scores_UHLM *= 1 / math.sqrt(query_ULHK.shape[-1])
-  weights_UHLM = jax.nn.softmax(jnp.where(visible_keys(mask_UL, segment_UL), scores_UHLM, MASKED), axis=-1)
-  return jnp.einsum('uhlm,umhk->ulhk', weights_UHLM.astype(kv.value.dtype), kv.value)
+  users, length, heads, width = query_ULHK.shape
+  visible_U1LM = visible_keys(mask_UL, segment_UL)
+  # [U * H, L, K]: batched matmuls whose batch stands in front run up to three times as fast on CPU.
+  query, key, value = (
+    x.swapaxes(1, 2).reshape(users * heads, length, width) for x in (query_ULHK / math.sqrt(width), kv.key, kv.value)
+  )
+  outputs = []
+  for rows in _query_blocks(length):
+    keys = slice(0, rows.stop)
+    scores = jnp.einsum('blk,bmk->blm', query[:, rows], key[:, keys], preferred_element_type=jnp.float32)
+    scores_UHLM = scores.reshape(users, heads, *scores.shape[1:])
+    weights_UHLM = jax.nn.softmax(jnp.where(visible_U1LM[:, :, rows, keys], scores_UHLM, MASKED), axis=-1)
+    weights = weights_UHLM.astype(value.dtype).reshape(scores.shape)
+    outputs.append(jnp.einsum('blm,bmk->blk', weights, value[:, keys]))
+  return jnp.concatenate(outputs, axis=1).reshape(users, heads, length, width).swapaxes(1, 2)
+
+
+def _query_blocks(length: int) -> list[slice]:
+  """Rows of the scores that are computed together: each block leaves out the keys behind it, 3/8 of all with four.
+
+  A symbolic length is one block.
+  """
+  if not isinstance(length, int) or length < 2 * _LEAST_BLOCK:
+    return [slice(0, length)]
+  count = min(4, length // _LEAST_BLOCK)
+  edges = [length * i // count for i in range(count + 1)]
+  return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def attend_context(query_UCHK: Array, context: LayerKV, mask_UL: Array, own: LayerKV) -> Array:

@@ -30,7 +30,7 @@ class Product(NamedTuple):
 
 
 def block_products(tower: TowerConfig, users: int, length: int) -> list[Product]:
-  """The matmuls of one block's forward pass; attention is counted over the whole [L, L] square, as it is computed."""
+  """The matmuls of one block's forward pass; attention is counted over the whole [L, L] square."""
   tokens, width, head_width = users * length, tower.width, tower.width // tower.heads
   if tower.backbone == 'hstu':
     projections = [(width, 4 * width), (width, width)]
@@ -50,7 +50,7 @@ def measure_tower(tower: TowerConfig, users: int = 8, length: int = 256, repeats
   neighbours in time.
 
   Args:
-    tower: the decoder; its `attention` 'xla' computes the whole square of scores, flash kernels half of it.
+    tower: the decoder; it leaves out some of the scores that causality hides, which are counted all the same.
     users: U, histories of full length.
     length: L.
     repeats: timed pairs, after one that warms up.

@@ -177,8 +177,8 @@ def _notes(
   notes = []
   if 'tower' in parts:
     notes.append(
-      "Tower: the decoder's step, forward and backward, against plain matmuls of the shapes of its matmuls (the whole "
-      'attention square), which do nothing else.'
+      "Tower: the decoder's step, forward and backward, against plain matmuls of the shapes of its matmuls, which do "
+      'nothing else. The whole attention square counts on both sides, though the decoder skips what causality hides.'
     )
   if 'speed' in parts:
     notes.append(

@@ -95,12 +95,7 @@ def sequence_losses(
   positive_UL = positive_mask(events, action_bits)
   item_UN2 = jnp.zeros((users, 0, 2), jnp.uint32) if extra.item_UN2 is None else extra.item_UN2
   z_UNO = jnp.zeros((users, 0, width)) if extra.z_UNO is None else extra.z_UNO
-  ids = [events.item_UL2.reshape(-1, 2), events.user_UL.reshape(-1), positive_UL.reshape(-1)]
-  ids, uniform_V2 = [everywhere(x) for x in ids], everywhere(item_UN2.reshape(-1, 2))
-  columns = choose_columns(*ids, uniform_V2, config.max_columns, fold_seed(seed, _COLUMNS))
-  shown_UL = None
-  if config.impression_negatives:
-    shown_UL = events.mask_UL & ~positive_UL & ~liked_elsewhere(*ids).reshape(users, length)
+  columns, shown_UL = _global_columns(events, positive_UL, item_UN2, config, seed)
   segment_UL = jnp.zeros((users, length), jnp.int32) if events.segment_UL is None else events.segment_UL
   anchors = Anchors(h_ULO, z_ULO, events.mask_UL, positive_UL, segment_UL, index_U, shown_UL)
   rows = _Rows(anchors, events.user_UL, z_UNO, extra.frequency_UL, extra.frequency_UN)
@@ -109,7 +104,7 @@ def sequence_losses(
     columns_KO, frequency_K = _column_values(rows, columns)
     correction_K = jnp.zeros(columns.valid_K.shape)
     if frequency_K is not None:
-      correction_K = log_inclusion(frequency_K, columns, uniform_V2.shape[0], extra.catalogue)
+      correction_K = log_inclusion(frequency_K, columns, item_UN2.shape[0] * item_UN2.shape[1], extra.catalogue)
     # Cast once, before the chunks: the cast's transpose is the sum of their gradients over devices, else one a chunk.
     shared = jax.lax.pcast((columns_KO, correction_K, scale), BATCH_AXES, to='varying')
     log_negatives_UL = _log_negatives(rows, columns, *shared, mesh.shape['model'])
@@ -123,6 +118,18 @@ def sequence_losses(
   weights = {'ntl': config.ntl_weight, 'mtl': config.mtl_weight, 'ftl': config.ftl_weight}
   total = sum((weights[name] * value for name, value in losses.items()), start=jnp.zeros(()))
   return total, {**losses, 'temperature': 1 / scale, 'columns': jnp.sum(columns.valid_K)}
+
+
+def _global_columns(
+  events: EventBatch, positive_UL: Array, item_UN2: Array, config: PretrainConfig, seed: Array
+) -> tuple[Columns, Array | None]:
+  """The columns of the global batch, and with impression negatives the events that may serve as such, [U, L]."""
+  ids = [events.item_UL2.reshape(-1, 2), events.user_UL.reshape(-1), positive_UL.reshape(-1)]
+  ids, uniform_V2 = [everywhere(x) for x in ids], everywhere(item_UN2.reshape(-1, 2))
+  columns = choose_columns(*ids, uniform_V2, config.max_columns, fold_seed(seed, _COLUMNS))
+  if not config.impression_negatives:
+    return columns, None
+  return columns, events.mask_UL & ~positive_UL & ~liked_elsewhere(*ids).reshape(positive_UL.shape)
 
 
 def _column_values(rows: _Rows, columns: Columns) -> tuple[Array, Array | None]:

@@ -150,11 +150,7 @@ def pretrain(
   Raises:
     UserError: the configuration does not fit the data, or see `train`.
   """
-  if config.ftl_weight and config.downstream_length >= config.segment_length:
-    raise UserError(
-      f'pretrain.downstream_length {config.downstream_length} leaves no future events in segments of '
-      f'{config.segment_length}; make segment_length larger, or set pretrain.ftl_weight=0'
-    )
+  _check_lengths(config)
   segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
   position = {
@@ -203,6 +199,14 @@ def pretrain(
 
   sketch = empty_sketch(config.sketch_width) if config.log_q == 'sketch' else None
   return train(task, mesh, directory, loop, batches, sketch, warm_start, evaluate)
+
+
+def _check_lengths(config: PretrainConfig) -> None:
+  if config.ftl_weight and config.downstream_length >= config.segment_length:
+    raise UserError(
+      f'pretrain.downstream_length {config.downstream_length} leaves no future events in segments of '
+      f'{config.segment_length}; make segment_length larger, or set pretrain.ftl_weight=0'
+    )
 
 
 def for_measuring(task: PretrainTask) -> PretrainTask:

@@ -3,7 +3,7 @@
 Command:   pinfm bench scaling experiments/scaling_law.py
            (the middle point alone, with its retrieval figures: pinfm run experiments/scaling_law.py)
 Hardware:  2 CPU cores, 10 GB of memory, 4 GB of disk
-Time:      5 points of about 5 minutes, and 2 minutes for the data; resumable
+Time:      5 points of about 3 minutes, and 2 minutes for the data; resumable
 Expected:  see experiments/README.md
 
 Rows matter when items collide, so the feed has 500,000 items, of which some 350,000 are used: 1 M rows in all are
@@ -44,8 +44,8 @@ experiment = Experiment(
     tower=TowerConfig(layers=2, width=64, heads=4, output_width=64, max_positions=64),
   ),
   pretrain=PretrainConfig(
-    steps=600,
-    checkpoint_every=300,
+    steps=300,
+    checkpoint_every=150,
     eval_every=150,
     eval_share=0.05,
     batch_segments=128,

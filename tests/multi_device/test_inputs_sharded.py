@@ -31,4 +31,5 @@ def test_a_mesh_gives_the_figures_of_one_device(toy_run):
   for a, b in zip(single, sharded, strict=True):
     assert {'action', 'ntl', 'mtl', 'ftl'} <= set(a)
     for name, value in a.items():
-      np.testing.assert_allclose(b[name], value, rtol=2e-4 if name == 'grad_norm' else 2e-5, err_msg=name)
+      if not name.startswith('exchange/'):  # what devices ask of each other depends on the mesh
+        np.testing.assert_allclose(b[name], value, rtol=2e-4 if name == 'grad_norm' else 2e-5, err_msg=name)

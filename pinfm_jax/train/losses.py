@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pinfm_jax.config import PretrainConfig
@@ -87,9 +87,7 @@ def sequence_losses(
   Returns:
     The loss, and the figures 'ntl', 'mtl', 'ftl' (of the losses in use), 'temperature', 'columns'.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+  mesh = _mesh()
   users, length, width = h_ULO.shape
   extra = extra or Extra()
   positive_UL = positive_mask(events, action_bits)
@@ -118,6 +116,14 @@ def sequence_losses(
   weights = {'ntl': config.ntl_weight, 'mtl': config.mtl_weight, 'ftl': config.ftl_weight}
   total = sum((weights[name] * value for name, value in losses.items()), start=jnp.zeros(()))
   return total, {**losses, 'temperature': 1 / scale, 'columns': jnp.sum(columns.valid_K)}
+
+
+def _mesh() -> Mesh | AbstractMesh:
+  """The mesh of `jax.set_mesh`, or one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:
+    return mesh
+  return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
 def _global_columns(

@@ -153,14 +153,7 @@ def pretrain(
   _check_lengths(config)
   segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
-  position = {
-    'seed': seed,
-    'data': dataset.info.checksum,
-    'until_ms': until_ms,
-    'batch': config.batch_segments,
-    'pack': config.pack,
-    **unseen_in_shapes(model),
-  }
+  position = _position(dataset, until_ms, model, config, seed)
   warm_start = evaluate = None
   if config.continue_from:
     earlier = EarlierRun.open(config.continue_from, seed)
@@ -199,6 +192,20 @@ def pretrain(
 
   sketch = empty_sketch(config.sketch_width) if config.log_q == 'sketch' else None
   return train(task, mesh, directory, loop, batches, sketch, warm_start, evaluate)
+
+
+def _position(
+  dataset: PreparedDataset, until_ms: int | None, model: PinFMConfig, config: PretrainConfig, seed: int
+) -> dict[str, Any]:
+  """What a checkpoint must agree with to be continued."""
+  return {
+    'seed': seed,
+    'data': dataset.info.checksum,
+    'until_ms': until_ms,
+    'batch': config.batch_segments,
+    'pack': config.pack,
+    **unseen_in_shapes(model),
+  }
 
 
 def _check_lengths(config: PretrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Bundles of format 1, kept as they were written (tests/golden/make_bundle_v1.py), open and give the scores they gave."""
+"""Bundles of format 1, kept as written (tests/golden/make_bundle_v1.py), open and give the scores they gave."""
 
 import json
 import tarfile

@@ -12,6 +12,7 @@ rounding to float16 adds no error of its own.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,19 @@ STORAGES = ('int4', 'int8', 'float32')
 _LEVELS = {'int4': 15, 'int8': 255}
 _LARGEST_HALF = 65504.0
 _CHUNK_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class PackedRows:
+  """A table that is packed already, as a bundle holds it; what can be a table's rows can also be this.
+
+  Attributes:
+    parts: consecutive parts, uint8 [rows, row_bytes].
+    storage: how they are packed.
+  """
+
+  parts: Iterable[np.ndarray]
+  storage: str
 
 
 def row_bytes(width: int, storage: str) -> int:
@@ -84,16 +98,23 @@ def as_float32(rows_GE: np.ndarray) -> np.ndarray:
   return rows_GE.astype(np.float32, copy=False)
 
 
-def quantise_parts(rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray], storage: str) -> Iterator[np.ndarray]:
+def quantise_parts(
+  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | PackedRows, storage: str
+) -> Iterator[np.ndarray]:
   """Packs a table part by part, so that memory stays bounded.
 
   Args:
-    rows_GE: a whole table (host or device), or its consecutive parts.
+    rows_GE: a whole table (host or device), its consecutive parts, or packed rows, which pass as they are if they are
+      packed that way (packing again what was rounded once could round otherwise).
     storage: 'int4', 'int8' or 'float32'.
 
   Yields:
     uint8 [rows of the part, row_bytes].
   """
+  if isinstance(rows_GE, PackedRows):
+    for packed in rows_GE.parts:
+      yield packed if rows_GE.storage == storage else quantise(dequantise(packed, rows_GE.storage), storage)
+    return
   parts = _parts(rows_GE) if hasattr(rows_GE, 'shape') else rows_GE
   for part in parts:
     yield quantise(np.asarray(part), storage)

@@ -17,6 +17,7 @@ from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 from pinfm_jax.serve.delta import export_delta
 from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.portable_export import export_portable
 from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.context import Run
 from pinfm_jax.train.finetune import feature_spec
@@ -75,8 +76,9 @@ def export_arm(
   storage: str | None = None,
   overwrite: bool = False,
   base: str | Path | None = None,
+  form: str = 'bundle',
 ) -> Path:
-  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not.
+  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not, or another form of it.
 
   Args:
     run: the run.
@@ -86,6 +88,7 @@ def export_arm(
     storage: of the tables; None = the experiment's.
     overwrite: replace what stands at `out`.
     base: a bundle; what is written is then a delta against it.
+    form: 'bundle', or 'onnx' or 'savedmodel' (`serve.portable_export`).
 
   Raises:
     UserError: no such arm, or it is not fine-tuned.
@@ -119,6 +122,8 @@ def export_arm(
     items=run.tokens.items if experiment.ranker.sequence == 'pinfm' else None,
   )
   storage = storage or experiment.serve.storage
+  if form != 'bundle':
+    return export_portable(out, ranker, form, storage, overwrite)
   if base is None:
     return export_bundle(out, ranker, storage, overwrite)
   print(export_delta(out, base, ranker, storage, overwrite).text())

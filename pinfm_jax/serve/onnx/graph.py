@@ -48,7 +48,7 @@ def constant(array: Any) -> Value:
 def inner_type(dtype: Any) -> np.dtype:
   """The type that stands for a JAX type inside a graph."""
   dtype = np.dtype(dtype)
-  if dtype == bool:
+  if dtype.kind == 'b':
     return dtype
   if dtype.kind in 'iu':
     return np.dtype(np.int64 if dtype in (np.uint32, np.int64, np.uint64) else np.int32)
@@ -178,7 +178,7 @@ def tensor_info(name: str, dtype: Any, dims: Dims) -> Any:
 
 def element_type(dtype: Any) -> int:
   """ONNX's number of a type."""
-  return TensorProto.BOOL if np.dtype(dtype) == bool else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+  return TensorProto.BOOL if np.dtype(dtype).kind == 'b' else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 
 def _is_one(dim: Any) -> bool:

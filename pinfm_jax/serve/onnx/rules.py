@@ -343,10 +343,9 @@ def _gather(graph: Graph, eqn: Any, values: list[Value]) -> list[Value]:
   rank, axis = len(places) - 1, axes[0]
   if not batch and tuple(numbers.offset_dims) == (*range(axis), *range(axis + rank, len(out))):
     return _out(eqn, graph.node('Gather', operand, graph.reshape(indices, places, places[:-1]), axis=axis))
-  if tuple(batch) == tuple(numbers.start_indices_batching_dims) == tuple(range(axis)):
-    if tuple(numbers.offset_dims) == tuple(range(rank, len(out))):
-      indices = graph.cast(indices, np.int64)
-      return _out(eqn, graph.node('GatherND', operand, indices, batch_dims=axis))
+  by_row = tuple(batch) == tuple(numbers.start_indices_batching_dims) == tuple(range(axis))
+  if by_row and tuple(numbers.offset_dims) == tuple(range(rank, len(out))):
+    return _out(eqn, graph.node('GatherND', operand, graph.cast(indices, np.int64), batch_dims=axis))
   raise unsupported(eqn, f'{numbers}, slices {sizes} of {shape}')
 
 

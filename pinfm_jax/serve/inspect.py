@@ -1,6 +1,7 @@
 """Says what a directory is that `pinfm export` wrote (a bundle, a delta, another form), and whether it is whole."""
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pinfm_jax.progress import Progress
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.bundle import DIGESTS, PARAMETERS, runs_here
 from pinfm_jax.serve.delta import DELTA, DeltaManifest
-from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest
+from pinfm_jax.serve.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest
 from pinfm_jax.serve.portable_export import FORMS, PortableManifest
 
 
@@ -107,7 +108,7 @@ def count_parameters(path: Path, manifest: Manifest) -> dict[str, int] | None:
       for name in archive.files:
         if name.startswith('params/'):
           counts['pinfm' if name.startswith('params/pinfm/') else 'ranker'] += archive[name].size
-  except (OSError, ValueError):
+  except (OSError, ValueError, zipfile.BadZipFile):
     return None
   tables = manifest.tables
   return {**counts, 'tables': tables.sub_tables * tables.rows * tables.width if tables else 0}
@@ -126,10 +127,13 @@ def _bundle_lines(
   path: Path, manifest: Manifest, counts: Mapping[str, int] | None, here: bool
 ) -> list[tuple[str, str]]:
   known = manifest.jax
-  able = 'can run it' if here else f'cannot: pinfm export {path} --refresh --out NEW lowers it again'
+  able = 'runs it' if here else f'cannot run it: pinfm export {path} --refresh --out NEW'
   programs = sorted(Path(entry.name).stem for entry in manifest.files if entry.name.startswith('programs/'))
+  if manifest.format_version != FORMAT_VERSION:
+    able = f'lowers them again at every start; pinfm export {path} --refresh --out NEW does it once'
   lines = [
-    ('JAX', f'{known.exported_with}, for >= {known.at_least}, < {known.below}; this JAX {jax.__version__} {able}'),
+    ('format', f'{manifest.format_version}{"" if manifest.format_version == FORMAT_VERSION else ", an older one"}'),
+    ('JAX', f'{known.exported_with}, for >= {known.at_least}, < {known.below}; this JAX, {jax.__version__}, {able}'),
     ('platforms', ', '.join(manifest.platforms)),
     ('programs', ', '.join(programs)),
   ]

@@ -75,7 +75,7 @@ def _ne(graph: Graph, eqn: Any, values: list[Value]) -> list[Value]:
   return [Value(graph.node('Not', equal.ref), equal.dims)]
 
 
-@_rule('stop_gradient', 'copy', 'copy_p', 'optimization_barrier', 'sharding_constraint')
+@_rule('stop_gradient', 'copy', 'copy_p', 'optimization_barrier', 'sharding_constraint', 'reshard')
 def _same(graph: Graph, eqn: Any, values: list[Value]) -> list[Value]:
   return values
 

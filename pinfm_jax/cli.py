@@ -10,6 +10,7 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.import_command import add_import_tables
 from pinfm_jax.serve.inspect_command import add_inspect
 from pinfm_jax.stages.export_command import add_export
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export,
     _add_apply_delta,
     add_inspect,
+    add_import_tables,
     _add_score,
     _add_report,
     _add_plan,

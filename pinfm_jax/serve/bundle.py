@@ -182,7 +182,6 @@ def exported_content(ranker: TrainedRanker, storage: str) -> Content:
   model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
   with _no_call_stacks():
     programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
-    programs = {name: program.serialize() for name, program in programs.items()}
   return Content(layout, arrays, programs, ranker.items, ranker.model_config)
 
 
@@ -268,7 +267,7 @@ def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict
     f'{path} has format {manifest.format_version}: its programs are lowered again at every start; '
     f'`pinfm export {path} --refresh --out DIR` writes format {FORMAT_VERSION}'
   )
-  from pinfm_jax.serve.programs import ServingModel, export_programs
+  from pinfm_jax.serve.programs import ServingModel, lower_programs
   from pinfm_jax.train.finetune import feature_spec
 
   # A ranker without PinFM keeps the configuration of PinFM too.
@@ -276,7 +275,7 @@ def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict
   model = ServingModel(config, manifest.ranking, feature_spec(manifest.schema), manifest.tables)
   platform = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
   length = manifest.schema.history_length
-  return export_programs(model, arrays['params'], arrays['stats'], length, (platform,))
+  return lower_programs(model, arrays['params'], arrays['stats'], length, (platform,))
 
 
 def _write_files(directory: Path, content: Content, rows_GE: Any) -> tuple[FileEntry, ...]:

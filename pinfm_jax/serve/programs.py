@@ -118,7 +118,13 @@ class ServingModel:
     return rows.reshape(*rows.shape[:-2], self.layout.sub_tables * self.layout.width)
 
 
-def export_programs(
+def export_programs(model: ServingModel, params: Tree, stats: Tree, history_length: int) -> dict[str, bytes]:
+  """Lowers the programs for every platform and serialises them; see `lower_programs`."""
+  programs = lower_programs(model, params, stats, history_length)
+  return {name: program.serialize() for name, program in programs.items()}
+
+
+def lower_programs(
   model: ServingModel, params: Tree, stats: Tree, history_length: int, platforms: Sequence[str] = PLATFORMS
 ) -> dict[str, export.Exported]:
   """Lowers the programs.

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -126,7 +127,7 @@ def test_the_manifest_says_what_the_models_take(onnx):
     assert 'surface int32[U, L]' in text
 
 
-@pytest.mark.parametrize('storage', ['int4', 'int8'])
+@pytest.mark.parametrize('storage', ['int4', pytest.param('int8', marks=pytest.mark.slow)])
 def test_onnx_equals_the_bundle_with_packed_tables(storage, dataset, documents, tmp_path):
   """Rows are unpacked inside the model: no tolerance for the quantisation is needed."""
   pytest.importorskip('onnx')
@@ -151,7 +152,7 @@ def test_items_and_pairs_equal_the_module(dataset, documents, tmp_path):
   examples = [(h, r, toy_bundle.content_of(r.item)) for h, r, _ in examples]
   batch = toy_bundle.ranking_batch(examples, toy.tokens)
   vectors_ULV, vectors_UCV = toy_bundle.vectors(toy.rows_GE, batch)
-  apply = lambda method, *arguments: toy.module.apply({'params': toy.params}, *arguments, method=method)
+  apply = lambda method, *given: jax.jit(partial(toy.module.apply, method=method))({'params': toy.params}, *given)
   kept = apply('context', vectors_ULV, batch.events)
   np.testing.assert_allclose(
     client('pairs', given)['output'], apply('pairs', vectors_UCV, kept, batch.candidates), atol=1e-5

@@ -7,6 +7,8 @@ programs/crossing.bin   and none of the files below
 tables.bin            packed rows of the item tables (`serve.quantize`), memory-mapped at serving
 checksums.bin         8 bytes of BLAKE2b for each MiB of tables.bin
 items/*.bin           for a model with content: what the bundle knows of items (`serve.items`), memory-mapped
+items/catalogue.parquet  the items that can be recommended, if the export knew them (`serve.catalogue`)
+MODEL_CARD.md         data, training, results and limits in words, if the export knew them (`serve.model_card`)
 """
 
 import os
@@ -31,18 +33,22 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import to_dict
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
+from pinfm_jax.serve.catalogue import write_catalogue
 from pinfm_jax.serve.items import CONTENT, map_items, write_items
 from pinfm_jax.serve.manifest import MANIFEST, FileEntry, JaxRange, Manifest, TableLayout, golden_ids
 from pinfm_jax.serve.quantize import quantise_parts, row_bytes
 from pinfm_jax.serve.rows import MappedRows, RowSource
 
 if TYPE_CHECKING:
+  import polars as pl
+
   from pinfm_jax.model.ranker import DenseStats, FeatureSpec
 
 TABLES = 'tables.bin'
 CHECKSUMS = 'checksums.bin'
 _DIGESTS = {TABLES: CHECKSUMS, CONTENT: 'items/checksums.bin'}  # of the files that may be too large to read whole
 PARAMETERS = 'parameters.npz'
+MODEL_CARD = 'MODEL_CARD.md'
 STATS = ('low', 'high', 'mean', 'scale')
 _WHOLE_BELOW = 2 << 30
 # An exported program is promised to run for 6 months of JAX releases, and a minor version takes two months or more.
@@ -82,6 +88,8 @@ class TrainedRanker:
     utility: weight of each label in the score that orders a request.
     run: where the parameters came from (JSON values).
     items: content of the items, for a model with content; not used by a ranker without PinFM.
+    catalogue: item_key (ascending) and item_id of the items to recommend; not used by a ranker without PinFM.
+    card: text of the model card; empty = none.
   """
 
   model_config: PinFMConfig
@@ -98,6 +106,8 @@ class TrainedRanker:
   utility: Mapping[str, float] = field(default_factory=dict)
   run: Mapping[str, Any] = field(default_factory=dict)
   items: ItemContent | None = None
+  catalogue: 'pl.DataFrame | None' = None
+  card: str = ''
 
 
 def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
@@ -132,6 +142,8 @@ class Content:
     programs: by name.
     items: content of the items, or None.
     model: the configuration of PinFM.
+    catalogue: items to recommend, or None.
+    card: text of the model card, or ''.
   """
 
   layout: TableLayout | None
@@ -139,6 +151,8 @@ class Content:
   programs: Mapping[str, bytes]
   items: ItemContent | None
   model: PinFMConfig
+  catalogue: 'pl.DataFrame | None' = None
+  card: str = ''
 
 
 def exported_content(ranker: TrainedRanker, storage: str) -> Content:
@@ -164,7 +178,7 @@ def exported_content(ranker: TrainedRanker, storage: str) -> Content:
   model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
   with _no_call_stacks():
     programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
-  return Content(layout, arrays, programs, ranker.items, ranker.model_config)
+  return Content(layout, arrays, programs, ranker.items, ranker.model_config, ranker.catalogue, ranker.card)
 
 
 def manifest_of(ranker: TrainedRanker, layout: TableLayout | None, files: tuple[FileEntry, ...]) -> Manifest:
@@ -241,7 +255,7 @@ def _write_files(directory: Path, content: Content, rows_GE: Any) -> tuple[FileE
 
 
 def write_content(directory: Path, content: Content) -> list[str]:
-  """Writes parameters, programs and the items' content; returns the names of the files."""
+  """Writes parameters, programs, what is known of items, and the card; returns the names of the files."""
   save_arrays(directory / PARAMETERS, content.arrays)
   (directory / 'programs').mkdir()
   for name, program in content.programs.items():
@@ -252,6 +266,11 @@ def write_content(directory: Path, content: Content) -> list[str]:
     _, digests = checksums.describe(directory, CONTENT)
     (directory / _DIGESTS[CONTENT]).write_bytes(digests)
     names.append(_DIGESTS[CONTENT])
+  if content.layout is not None and content.catalogue is not None:
+    names.append(write_catalogue(directory, content.catalogue))
+  if content.card:
+    (directory / MODEL_CARD).write_text(content.card, encoding='utf-8')
+    names.append(MODEL_CARD)
   return names
 
 

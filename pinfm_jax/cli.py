@@ -10,6 +10,7 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.offline_command import add_embed, add_recommend
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_report,
     _add_plan,
     add_bench,
+    add_recommend,
+    add_embed,
   ):
     add(commands)
   return parser

@@ -85,6 +85,12 @@ class ItemFile:
         break
     return found
 
+  def count(self) -> int | None:
+    """How many rows there are, where the file tells at once."""
+    if self.path.suffix.lower() != '.parquet' or not self.path.is_file():
+      return None
+    return pl.scan_parquet(self.path, glob=False).select(pl.len()).collect().item()
+
   def _text(self) -> Iterator[tuple[pl.Series, np.ndarray]]:
     lines, numbers = [], []
     try:

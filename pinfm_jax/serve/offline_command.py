@@ -1,0 +1,67 @@
+"""The arguments of the commands that take a bundle and files: `pinfm recommend`, `pinfm embed`, `pinfm demo`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_recommend(commands) -> None:
+  """Adds `recommend` to the `pinfm` command."""
+  command = commands.add_parser(
+    'recommend',
+    help='rank a whole catalogue for users, with the user representation',
+    description='For each user the items of the catalogue with the highest cosine of user and item representation.',
+  )
+  command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
+  command.add_argument('--history', metavar='FILE', required=True,
+                       help='users, one JSON object with a "history" a line (as `pinfm score` takes them)')  # fmt: skip
+  command.add_argument('--top', type=int, default=20, metavar='N', help='items for each user (default: 20)')
+  command.add_argument('--catalogue', metavar='FILE',
+                       help="items to rank: .parquet, .csv, .jsonl with item_id, or .txt (default: the bundle's)")  # fmt: skip
+  command.add_argument('--exclude-seen', action='store_true', help='leave out the items of the history given')
+  command.add_argument('--out', metavar='FILE', help='one result a line, same order (default: standard output)')
+  command.set_defaults(function=_recommend)
+
+
+def _recommend(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.serve.recommend import recommend_file
+  from pinfm_jax.serve.scorer import Scorer
+
+  a = arguments
+  catalogue, out = (None if name is None else Path(name) for name in (a.catalogue, a.out))
+  users = recommend_file(Scorer.load(a.bundle), Path(a.history), a.top, catalogue, a.exclude_seen, out)
+  if out is not None:
+    print(f'{out}: recommendations for {users} users')
+
+
+def add_embed(commands) -> None:
+  """Adds `embed` to the `pinfm` command."""
+  command = commands.add_parser(
+    'embed',
+    help='write vectors of users, items, or users x candidates',
+    description='Vectors of a bundle as Parquet, for an index, another ranker, or another framework.',
+  )
+  command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
+  what = command.add_mutually_exclusive_group(required=True)
+  what.add_argument('--users', metavar='FILE', help='users with their histories, one JSON object a line')
+  what.add_argument('--items', metavar='FILE', help='items: .parquet, .csv or .jsonl with item_id, or .txt')
+  what.add_argument('--pairs', metavar='FILE', help='ranking requests: a vector for each candidate')
+  command.add_argument('--kind', choices=('target', 'id'),
+                       help='of --items: target = z, which users are compared with (default); id = E of the tables')  # fmt: skip
+  command.add_argument('--out', metavar='FILE', required=True, help='the Parquet file to make')
+  command.set_defaults(function=_embed)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.errors import UserError
+  from pinfm_jax.serve.embed import embed_items, embed_pairs, embed_users
+  from pinfm_jax.serve.scorer import Scorer
+
+  a = arguments
+  if a.kind and not a.items:
+    raise UserError(f'--kind {a.kind} belongs to --items; leave it out')
+  scorer, out = Scorer.load(a.bundle), Path(a.out)
+  if a.items:
+    rows = embed_items(scorer, Path(a.items), out, a.kind or 'target')
+  else:
+    rows = (embed_users if a.users else embed_pairs)(scorer, Path(a.users or a.pairs), out)
+  print(f'{out}: {rows} vectors')

@@ -117,8 +117,8 @@ def test_context_and_score_equal_the_training_path(toy, batch):
   vectors_ULV, vectors_UCV = item_vectors(toy.rows_GE, batch)
   weights = {'params': toy.params}
   context = jax.jit(lambda v, e: toy.module.apply(weights, v, e, method='context'))(vectors_ULV, batch.events)
-  found = jax.jit(lambda v, c, m, b: toy.module.apply(weights, v, c, m, b, toy.stats, method='score'))(
-    vectors_UCV, context, batch.events.mask_UL, batch.candidates
+  found = jax.jit(lambda v, c, b: toy.module.apply(weights, v, c, b, toy.stats, method='score'))(
+    vectors_UCV, context, batch.candidates
   )
   np.testing.assert_allclose(found, jax.nn.sigmoid(_apply(toy, batch).logits_UCT), atol=1e-6, rtol=0)
   with_history = _apply(toy, batch, need_history_output=True)

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+_ITEMS = '.parquet, .csv, .tsv or .jsonl with a column item_id, or .txt with one id a line'
+
 
 def add_recommend(commands) -> None:
   """Adds `recommend` to the `pinfm` command."""
@@ -15,8 +17,7 @@ def add_recommend(commands) -> None:
   command.add_argument('--history', metavar='FILE', required=True,
                        help='users, one JSON object with a "history" a line (as `pinfm score` takes them)')  # fmt: skip
   command.add_argument('--top', type=int, default=20, metavar='N', help='items for each user (default: 20)')
-  command.add_argument('--catalogue', metavar='FILE',
-                       help="items to rank: .parquet, .csv, .jsonl with item_id, or .txt (default: the bundle's)")  # fmt: skip
+  command.add_argument('--catalogue', metavar='FILE', help=f'items to rank: {_ITEMS} (default: those of the bundle)')
   command.add_argument('--exclude-seen', action='store_true', help='leave out the items of the history given')
   command.add_argument('--out', metavar='FILE', help='one result a line, same order (default: standard output)')
   command.set_defaults(function=_recommend)
@@ -43,10 +44,10 @@ def add_embed(commands) -> None:
   command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
   what = command.add_mutually_exclusive_group(required=True)
   what.add_argument('--users', metavar='FILE', help='users with their histories, one JSON object a line')
-  what.add_argument('--items', metavar='FILE', help='items: .parquet, .csv or .jsonl with item_id, or .txt')
+  what.add_argument('--items', metavar='FILE', help=f'items: {_ITEMS}')
   what.add_argument('--pairs', metavar='FILE', help='ranking requests: a vector for each candidate')
-  command.add_argument('--kind', choices=('target', 'id'),
-                       help='of --items: target = z, which users are compared with (default); id = E of the tables')  # fmt: skip
+  kind_help = 'of --items: target = z, which users are compared with (default); id = E, what the tables say of an id'
+  command.add_argument('--kind', choices=('target', 'id'), help=kind_help)
   command.add_argument('--out', metavar='FILE', required=True, help='the Parquet file to make')
   command.set_defaults(function=_embed)
 

@@ -10,7 +10,7 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.offline_command import add_embed, add_recommend
+from pinfm_jax.serve.offline_command import add_demo, add_embed, add_recommend
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench,
     add_recommend,
     add_embed,
+    add_demo,
   ):
     add(commands)
   return parser

@@ -66,3 +66,40 @@ def _embed(arguments: argparse.Namespace) -> None:
   else:
     rows = (embed_users if a.users else embed_pairs)(scorer, Path(a.users or a.pairs), out)
   print(f'{out}: {rows} vectors')
+
+
+def add_demo(commands) -> None:
+  """Adds `demo` to the `pinfm` command."""
+  command = commands.add_parser(
+    'demo',
+    help='score example requests with a small bundle, in seconds',
+    description='A small bundle of the simulated feed scores requests, beside the probabilities that are true.',
+  )
+  which = command.add_mutually_exclusive_group()
+  which.add_argument('--folder', metavar='DIR', help='a demo folder (default: the one of this installation)')
+  which.add_argument('--run', metavar='WORKDIR', help='of a finished `pinfm run experiments/demo.py`')
+  command.add_argument('--save', metavar='DIR', help='with --run: keep the demo folder here')
+  command.add_argument('--requests', type=int, default=3, metavar='N', help='requests shown (default: 3)')
+  command.add_argument('--top', type=int, default=5, metavar='N', help='candidates shown of each (default: 5)')
+  command.set_defaults(function=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+  import tempfile
+
+  from pinfm_jax.errors import UserError
+  from pinfm_jax.serve.demo import demo, demo_folder
+
+  a = arguments
+  if a.save and not a.run:
+    raise UserError('--save keeps the demo of a run; give --run WORKDIR too')
+  if not a.run:
+    print(demo(demo_folder(a.folder), a.requests, a.top))
+    return
+  from pinfm_jax.launch import saved_experiment
+  from pinfm_jax.stages.context import Run
+  from pinfm_jax.stages.demo import make_demo
+
+  with tempfile.TemporaryDirectory() as scratch:
+    run = Run(saved_experiment(a.run), Path(a.run))
+    print(demo(make_demo(run, Path(a.save) if a.save else Path(scratch) / 'demo'), a.requests, a.top))

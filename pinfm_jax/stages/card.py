@@ -57,9 +57,10 @@ def _data(run: Run) -> DataFacts:
     'validation requests': split.validation,
     'test requests': split.test,
   }
+  simulated = run.experiment.data.source == 'simulator'
   return DataFacts(
     source=info.source,
-    licence=info.licence,
+    licence=info.licence or ('none, the data are simulated' if simulated else None),
     notes=info.notes or '',
     checksum=info.checksum,
     counts=counts,

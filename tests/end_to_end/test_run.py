@@ -342,3 +342,30 @@ def test_the_bundle_has_a_card_and_a_catalogue(finished):
   ):  # fmt: skip
     assert fact in card, fact
   assert 'None' not in card
+
+
+def test_a_demo_is_made_of_the_run(finished, tmp_path, monkeypatch, capsys):
+  from pinfm_jax.launch import saved_experiment
+  from pinfm_jax.stages import demo as demo_stage
+  from pinfm_jax.stages.context import Run
+
+  assert main(['demo', '--run', str(tmp_path)]) == 2
+  capsys.readouterr()
+  folder = tmp_path / 'demo'
+  assert main(['demo', '--run', str(finished.workdir), '--save', str(folder), '--requests', '1']) == 0
+  text = capsys.readouterr().out
+  assert text.count('Request ') == 1
+  assert '12 requests' in text
+  documents, truths = _lines(folder / 'requests.jsonl'), _lines(folder / 'truth.jsonl')
+  assert [t['request_id'] for t in truths] == [d['request_id'] for d in documents]
+  assert len({t['request_id'] for t in truths}) == 12
+  dataset = Run(saved_experiment(finished.workdir), finished.workdir).dataset
+  rows = dataset.requests['request_id'].to_list()
+  for document, truth in zip(documents, truths, strict=True):
+    request = dataset.request(rows.index(document['request_id']))
+    assert len(document['candidates']) >= demo_stage._LEAST_CANDIDATES
+    place = dataset.info.labels.index('save')
+    np.testing.assert_allclose(truth['true']['save'], request.reference[:, place], atol=6e-5)
+  monkeypatch.setattr(demo_stage, '_LEAST_EVENTS', 10**6)
+  assert main(['demo', '--run', str(finished.workdir)]) == 2
+  assert 'has 0 requests to show, expected 12' in capsys.readouterr().err

@@ -99,6 +99,15 @@ def test_every_kind_of_file_gives_the_same_ids(tmp_path, monkeypatch, name, kind
     assert file.ids(np.array(rows, np.int64)) == [ids[i] for i in rows]
 
 
+def test_a_large_file_passes_in_blocks(tmp_path, monkeypatch):
+  monkeypatch.setattr('pinfm_jax.data.preparation.reading.PARQUET_ROWS', 7)
+  file = ItemFile(write(tmp_path / 'a.parquet', list(range(100, 150))), 'integer')
+  assert [len(keys) for keys, _ in file.blocks()] == [7] * 7 + [1]
+  assert file.count() == 50
+  assert file.ids(np.array([0, 6, 7, 30, 49])) == [100, 106, 107, 130, 149]
+  assert ids_of(file) == list(range(100, 150))
+
+
 @pytest.mark.parametrize(
   ('name', 'text', 'message'),
   [

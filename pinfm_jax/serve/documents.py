@@ -35,6 +35,14 @@ def read_documents(path: Path) -> Iterator[tuple[str, Any]]:
         yield f'{path}, line {number}', _parsed(line, f'{path}, line {number}')
 
 
+def count_documents(path: Path) -> int | None:
+  """How many values `read_documents` gives, where lines tell; None for a file that is one JSON value, or none."""
+  if not path.is_file() or _whole(path) is not None:
+    return None
+  with open(path, 'rb') as file:
+    return sum(1 for line in file if line.strip())
+
+
 def user_requests(scorer: Any, path: Path) -> Iterator[ScoringRequest]:
   """The users of a file, as the bundle reads them.
 

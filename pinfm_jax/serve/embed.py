@@ -13,7 +13,7 @@ import polars as pl
 from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.catalogue import ItemFile
-from pinfm_jax.serve.documents import complete_file, in_batches, user_requests
+from pinfm_jax.serve.documents import complete_file, count_documents, in_batches, user_requests
 from pinfm_jax.serve.requests import ScoringRequest
 
 KINDS = {'target': 'target', 'id': 'vector'}  # of item vectors, and how the bundle's programs call them
@@ -44,7 +44,7 @@ def embed_users(scorer: Any, file: Path, out: Path) -> int:
     for part in in_batches(user_requests(scorer, file), _USERS):
       yield pl.DataFrame([_names([r.request_id for r in part]), _vectors(scorer.users(part))])
 
-  return _write(frames(), out, file, 'embed users')
+  return _write(frames(), out, file, Progress('embed users', count_documents(file), 'users'))
 
 
 def embed_pairs(scorer: Any, file: Path, out: Path) -> int:
@@ -60,7 +60,7 @@ def embed_pairs(scorer: Any, file: Path, out: Path) -> int:
       names = [r.request_id for r in part for _ in r.item_ids]
       yield pl.DataFrame([_names(names), _item_ids(part, scorer), _vectors(np.concatenate(vectors))])
 
-  return _write(frames(), out, file, 'embed pairs')
+  return _write(frames(), out, file, Progress('embed pairs', None, 'pairs'))
 
 
 def embed_items(scorer: Any, file: Path, out: Path, kind: str = 'target') -> int:
@@ -87,7 +87,7 @@ def embed_items(scorer: Any, file: Path, out: Path, kind: str = 'target') -> int
         vectors = scorer.items(keys[start : start + _ITEMS])[KINDS[kind]]
         yield pl.DataFrame([ids[start : start + _ITEMS].alias('item_id'), _vectors(vectors)])
 
-  return _write(frames(), out, file, 'embed items')
+  return _write(frames(), out, file, Progress('embed items', items.count(), 'items'))
 
 
 def _check(scorer: Any) -> None:
@@ -113,20 +113,19 @@ def _vectors(vectors: Any) -> pl.Series:
   return pl.Series('vector', vectors, pl.Array(pl.Float32, vectors.shape[1]))
 
 
-def _write(frames: Iterator[pl.DataFrame], out: Path, source: Path, label: str) -> int:
+def _write(frames: Iterator[pl.DataFrame], out: Path, source: Path, progress: Progress) -> int:
   """Writes frames one after another into one file; returns the number of rows.
 
   Each becomes a part on disk first: polars writes a file at once, but streams from files into a file.
   """
-  rows, progress = 0, Progress(label, None, 'vectors')
+  rows = 0
   with complete_file(out, source) as partial, _scratch(out) as scratch:
     parts, types = [], set()
-    for part in _joined(frames):
+    for part in _joined(frames, progress):
       parts.append(scratch / f'{len(parts):06}.parquet')
       part.write_parquet(parts[-1])
       types.add(part.dtypes[0])
       rows += part.height
-      progress.update(rows)
     if not parts:
       raise UserError(f'{source} is empty: there is nothing to embed')
     # request ids may be numbers in one part and text in another
@@ -136,10 +135,13 @@ def _write(frames: Iterator[pl.DataFrame], out: Path, source: Path, label: str) 
   return rows
 
 
-def _joined(frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+def _joined(frames: Iterator[pl.DataFrame], progress: Progress) -> Iterator[pl.DataFrame]:
   """Frames of at least _PART_BYTES, but for the last one."""
   held: list[pl.DataFrame] = []
+  rows = 0
   for frame in frames:
+    rows += frame.height
+    progress.update(rows)
     if held and held[0].dtypes != frame.dtypes:
       yield pl.concat(held)
       held = []

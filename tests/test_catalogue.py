@@ -11,7 +11,7 @@ import toy_bundle
 from pinfm_jax.data.events import id_key, id_keys
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve import catalogue as catalogue_module
-from pinfm_jax.serve.bundle import MODEL_CARD, load_bundle
+from pinfm_jax.serve.bundle import MODEL_CARD, carried_over, load_bundle
 from pinfm_jax.serve.catalogue import CATALOGUE, ItemFile
 from pinfm_jax.serve.delta import apply_delta, export_delta
 from pinfm_jax.serve.manifest import Manifest
@@ -42,6 +42,9 @@ def test_the_bundle_carries_it_with_a_checksum(tmp_path, no_lowering):
   np.testing.assert_array_equal(block[0], catalogue()['item_key'].to_numpy())
   assert block[1].to_list() == catalogue()['item_id'].to_list()
   assert pl.read_parquet(path / CATALOGUE).columns == ['item_key', 'item_id']
+  again = toy.export(tmp_path / 'again', **carried_over(path, Manifest.read(path)))
+  for name in (CATALOGUE, MODEL_CARD):
+    assert (again / name).read_bytes() == (path / name).read_bytes()
   for name in (CATALOGUE, MODEL_CARD):
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[:-1] + b'?')
@@ -53,6 +56,7 @@ def test_the_bundle_carries_it_with_a_checksum(tmp_path, no_lowering):
 def test_without_pinfm_there_is_none(tmp_path, no_lowering):
   path = toy_bundle.make_toy('none').export(tmp_path / 'bundle', catalogue=catalogue())
   assert CATALOGUE not in {entry.name for entry in Manifest.read(path).files}
+  assert carried_over(path, Manifest.read(path)) == {'catalogue': None, 'card': ''}
 
 
 def test_a_delta_carries_a_new_one_and_leaves_out_an_old_one(tmp_path, no_lowering):

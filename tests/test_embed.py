@@ -1,6 +1,7 @@
 """Vectors of a bundle in Parquet are those of the Flax module."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -16,13 +17,19 @@ from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.embed import embed_items, embed_pairs, embed_users
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.manifest import Manifest
+from pinfm_jax.serve.scorer import Scorer
 
 LENGTHS = [0, 1, 7, 20, 40]
 
 
-@pytest.fixture(scope='module')
-def toy():
-  return toy_bundle.make_toy()
+PLAIN = toy_bundle.MODEL
+TOWER = replace(PLAIN.tower, time_gap_buckets=12)
+MODELS = {'plain': PLAIN, 'options': replace(PLAIN, tower=TOWER, content=True, content_width=2, id_mask=0.3)}
+
+
+@pytest.fixture(scope='module', params=list(MODELS))
+def toy(request):
+  return toy_bundle.make_toy(model=MODELS[request.param])
 
 
 @pytest.fixture(scope='module')
@@ -36,8 +43,8 @@ def oracle(toy, bundle):
 
 
 @pytest.fixture(scope='module')
-def scorer(oracle):
-  return oracle
+def scorer(bundle):
+  return Scorer.load(bundle)
 
 
 @pytest.fixture(scope='module')
@@ -91,7 +98,9 @@ def test_items(scorer, oracle, toy, tmp_path, kind, parts):
   found = pl.read_parquet(tmp_path / 'out.parquet')
   assert found['item_id'].to_list() == names
   keys = id_keys(names, 'string')
-  expected = oracle.items(keys)['target'] if kind == 'target' else oracle._rows(keys)
+  expected = oracle.items(keys)['target' if kind == 'target' else 'vector']
+  if not toy.model.content:
+    np.testing.assert_array_equal(oracle.items(keys)['vector'], oracle._rows(keys))
   np.testing.assert_allclose(found['vector'].to_numpy(), expected, atol=1e-5)
 
 

@@ -60,7 +60,7 @@ def test_a_bundle_gives_the_module_its_parameters_and_vectors(tmp_path):
 
 
 def test_packed_rows_are_near(tmp_path, monkeypatch):
-  monkeypatch.setattr('pinfm_jax.serve.bundle._load_program', lambda *_: None)
+  monkeypatch.setattr('pinfm_jax.serve.bundle._programs', lambda *_: {})
   monkeypatch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'context': b'c', 'crossing': b'x'})
   toy = toy_bundle.make_toy()
   words = key_words(np.arange(50, dtype=np.uint64))
@@ -73,7 +73,7 @@ def test_packed_rows_are_near(tmp_path, monkeypatch):
 def test_what_is_neither_is_refused(tmp_path, monkeypatch):
   with pytest.raises(UserError, match='holds no run'):
     load_pretrained(tmp_path)
-  monkeypatch.setattr('pinfm_jax.serve.bundle._load_program', lambda *_: None)
+  monkeypatch.setattr('pinfm_jax.serve.bundle._programs', lambda *_: {})
   monkeypatch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'crossing': b'x'})
   with pytest.raises(UserError, match='ranker without PinFM'):
     load_pretrained(toy_bundle.make_toy('none').export(tmp_path / 'none'))

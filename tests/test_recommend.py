@@ -16,6 +16,7 @@ from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.catalogue import CATALOGUE, ItemFile
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.recommend import Best, best_items, recommend_file
+from pinfm_jax.serve.scorer import Scorer
 
 LENGTHS = [0, 1, 7, 20, 40]
 WIDTH = 8
@@ -107,8 +108,8 @@ def oracle(toy, bundle):
 
 
 @pytest.fixture(scope='module')
-def scorer(oracle):
-  return oracle
+def scorer(bundle):
+  return Scorer.load(bundle)
 
 
 def users_file(path, documents):

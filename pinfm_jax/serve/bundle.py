@@ -11,9 +11,7 @@ items/catalogue.parquet  the items that can be recommended, if the export knew t
 MODEL_CARD.md         data, training, results and limits in words, if the export knew them (`serve.model_card`)
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,11 +31,11 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import from_dict, to_dict
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
-from pinfm_jax.serve.catalogue import write_catalogue
+from pinfm_jax.serve.catalogue import CATALOGUE, read_catalogue, write_catalogue
+from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.items import CONTENT, map_items, write_items
 from pinfm_jax.serve.manifest import (
   FORMAT_VERSION,
-  MANIFEST,
   FileEntry,
   JaxRange,
   Manifest,
@@ -317,6 +315,15 @@ def write_content(directory: Path, content: Content) -> list[str]:
   return names
 
 
+def carried_over(path: Path, manifest: Manifest) -> dict[str, Any]:
+  """What a bundle made of this one takes along unchanged: `catalogue` and `card` of `TrainedRanker`."""
+  names = {entry.name for entry in manifest.files}
+  return {
+    'catalogue': read_catalogue(path) if CATALOGUE in names else None,
+    'card': (path / MODEL_CARD).read_text(encoding='utf-8') if MODEL_CARD in names else '',
+  }
+
+
 def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
   """How the ranker's tables are laid out; None without PinFM."""
   if ranker.ranker_config.sequence == 'none':
@@ -336,42 +343,6 @@ def packed_rows(rows_GE: Any, layout: TableLayout) -> Iterator[np.ndarray]:
     yield packed
   if written != layout.sub_tables * layout.rows:
     raise ValueError(f'got {written} table rows, expected {layout.sub_tables} x {layout.rows}')
-
-
-@contextmanager
-def complete_directory(out: Path, overwrite: bool, marker: str = MANIFEST, kind: str = 'bundle') -> Iterator[Path]:
-  """A new directory beside `out` that takes its place when the block ends without an error.
-
-  Args:
-    out: the directory to make.
-    overwrite: replace one that holds the file `marker`.
-    marker: see overwrite.
-    kind: names it in messages.
-
-  Raises:
-    UserError: `out` exists and may not be replaced, or it cannot be made.
-  """
-  out = out.absolute()
-  occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-  if occupied and not overwrite:
-    raise UserError(f'{out} exists already; give another --out, or remove it first')
-  if occupied and not (out / marker).is_file():
-    raise UserError(f'{out} exists and is no {kind}, so it is not replaced; give another --out')
-  partial, replaced = (out.with_name(f'{out.name}.{word}-{os.getpid()}') for word in ('partial', 'replaced'))
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
-    partial.mkdir(parents=True)
-  except OSError as error:
-    raise UserError(f'{out} cannot be made ({error.strerror}); give another --out') from error
-  try:
-    yield partial
-    if occupied:
-      os.rename(out, replaced)
-    os.rename(partial, out)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-  shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -34,6 +34,11 @@ def write_catalogue(directory: Path, items: pl.DataFrame) -> str:
   return CATALOGUE
 
 
+def read_catalogue(directory: Path) -> pl.DataFrame:
+  """The items of a bundle: item_key and item_id."""
+  return pl.read_parquet(directory / CATALOGUE)
+
+
 @dataclass(frozen=True)
 class ItemFile:
   """Item ids in a file, in the order of its rows.

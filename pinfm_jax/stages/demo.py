@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.bundle import complete_directory
 from pinfm_jax.serve.demo import BUNDLE, REQUESTS, TRUTH
+from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.manifest import MANIFEST, Manifest
 from pinfm_jax.stages.context import Run

@@ -73,7 +73,8 @@ class TrainedRanker:
     schema: the candidates' features and labels.
     spec: their shapes.
     params: parameters of the ranking model; others beside them are kept and not used.
-    rows_GE: the item tables, sub-tables one after another, or their consecutive parts; None without PinFM.
+    rows_GE: the item tables, sub-tables one after another, or their consecutive parts (uint8: rows packed already);
+      None without PinFM.
     stats: constants of the dense features.
     actions: names of the actions.
     surfaces: names of the surfaces.
@@ -82,6 +83,7 @@ class TrainedRanker:
     utility: weight of each label in the score that orders a request.
     run: where the parameters came from (JSON values).
     items: content of the items, for a model with content; not used by a ranker without PinFM.
+    clip: rows of int4 and int8 tables are rounded with the least squared error, not from minimum to maximum.
   """
 
   model_config: PinFMConfig
@@ -98,6 +100,7 @@ class TrainedRanker:
   utility: Mapping[str, float] = field(default_factory=dict)
   run: Mapping[str, Any] = field(default_factory=dict)
   items: ItemContent | None = None
+  clip: bool = False
 
 
 def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
@@ -190,12 +193,13 @@ def manifest_of(ranker: TrainedRanker, layout: TableLayout | None, files: tuple[
   )
 
 
-def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
+def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSource | None = None) -> Bundle:
   """Opens a bundle and checks it: versions, hash, and the checksums of every file.
 
   Args:
     path: the directory.
     whole_below: tables and content of more bytes are sampled, other blocks at each call; the rest is read whole.
+    rows: where table rows come from (`serve.remote_rows`); the bundle then needs no tables.bin. None = from its own.
 
   Raises:
     UserError: no bundle there, a missing, truncated or damaged file, or a version that this program cannot run.
@@ -203,10 +207,11 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
   path = Path(path)
   manifest = Manifest.read(path)
   _check_jax(path, manifest.jax, jax.__version__)
-  for entry in manifest.files:
+  files = [entry for entry in manifest.files if rows is None or entry.name != TABLES]
+  for entry in files:
     checksums.check_size(path, entry)
-  sampled = [entry for entry in manifest.files if entry.name in _DIGESTS and entry.bytes > whole_below]
-  for entry in manifest.files:
+  sampled = [entry for entry in files if entry.name in _DIGESTS and entry.bytes > whole_below]
+  for entry in files:
     if entry not in sampled:
       checksums.check_whole(path, entry)
   for entry in sampled:  # after their digests, which are files themselves
@@ -217,7 +222,7 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW) -> Bundle:
     manifest=manifest,
     params=arrays['params'],
     stats=arrays['stats'],
-    rows=MappedRows(path / TABLES, manifest.tables) if manifest.tables else None,
+    rows=(rows or MappedRows(path / TABLES, manifest.tables)) if manifest.tables else None,
     context=_load_program(path, 'context') if manifest.tables else None,
     crossing=_load_program(path, 'crossing'),
     items=map_items(path, model) if model is not None and model.content else None,
@@ -261,13 +266,14 @@ def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
     return None
   tables = ranker.model_config.tables
   size = row_bytes(tables.width, storage)
-  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed)
+  clip = ranker.clip and storage != 'float32'
+  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed, clip)
 
 
 def packed_rows(rows_GE: Any, layout: TableLayout) -> Iterator[np.ndarray]:
   """The packed rows of the tables, block after block; see `TrainedRanker.rows_GE` for what they are made of."""
   written = 0
-  for packed in quantise_parts(rows_GE, layout.storage):
+  for packed in quantise_parts(rows_GE, layout.storage, layout.clip):
     if packed.shape[1] != layout.row_bytes:
       raise ValueError(f'got packed rows of {packed.shape[1]} bytes, expected {layout.row_bytes}')
     written += len(packed)

@@ -15,6 +15,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import Bundle, load_bundle
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
+from pinfm_jax.serve.rows import RowSource
 
 Arrays = dict[str, np.ndarray]
 _LEAST_EVENTS = 32
@@ -42,9 +43,9 @@ class Scorer:
     self._crossing = jax.jit(bundle.crossing.call)
 
   @classmethod
-  def load(cls, path: str | Path) -> 'Scorer':
+  def load(cls, path: str | Path, rows: RowSource | None = None) -> 'Scorer':
     """Opens and checks the bundle in the directory `path` (see `load_bundle`)."""
-    return cls(load_bundle(path))
+    return cls(load_bundle(path, rows=rows))
 
   def score(self, requests: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Scores requests in the form of `serve.requests`.
@@ -154,13 +155,14 @@ class Scorer:
     return np.where(np.isnan(request.content).any(axis=1, keepdims=True), known, request.content)
 
 
-def score_file(bundle: str | Path, requests: str | Path, out: str | Path) -> int:
+def score_file(bundle: str | Path, requests: str | Path, out: str | Path, rows: RowSource | None = None) -> int:
   """Scores a file of requests, one a line (blank lines are skipped), into a file of results, one a line.
 
   Args:
     bundle: directory of the bundle.
     requests: JSONL, see `serve.requests`.
     out: JSONL; it appears only when every request is scored.
+    rows: where table rows come from; None = the bundle's own tables.
 
   Returns:
     The number of requests.
@@ -175,7 +177,7 @@ def score_file(bundle: str | Path, requests: str | Path, out: str | Path) -> int
     raise UserError(f'{out} cannot be written: expected the name of a file in a directory that exists')
   if out.exists() and out.samefile(requests):
     raise UserError(f'{out} holds the requests; give another --out')
-  scorer = Scorer.load(bundle)
+  scorer = Scorer.load(bundle, rows)
   with open(requests, 'rb') as file:
     progress = Progress('score', sum(1 for line in file if line.strip()), 'requests')
   partial, count = out.with_name(f'{out.name}.partial-{os.getpid()}'), 0

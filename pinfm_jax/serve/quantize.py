@@ -125,7 +125,7 @@ def dequantise(packed: np.ndarray, storage: str) -> np.ndarray:
     return np.ascontiguousarray(packed).view('<f4')
   codes, constants = packed[..., :-4], np.ascontiguousarray(packed[..., -4:]).view('<f2').astype(np.float32)
   if storage == 'int4':
-    codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
   return constants[..., 1:] + constants[..., :1] * codes.astype(np.float32)
 
 

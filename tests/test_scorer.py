@@ -223,7 +223,7 @@ def test_ages_need_a_time(scorer, requests):
 
 
 def test_score_file(bundle, scorer, requests, tmp_path, monkeypatch):
-  monkeypatch.setattr(Scorer, 'load', lambda _: scorer)  # what it compiled is used again
+  monkeypatch.setattr(Scorer, 'load', lambda *_: scorer)  # what it compiled is used again
   source, out = tmp_path / 'requests.jsonl', tmp_path / 'scores.jsonl'
   lines = [json.dumps(request) for request in requests]
   source.write_text(lines[0] + '\n\n' + '\n'.join(lines[1:]))

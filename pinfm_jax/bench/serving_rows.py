@@ -201,26 +201,30 @@ def _figures(found: Mapping, sizes: RowSizes) -> list[Figure]:
       Figure.of(f'rows/{kind}/own', f'lookups of items (hash and gather), rows {text}', rates['own'], unit='items/s'),
       Figure.of(f'rows/{kind}/plain', f'plain memmap[indices], rows {text}', rates['plain'], unit='items/s'),
     ]
-  touched = found['memory']['rows']
+  return [*figures, *_memory_figures(found), Figure(
+    'rows/score', f'{sizes.requests} requests of 256 candidates scored, compiled before', found['score_s'], unit='s',
+  )]  # fmt: skip
+
+
+def _memory_figures(found: Mapping) -> list[Figure]:
+  memory, cold = found['memory'], found['cold']
   return [
-    *figures,
     Figure(
-      'rows/memory/file', f'memory that {count(touched)} rows brought, a row', found['memory']['file'] / touched,
-      unit='bytes', at_most=found['memory']['page'] * 1.05,
+      'rows/memory/file', f'memory that {count(memory["rows"])} cold rows brought, a row',
+      memory['file'] / memory['rows'], unit='bytes', at_most=memory['page'] * 1.05,
     ),
-    Figure('rows/memory/anonymous', 'memory of the process besides, after them', found['memory']['anonymous'], unit='bytes'),
-    Figure('rows/disk/own', 'read from the disk for a cold row', found['cold']['own_bytes'] / found['cold']['rows'], unit='bytes'),
-    Figure('rows/disk/plain', 'the same of the plain gather', found['cold']['plain_bytes'] / found['cold']['rows'], unit='bytes'),
+    Figure('rows/memory/anonymous', 'memory of the process besides', memory['anonymous'], unit='bytes'),
+    Figure('rows/disk/own', 'read from the disk for a cold row', cold['own_bytes'] / cold['rows'], unit='bytes'),
+    Figure('rows/disk/plain', 'the same of the plain gather', cold['plain_bytes'] / cold['rows'], unit='bytes'),
     Figure('rows/peak', 'peak memory of all that', found['peak'], unit='bytes'),
-    Figure('rows/score', f'{sizes.requests} requests of 256 candidates scored, compiled before', found['score_s'], unit='s'),
   ]  # fmt: skip
 
 
 def rows_notes(sizes: RowSizes) -> list[str]:
   """What a reader of the figures must know."""
   return [
-    f'Rows: {sizes.sub_tables} x {sizes.rows:,} of {sizes.width} values, generated. A lookup hashes ids and gathers their '
-    'rows through MappedRows; the plain gather indexes a np.memmap of the same file by row numbers that are known '
+    f'Rows: {sizes.sub_tables} x {sizes.rows:,} of {sizes.width} values, generated. A lookup hashes ids and gathers '
+    'their rows through MappedRows; the plain gather indexes a np.memmap of the same file by row numbers that are known '
     'before. Both take turns; ids are new in each cold round, before which the file is dropped from the page cache. '
     'The memory of a row is of a fresh process whose page cache was cold: a page for each row at most.',
   ]

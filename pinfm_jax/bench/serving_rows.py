@@ -90,7 +90,9 @@ def measure_rows(directory: str | Path, sizes: RowSizes = FULL_ROWS, keep: bool 
   bundle = Path(directory) / 'bundle_rows'
   free, needed = shutil.disk_usage(directory).free, int(1.02 * sizes.table_bytes) + (64 << 20)
   if free < needed:
-    raise UserError(f'{directory} has {free / 1e9:.1f} GB free, the tables need {needed / 1e9:.1f}: name another --out')
+    raise UserError(
+      f'{directory} has {free / 1e9:.1f} GB free, the tables need {needed / 1e9:.1f} GB: name another --out'
+    )
   begin = time.perf_counter()
   try:
     build_bundle(bundle, sizes)
@@ -216,7 +218,7 @@ def _memory_figures(found: Mapping) -> list[Figure]:
     Figure('rows/memory/anonymous', 'memory of the process besides', memory['anonymous'], unit='bytes'),
     Figure('rows/disk/own', 'read from the disk for a cold row', cold['own_bytes'] / cold['rows'], unit='bytes'),
     Figure('rows/disk/plain', 'the same of the plain gather', cold['plain_bytes'] / cold['rows'], unit='bytes'),
-    Figure('rows/peak', 'peak memory of all that', found['peak'], unit='bytes'),
+    Figure('rows/peak', 'peak memory of opening, these rows and scoring', found['peak'], unit='bytes'),
   ]  # fmt: skip
 
 
@@ -224,7 +226,7 @@ def rows_notes(sizes: RowSizes) -> list[str]:
   """What a reader of the figures must know."""
   return [
     f'Rows: {sizes.sub_tables} x {sizes.rows:,} of {sizes.width} values, generated. A lookup hashes ids and gathers '
-    'their rows through MappedRows; the plain gather indexes a np.memmap of the same file by row numbers that are known '
-    'before. Both take turns; ids are new in each cold round, before which the file is dropped from the page cache. '
-    'The memory of a row is of a fresh process whose page cache was cold: a page for each row at most.',
+    'their rows through MappedRows; the plain gather indexes a np.memmap of the same file by row numbers that are '
+    'known before. Both take turns; ids are new in each cold round, before which the file is dropped from the page '
+    'cache. The memory of a row is of a fresh process whose page cache was cold: a page for each row at most.',
   ]

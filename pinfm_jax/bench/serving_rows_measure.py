@@ -31,14 +31,15 @@ def measure(bundle: Path, sizes: RowSizes) -> dict[str, Any]:
   drop_from_cache(tables)
   memory = _memory(opened.rows, layout, _words(1, 4 * sizes.cold_ids, 1)[0])
   del opened
+  score_s, peak = _score(bundle, sizes), int(peak_memory_gb() * 1e9)  # before the plain gather adds its own memory
   return {
     'open_s': open_s,
     'start_s': started + open_s,
     'memory': memory,
     'cold': _cold(tables, layout, sizes),
     'warm': _warm(tables, layout, sizes),
-    'score_s': _score(bundle, sizes),
-    'peak': int(peak_memory_gb() * 1e9),
+    'score_s': score_s,
+    'peak': peak,
   }
 
 

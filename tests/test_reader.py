@@ -95,6 +95,36 @@ def test_the_written_example():
   assert doctest.testmod(reader_module) == (0, 3)
 
 
+@pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')
+def test_the_written_c_is_right(tmp_path):
+  """The C of the docstring, compiled as it stands."""
+  text = reader_module.__doc__
+  mix = text[text.index('  u32 mix') : text.index('  u32 low')]
+  body = text[text.index('  u32 low') : text.index('**A packed row')]
+  (tmp_path / 'hash.c').write_text(f"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <stdint.h>
+typedef uint32_t u32;
+typedef uint64_t u64;
+{mix}
+int main(int n, char **words) {{
+  u64 S = 8, R = 80000000, row[8];
+  long long hash_seed = -7;
+  for (int i = 1; i < n; ++i) {{
+    u64 key = strtoull(words[i], 0, 10);
+    {body}
+    for (int s = 0; s < 8; ++s) printf("%llu ", (unsigned long long)row[s]);
+  }}
+}}
+""")
+  subprocess.run(['cc', '-o', 'hash', 'hash.c'], cwd=tmp_path, check=True)
+  keys = np.random.default_rng(0).integers(0, 2**64, 200, np.uint64)
+  result = subprocess.run([tmp_path / 'hash', *map(str, keys)], capture_output=True, text=True, check=True)
+  found = np.array(result.stdout.split(), np.int64).reshape(200, 8)
+  np.testing.assert_array_equal(found, hash_rows(keys, 8, 80_000_000, -7))
+
+
 def test_a_copy_of_the_file_works_alone(bundle, tmp_path):
   """In an empty folder, with nothing but NumPy: neither JAX nor the package is imported."""
   shutil.copy(reader_module.__file__, tmp_path / 'tables_reader.py')

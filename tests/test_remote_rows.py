@@ -1,6 +1,7 @@
 """Row servers and their client: the rows of the file bit for bit, whatever fails, and nothing of another bundle."""
 
 import http.client
+import json
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -364,6 +366,81 @@ def test_the_server_refuses_what_it_cannot_answer(bundle):
     assert post(server.url, b'', sha256, path=LAYOUT)[0] == 405
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(bundle, monkeypatch):
+  monkeypatch.setattr('pinfm_jax.serve.row_server._BODY_S', 0.2)
+  with servers(bundle, ALL) as [server], socket.create_connection(('127.0.0.1', server.port), timeout=5) as slow:
+    headers = f'Host: a\r\n{TABLES_HEADER}: {server.service.served.sha256}\r\nContent-Length: 8'
+    head = f'POST {ROWS} HTTP/1.1\r\n{headers}\r\n'
+    slow.sendall(head.encode() + b'\r\n1234')
+    assert slow.recv(1000).startswith(b'HTTP/1.1 408')
+
+
+def test_a_request_under_way_is_answered_before_the_server_ends(bundle, local):
+  server = Running(bundle)
+  begun, go_on, look_up = threading.Event(), threading.Event(), server.service.look_up
+
+  def slowly(body):
+    begun.set()
+    go_on.wait(10)
+    return look_up(body)
+
+  server.service.look_up = slowly
+  with client([server.url], bundle, RowLimits(timeout_s=10, attempts=1)) as rows, ThreadPoolExecutor(2) as pool:
+    answer = pool.submit(rows.rows, ids(5))
+    assert begun.wait(10)
+    end = pool.submit(server.stop)
+    until(lambda: refused(server.port))  # no new connection is taken
+    assert not answer.done()
+    go_on.set()
+    np.testing.assert_array_equal(answer.result(), local.rows(ids(5)))
+    end.result()
+
+
+def refused(port):
+  try:
+    socket.create_connection(('127.0.0.1', port), timeout=1).close()
+  except OSError:
+    return True
+  return False
+
+
+def test_several_threads_share_a_client(bundle, local):
+  with (
+    servers(bundle, Part(1, 2), Part(2, 2), Part(2, 2)) as running,
+    client([server.url for server in running], bundle, RowLimits(timeout_s=10)) as rows,
+    ThreadPoolExecutor(8) as pool,
+  ):
+    found = list(pool.map(lambda seed: rows.rows(ids(20, seed)), range(40)))
+  for seed, each in enumerate(found):
+    np.testing.assert_array_equal(each, local.rows(ids(20, seed)))
+
+
+@pytest.mark.parametrize('limits', [{'timeout_s': 0}, {'attempts': 0}, {'recheck_s': -1}])
+def test_limits_are_checked(limits):
+  with pytest.raises(UserError, match='expected times above 0 and at least one attempt'):
+    RowLimits(**limits)
+
+
+def test_something_that_is_no_row_server_is_named(bundle):
+  class Other(BaseHTTPRequestHandler):
+    def do_GET(self):
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(b'<html>hello</html>')
+
+    def log_message(self, *_):
+      pass
+
+  server = ThreadingHTTPServer(('127.0.0.1', 0), Other)
+  threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.02}, daemon=True).start()
+  try:
+    with pytest.raises(RowsUnavailableError, match='it is no row server'):
+      RemoteRows.connect(bundle, [f'http://127.0.0.1:{server.server_address[1]}'], FAST)
+  finally:
+    server.shutdown()
+    server.server_close()
+
+
 def test_damaged_tables_are_not_served(bundle, tmp_path):
   copy = shutil.copytree(bundle, tmp_path / 'copy')
   content = bytearray((copy / 'tables.bin').read_bytes())
@@ -419,8 +496,6 @@ def test_a_bundle_without_its_tables_scores_with_remote_rows(bundle, toy, tmp_pa
 
 
 def test_the_command_scores_with_row_servers(bundle, toy, tmp_path, capsys):
-  import json
-
   dataset = toy_bundle.ToyDataset([3])
   requests, out = tmp_path / 'requests.jsonl', tmp_path / 'scores.jsonl'
   requests.write_text(''.join(json.dumps(d) + '\n' for d in dataset_requests(dataset, range(1), toy_bundle.LENGTH)))

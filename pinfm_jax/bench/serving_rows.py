@@ -201,8 +201,12 @@ def _figures(found: Mapping, sizes: RowSizes) -> list[Figure]:
     figures += [
       Figure.of(f'rows/{kind}/ratio', f'lookups over a plain gather, rows {text}', ratios(plain, own), at_least=0.5),
       Figure.of(f'rows/{kind}/own', f'lookups of items (hash and gather), rows {text}', rates['own'], unit='items/s'),
-      Figure.of(f'rows/{kind}/plain', f'plain memmap[indices], rows {text}', rates['plain'], unit='items/s'),
+      Figure.of(f'rows/{kind}/plain', f'plain gather, rows {text}', rates['plain'], unit='items/s'),
     ]
+  advised = ratios(tuple(found['cold']['advised']), tuple(found['cold']['own']))
+  figures.append(
+    Figure.of('rows/cold/advised', 'lookups over a plain gather that reads nothing ahead, rows on the disk', advised)
+  )
   return [*figures, *_memory_figures(found), Figure(
     'rows/score', f'{sizes.requests} requests of 256 candidates scored, compiled before', found['score_s'], unit='s',
   )]  # fmt: skip
@@ -226,7 +230,7 @@ def rows_notes(sizes: RowSizes) -> list[str]:
   """What a reader of the figures must know."""
   return [
     f'Rows: {sizes.sub_tables} x {sizes.rows:,} of {sizes.width} values, generated. A lookup hashes ids and gathers '
-    'their rows through MappedRows; the plain gather indexes a np.memmap of the same file by row numbers that are '
-    'known before. Both take turns; ids are new in each cold round, before which the file is dropped from the page '
+    'their rows through MappedRows; the plain gather indexes an array over a map of the same file by row numbers that '
+    'are known before. Both take turns; ids are new in each cold round, before which the file is dropped from the page '
     'cache. The memory of a row is of a fresh process whose page cache was cold: a page for each row at most.',
   ]

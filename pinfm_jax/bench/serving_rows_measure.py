@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,13 @@ def _memory(rows: MappedRows, layout: TableLayout, words_N2: np.ndarray) -> dict
 
 def _cold(path: Path, layout: TableLayout, sizes: RowSizes) -> dict[str, Any]:
   """Rows that are on the disk alone: other ids each time, the page cache dropped before."""
-  found: dict[str, Any] = {'own': [], 'plain': [], 'own_bytes': 0, 'plain_bytes': 0, 'rows': 0}
-  rounds = max(3, sizes.rounds // 4)
-  words = _words(rounds, 2 * sizes.cold_ids, 2)
-  for words_N2 in words:
-    half = sizes.cold_ids
-    found['rows'] += half * layout.sub_tables
-    for name, part_N2 in (('own', words_N2[:half]), ('plain', words_N2[half:])):
+  make = {'own': _own, 'plain': _plain, 'advised': partial(_plain, advise=True)}
+  found: dict[str, Any] = {'rows': 0} | {name: [] for name in make} | {f'{name}_bytes': 0 for name in make}
+  for words_N2 in _words(max(3, sizes.rounds // 4), len(make) * sizes.cold_ids, 2):
+    found['rows'] += sizes.cold_ids * layout.sub_tables
+    for name, part_N2 in zip(make, np.split(words_N2, len(make)), strict=True):
       drop_from_cache(path)
-      run = _own(path, layout, [part_N2]) if name == 'own' else _plain(path, layout, [part_N2])
+      run = make[name](path, layout, [part_N2])
       before, begin = _read_bytes(), time.perf_counter()
       run(0)
       found[name].append(time.perf_counter() - begin)
@@ -92,8 +91,12 @@ def _own(path: Path, layout: TableLayout, words: Any) -> Callable[[int], np.ndar
   return lambda number: rows.rows(words[number % len(words)])
 
 
-def _plain(path: Path, layout: TableLayout, words: Any) -> Callable[[int], np.ndarray]:
-  packed = np.memmap(path, np.uint8, 'r', shape=(layout.sub_tables * layout.rows, layout.row_bytes))
+def _plain(path: Path, layout: TableLayout, words: Any, advise: bool = False) -> Callable[[int], np.ndarray]:
+  with open(path, 'rb') as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  if advise:
+    mapped.madvise(mmap.MADV_RANDOM)
+  packed = np.frombuffer(mapped, np.uint8).reshape(layout.sub_tables * layout.rows, layout.row_bytes)
   numbers = [_numbers(words_N2, layout) for words_N2 in words]
   return lambda number: packed[numbers[number % len(numbers)]]
 

@@ -2,8 +2,8 @@
 
 manifest.json         what the bundle is (`serve.manifest`)
 parameters.npz        parameters ('params/a/b') and dense-feature constants ('stats/low'), no pickle
-programs/context.bin  `jax.export` programs (`serve.programs`); a ranker without PinFM has crossing.bin alone,
-programs/crossing.bin   and none of the files below
+programs/*.bin        `jax.export` programs (`serve.programs`); a ranker without PinFM has crossing.bin alone, and none
+                        of the files below
 tables.bin            packed rows of the item tables (`serve.quantize`), memory-mapped at serving
 checksums.bin         8 bytes of BLAKE2b for each MiB of tables.bin
 items/*.bin           for a model with content: what the bundle knows of items (`serve.items`), memory-mapped
@@ -28,11 +28,19 @@ from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.info import IdTypes
 from pinfm_jax.data.tokens import ItemContent
 from pinfm_jax.errors import UserError
-from pinfm_jax.overrides import to_dict
+from pinfm_jax.overrides import from_dict, to_dict
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
 from pinfm_jax.serve.items import CONTENT, map_items, write_items
-from pinfm_jax.serve.manifest import MANIFEST, FileEntry, JaxRange, Manifest, TableLayout, golden_ids
+from pinfm_jax.serve.manifest import (
+  FORMAT_VERSION,
+  MANIFEST,
+  FileEntry,
+  JaxRange,
+  Manifest,
+  TableLayout,
+  golden_ids,
+)
 from pinfm_jax.serve.quantize import quantise_parts, row_bytes
 from pinfm_jax.serve.rows import MappedRows, RowSource
 
@@ -51,15 +59,24 @@ _JAX_MINORS = 3
 
 @dataclass(frozen=True)
 class Bundle:
-  """A bundle opened and checked; `rows` and `context` are None for a ranker without PinFM, `items` without content."""
+  """A bundle opened and checked.
+
+  Attributes:
+    path: its directory.
+    manifest: what it is.
+    params: parameters.
+    stats: constants of the dense features.
+    rows: packed rows of the item tables; None for a ranker without PinFM.
+    programs: by name (`serve.programs`).
+    items: content of the items; None for a model without content.
+  """
 
   path: Path
   manifest: Manifest
   params: dict[str, Any]
   stats: dict[str, np.ndarray]
   rows: RowSource | None
-  context: export.Exported | None
-  crossing: export.Exported
+  programs: Mapping[str, export.Exported]
   items: ItemContent | None = None
 
 
@@ -196,18 +213,22 @@ def manifest_of(ranker: TrainedRanker, layout: TableLayout | None, files: tuple[
 def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSource | None = None) -> Bundle:
   """Opens a bundle and checks it: versions, hash, and the checksums of every file.
 
+  The programs of format 1 are replaced: they are lowered again from the typed configuration, which needs Flax.
+
   Args:
     path: the directory.
     whole_below: tables and content of more bytes are sampled, other blocks at each call; the rest is read whole.
-    rows: where table rows come from (`serve.remote_rows`); the bundle then needs no tables.bin. None = from its own.
+    rows: where the tables' rows come from instead of tables.bin, which may then be absent.
 
   Raises:
     UserError: no bundle there, a missing, truncated or damaged file, or a version that this program cannot run.
   """
   path = Path(path)
   manifest = Manifest.read(path)
-  _check_jax(path, manifest.jax, jax.__version__)
-  files = [entry for entry in manifest.files if rows is None or entry.name != TABLES]
+  if manifest.format_version == FORMAT_VERSION:
+    _check_jax(path, manifest.jax, jax.__version__)
+  elsewhere = TABLES if rows is not None and not (path / TABLES).exists() else None
+  files = [entry for entry in manifest.files if entry.name != elsewhere]
   for entry in files:
     checksums.check_size(path, entry)
   sampled = [entry for entry in files if entry.name in _DIGESTS and entry.bytes > whole_below]
@@ -217,16 +238,36 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSour
   for entry in sampled:  # after their digests, which are files themselves
     checksums.check_sample(path, entry, (path / _DIGESTS[entry.name]).read_bytes())
   arrays, model = load_arrays(path / PARAMETERS), manifest.pinfm
+  if manifest.tables and rows is None:
+    rows = MappedRows(path / TABLES, manifest.tables)
   return Bundle(
     path=path,
     manifest=manifest,
     params=arrays['params'],
     stats=arrays['stats'],
-    rows=(rows or MappedRows(path / TABLES, manifest.tables)) if manifest.tables else None,
-    context=_load_program(path, 'context') if manifest.tables else None,
-    crossing=_load_program(path, 'crossing'),
+    rows=rows if manifest.tables else None,
+    programs=_programs(path, manifest, arrays),
     items=map_items(path, model) if model is not None and model.content else None,
   )
+
+
+def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict[str, export.Exported]:
+  if manifest.format_version == FORMAT_VERSION:
+    files = [entry.name for entry in manifest.files if entry.name.startswith('programs/')]
+    return {Path(name).stem: export.deserialize(bytearray((path / name).read_bytes())) for name in files}
+  print(
+    f'{path} has format {manifest.format_version}: its programs are lowered again at every start; '
+    f'`pinfm export {path} --refresh --out DIR` writes format {FORMAT_VERSION}'
+  )
+  from pinfm_jax.serve.programs import ServingModel, lower_programs
+  from pinfm_jax.train.finetune import feature_spec
+
+  # A ranker without PinFM keeps the configuration of PinFM too.
+  config = from_dict(PinFMConfig, manifest.model)
+  model = ServingModel(config, manifest.ranking, feature_spec(manifest.schema), manifest.tables)
+  platform = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
+  length = manifest.schema.history_length
+  return lower_programs(model, arrays['params'], arrays['stats'], length, (platform,))
 
 
 def _write_files(directory: Path, content: Content, rows_GE: Any) -> tuple[FileEntry, ...]:
@@ -351,7 +392,3 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _program(name: str) -> str:
   return f'programs/{name}.bin'
-
-
-def _load_program(path: Path, name: str) -> export.Exported:
-  return export.deserialize(bytearray((path / _program(name)).read_bytes()))

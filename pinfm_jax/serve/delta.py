@@ -39,7 +39,8 @@ from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, TableLayout
 DELTA = 'delta.json'
 RESULT = 'manifest.result.json'
 ROWS, NUMBERS = 'rows.bin', 'row_numbers.bin'
-FORMAT, FORMAT_VERSION = 'pinfm-bundle-delta', 1
+FORMAT, FORMAT_VERSION = 'pinfm-bundle-delta', 2
+_VERSIONS = (1, 2)  # that can be applied; the version follows that of the bundle
 _BLOCK_ROWS = 1 << 16
 _AGAIN = 'copy the delta again or export it again'
 
@@ -99,8 +100,9 @@ class DeltaManifest:
       sound = document['format'] == FORMAT and checksum == _checksum(document)
     except (ValueError, KeyError, AttributeError, TypeError):
       raise UserError(f'{path} is damaged; {_AGAIN}') from None
-    if not sound or version != FORMAT_VERSION:
-      what = f'has format version {version}, this program reads {FORMAT_VERSION}' if sound else 'is damaged'
+    if not sound or version not in _VERSIONS:
+      read = ' and '.join(map(str, _VERSIONS))
+      what = f'has format version {version}, this program reads {read}' if sound else 'is damaged'
       raise UserError(f'{path} {what}; {_AGAIN}')
     fields = {name: value for name, value in document.items() if name not in ('format', 'format_version')}
     return cls(**{**fields, 'files': tuple(FileEntry(**entry) for entry in fields['files'])})

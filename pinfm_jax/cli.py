@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.import_command import add_import_tables
 from pinfm_jax.serve.inspect_command import add_inspect
+from pinfm_jax.serve.offline_command import add_demo, add_embed, add_recommend
+from pinfm_jax.serve.row_command import add_serve_rows
 from pinfm_jax.stages.export_command import add_export
 
 
@@ -52,9 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect,
     add_import_tables,
     _add_score,
+    add_serve_rows,
     _add_report,
     _add_plan,
     add_bench,
+    add_recommend,
+    add_embed,
+    add_demo,
   ):
     add(commands)
   return parser
@@ -287,13 +294,17 @@ def _add_score(commands) -> None:
   command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
   command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line')
   command.add_argument('--out', metavar='SCORES.jsonl', required=True, help='one result a line, same order')
+  command.add_argument('--rows', metavar='URL,URL', help='row servers (`pinfm serve-rows`); no tables are needed here')
   command.set_defaults(function=_score)
 
 
 def _score(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.serve.remote_rows import RemoteRows
   from pinfm_jax.serve.scorer import score_file
 
-  print(f'{arguments.out}: {score_file(arguments.bundle, arguments.requests, arguments.out)} requests scored')
+  a = arguments
+  with RemoteRows.connect(a.bundle, a.rows.split(',')) if a.rows else nullcontext() as rows:
+    print(f'{a.out}: {score_file(a.bundle, a.requests, a.out, rows)} requests scored')
 
 
 def _add_plan(commands) -> None:

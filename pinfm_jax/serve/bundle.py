@@ -7,11 +7,11 @@ programs/*.bin        `jax.export` programs (`serve.programs`); a ranker without
 tables.bin            packed rows of the item tables (`serve.quantize`), memory-mapped at serving
 checksums.bin         8 bytes of BLAKE2b for each MiB of tables.bin
 items/*.bin           for a model with content: what the bundle knows of items (`serve.items`), memory-mapped
+items/catalogue.parquet  the items that can be recommended, if the export knew them (`serve.catalogue`)
+MODEL_CARD.md         data, training, results and limits in words, if the export knew them (`serve.model_card`)
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,10 +31,11 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import from_dict, to_dict
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
+from pinfm_jax.serve.catalogue import CATALOGUE, read_catalogue, write_catalogue
+from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.items import CONTENT, map_items, write_items
 from pinfm_jax.serve.manifest import (
   FORMAT_VERSION,
-  MANIFEST,
   FileEntry,
   JaxRange,
   Manifest,
@@ -45,12 +46,15 @@ from pinfm_jax.serve.quantize import PackedRows, quantise_parts, row_bytes
 from pinfm_jax.serve.rows import MappedRows, RowSource
 
 if TYPE_CHECKING:
+  import polars as pl
+
   from pinfm_jax.model.ranker import DenseStats, FeatureSpec
 
 TABLES = 'tables.bin'
 CHECKSUMS = 'checksums.bin'
 DIGESTS = {TABLES: CHECKSUMS, CONTENT: 'items/checksums.bin'}  # of the files that may be too large to read whole
 PARAMETERS = 'parameters.npz'
+MODEL_CARD = 'MODEL_CARD.md'
 STATS = ('low', 'high', 'mean', 'scale')
 _WHOLE_BELOW = 2 << 30
 # An exported program is promised to run for 6 months of JAX releases, and a minor version takes two months or more.
@@ -90,8 +94,8 @@ class TrainedRanker:
     schema: the candidates' features and labels.
     spec: their shapes.
     params: parameters of the ranking model; others beside them are kept and not used.
-    rows_GE: the item tables, sub-tables one after another, or their consecutive parts, or these packed; None without
-      PinFM.
+    rows_GE: the item tables, sub-tables one after another, or their consecutive parts (uint8: rows packed already), or
+      these packed in another storage; None without PinFM.
     stats: constants of the dense features.
     actions: names of the actions.
     surfaces: names of the surfaces.
@@ -100,6 +104,9 @@ class TrainedRanker:
     utility: weight of each label in the score that orders a request.
     run: where the parameters came from (JSON values).
     items: content of the items, for a model with content; not used by a ranker without PinFM.
+    catalogue: item_key (ascending) and item_id of the items to recommend; not used by a ranker without PinFM.
+    card: text of the model card; empty = none.
+    clip: rows of int4 and int8 tables are rounded with the least squared error, not from minimum to maximum.
   """
 
   model_config: PinFMConfig
@@ -116,6 +123,9 @@ class TrainedRanker:
   utility: Mapping[str, float] = field(default_factory=dict)
   run: Mapping[str, Any] = field(default_factory=dict)
   items: ItemContent | None = None
+  catalogue: 'pl.DataFrame | None' = None
+  card: str = ''
+  clip: bool = False
 
 
 def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
@@ -150,6 +160,8 @@ class Content:
     programs: by name.
     items: content of the items, or None.
     model: the configuration of PinFM.
+    catalogue: items to recommend, or None.
+    card: text of the model card, or ''.
   """
 
   layout: TableLayout | None
@@ -157,6 +169,8 @@ class Content:
   programs: Mapping[str, bytes]
   items: ItemContent | None
   model: PinFMConfig
+  catalogue: 'pl.DataFrame | None' = None
+  card: str = ''
 
 
 def exported_content(ranker: TrainedRanker, storage: str) -> Content:
@@ -182,7 +196,7 @@ def exported_content(ranker: TrainedRanker, storage: str) -> Content:
   model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
   with _no_call_stacks():
     programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
-  return Content(layout, arrays, programs, ranker.items, ranker.model_config)
+  return Content(layout, arrays, programs, ranker.items, ranker.model_config, ranker.catalogue, ranker.card)
 
 
 def manifest_of(ranker: TrainedRanker, layout: TableLayout | None, files: tuple[FileEntry, ...]) -> Manifest:
@@ -299,7 +313,7 @@ def write_tables(directory: Path, rows_GE: Any, layout: TableLayout | None) -> l
 
 
 def write_content(directory: Path, content: Content) -> list[str]:
-  """Writes parameters, programs and the items' content; returns the names of the files."""
+  """Writes parameters, programs, what is known of items, and the card; returns the names of the files."""
   save_arrays(directory / PARAMETERS, content.arrays)
   (directory / 'programs').mkdir()
   for name, program in content.programs.items():
@@ -315,7 +329,21 @@ def write_items_of(directory: Path, content: Content) -> list[str]:
     _, digests = checksums.describe(directory, CONTENT)
     (directory / DIGESTS[CONTENT]).write_bytes(digests)
     names.append(DIGESTS[CONTENT])
+  if content.layout is not None and content.catalogue is not None:
+    names.append(write_catalogue(directory, content.catalogue))
+  if content.card:
+    (directory / MODEL_CARD).write_text(content.card, encoding='utf-8')
+    names.append(MODEL_CARD)
   return names
+
+
+def carried_over(path: Path, manifest: Manifest) -> dict[str, Any]:
+  """What a bundle made of this one takes along unchanged: `catalogue` and `card` of `TrainedRanker`."""
+  names = {entry.name for entry in manifest.files}
+  return {
+    'catalogue': read_catalogue(path) if CATALOGUE in names else None,
+    'card': (path / MODEL_CARD).read_text(encoding='utf-8') if MODEL_CARD in names else '',
+  }
 
 
 def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
@@ -324,55 +352,20 @@ def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
     return None
   tables = ranker.model_config.tables
   size = row_bytes(tables.width, storage)
-  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed)
+  clip = ranker.clip and storage != 'float32'
+  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed, clip)
 
 
 def packed_rows(rows_GE: Any, layout: TableLayout) -> Iterator[np.ndarray]:
   """The packed rows of the tables, block after block; see `TrainedRanker.rows_GE` for what they are made of."""
   written = 0
-  for packed in quantise_parts(rows_GE, layout.storage):
+  for packed in quantise_parts(rows_GE, layout.storage, layout.clip):
     if packed.shape[1] != layout.row_bytes:
       raise ValueError(f'got packed rows of {packed.shape[1]} bytes, expected {layout.row_bytes}')
     written += len(packed)
     yield packed
   if written != layout.sub_tables * layout.rows:
     raise ValueError(f'got {written} table rows, expected {layout.sub_tables} x {layout.rows}')
-
-
-@contextmanager
-def complete_directory(out: Path, overwrite: bool, marker: str = MANIFEST, kind: str = 'bundle') -> Iterator[Path]:
-  """A new directory beside `out` that takes its place when the block ends without an error.
-
-  Args:
-    out: the directory to make.
-    overwrite: replace one that holds the file `marker`.
-    marker: see overwrite.
-    kind: names it in messages.
-
-  Raises:
-    UserError: `out` exists and may not be replaced, or it cannot be made.
-  """
-  out = out.absolute()
-  occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-  if occupied and not overwrite:
-    raise UserError(f'{out} exists already; give another --out, or remove it first')
-  if occupied and not (out / marker).is_file():
-    raise UserError(f'{out} exists and is no {kind}, so it is not replaced; give another --out')
-  partial, replaced = (out.with_name(f'{out.name}.{word}-{os.getpid()}') for word in ('partial', 'replaced'))
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
-    partial.mkdir(parents=True)
-  except OSError as error:
-    raise UserError(f'{out} cannot be made ({error.strerror}); give another --out') from error
-  try:
-    yield partial
-    if occupied:
-      os.rename(out, replaced)
-    os.rename(partial, out)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-  shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

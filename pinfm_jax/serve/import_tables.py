@@ -30,7 +30,7 @@ from pinfm_jax.data.item_vectors import ItemVectors
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.progress import Progress
-from pinfm_jax.serve.bundle import complete_directory
+from pinfm_jax.serve.files import complete_directory
 
 IMPORTED, NUMBERS, ROWS, PROJECTION = 'imported.json', 'row_numbers.bin', 'rows.bin', 'projection.npy'
 _FORMAT, _VERSION = 'pinfm-imported-tables', 1

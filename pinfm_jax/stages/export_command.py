@@ -1,6 +1,7 @@
 """The arguments of `pinfm export`: from a finished run, or from a bundle."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from pinfm_jax.errors import UserError
@@ -22,6 +23,8 @@ def add_export(commands) -> None:
   command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
   command.add_argument('--seed', type=int, help='of which seed (default: the first)')
   command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
+  command.add_argument('--clip', action=argparse.BooleanOptionalAction, default=None,
+                       help='round table rows with the least squared error, or from minimum to maximum')  # fmt: skip
   command.add_argument('--base', metavar='BUNDLE', help='write just what this earlier bundle has not, as a delta')
   command.add_argument('--overwrite', action='store_true', help='replace what an earlier export wrote to DIR')
   command.set_defaults(function=_export)
@@ -42,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> None:
   from pinfm_jax.stages.export import export_arm
 
   run, a = Run(saved_experiment(arguments.source), Path(arguments.source)), arguments
-  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base, a.form))
+  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base, a.clip, a.form))
 
 
 def _export_bundle(arguments: argparse.Namespace) -> None:
@@ -56,13 +59,15 @@ def _export_bundle(arguments: argparse.Namespace) -> None:
 
   bundle, out, storage, overwrite = arguments.source, arguments.out, arguments.storage, arguments.overwrite
   if arguments.refresh:
-    if storage or arguments.form != 'bundle':
-      raise UserError('--refresh keeps tables and form as they are: drop --storage and --format, or --refresh')
+    if storage or arguments.clip is not None or arguments.form != 'bundle':
+      raise UserError('--refresh keeps tables and form as they are: drop --storage, --clip and --format, or --refresh')
     print(refresh_bundle(bundle, out, overwrite))
     return
   if arguments.form == 'bundle' and storage is None:
     raise UserError(f'{bundle} is a bundle already; expected --refresh, --storage or --format to make another of it')
   ranker = ranker_of_bundle(bundle)
+  if arguments.clip is not None:
+    ranker = replace(ranker, clip=arguments.clip)
   storage = storage or (ranker.rows_GE.storage if ranker.rows_GE else 'int4')
   if arguments.form == 'bundle':
     print(export_bundle(out, ranker, storage, overwrite))

@@ -10,6 +10,7 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.server import add_serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export,
     _add_apply_delta,
     _add_score,
+    add_serve,
     _add_report,
     _add_plan,
     add_bench,

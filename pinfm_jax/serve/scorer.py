@@ -61,6 +61,28 @@ class Scorer:
     """
     return self._score((f'request {i}', request) for i, request in enumerate(requests, 1))
 
+  def parse(self, document: Any) -> ScoringRequest:
+    """Checks one request.
+
+    Raises:
+      UserError: anything wrong with it.
+    """
+    return self._parser.parse(document)
+
+  def probabilities(self, requests: list[ScoringRequest]) -> list[np.ndarray]:
+    """[C, T] of each request."""
+    scores: list[np.ndarray] = []
+    batch: list[ScoringRequest] = []
+    for request in requests:
+      if batch and not self._fits([*batch, request]):
+        scores, batch = scores + self._probabilities(batch), []
+      batch.append(request)
+    return scores + self._probabilities(batch)
+
+  def warm_up(self, progress: Progress | None = None) -> int:
+    """Compiles nothing here."""
+    return 0
+
   def score_batch(self, events: Arrays, candidates: Arrays) -> np.ndarray:
     """Scores stacked model inputs.
 

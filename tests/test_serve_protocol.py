@@ -72,7 +72,10 @@ def test_json_may_be_nested_or_flat_and_nan_is_null_in_answers():
     body = json.dumps({'inputs': [{'name': 'x', 'shape': [3, 2], 'datatype': 'INT32', 'data': data}]})
     np.testing.assert_array_equal(decode_request(body.encode(), None).inputs['x'].array, nested)
   body, _ = encode_response({'id': 'a'}, [(Tensor('y', 'FP32', np.array([np.nan, 1], np.float32)), False)])
-  assert json.loads(body) == {'id': 'a', 'outputs': [{'name': 'y', 'datatype': 'FP32', 'shape': [2], 'data': [None, 1]}]}
+  assert json.loads(body) == {
+    'id': 'a',
+    'outputs': [{'name': 'y', 'datatype': 'FP32', 'shape': [2], 'data': [None, 1]}],
+  }
 
 
 def test_outputs_and_parameters():
@@ -239,7 +242,9 @@ def test_names_of_actions_and_padding_of_candidates(manifest):
 
 def test_empty_tensors(manifest):
   reader = InputReader(manifest)
-  none = reader.documents(tensors(history_item_id=np.zeros((0, 3), '<U1'), candidate_item_id=np.zeros((0, 2), '<U1')), '')
+  none = reader.documents(
+    tensors(history_item_id=np.zeros((0, 3), '<U1'), candidate_item_id=np.zeros((0, 2), '<U1')), ''
+  )
   assert none == []
   empty = tensors(
     history_item_id=np.zeros((1, 0), '<U1'), history_actions=np.zeros((1, 0), np.uint32),
@@ -251,7 +256,7 @@ def test_empty_tensors(manifest):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'candidate_pirce': [[1.0], [2.0]]}, "input 'candidate_pirce', which the model does not have; .* 'candidate_price'"),
+    ({'candidate_pirce': [[1.0], [2.0]]}, "input 'candidate_pirce', which .* the nearest is 'candidate_price'"),
     ({'candidate_price': [['1'], ['2']]}, "datatype BYTES of the input 'candidate_price', expected one of FP32"),
     ({'candidate_price': [1.0, 2.0]}, r"shape \[2\] of the input 'candidate_price', expected \[U, C\]"),
     ({'candidate_price': [[1.0, 2.0]] * 2}, r"expected \[U, C\] with C = 1, as in candidate_item_id"),

@@ -75,16 +75,16 @@ def serve(bundle: str | Path, settings: ServerSettings) -> None:
       raise
     raise UserError(f"{error.name} is not installed: pip install 'pinfm_jax[serve]'") from None
   logging.basicConfig(level=logging.INFO, format='%(asctime)s %(name)s %(levelname)s %(message)s', stream=sys.stderr)
-  bound = bind(settings.host, settings.port)  # before the minutes that compiling may take
-  path = Path(bundle)
-  name = settings.name or path.resolve().name
-  metrics = Metrics()
-  models = Models(lambda: open_scorer(path, settings), metrics)
-  service = Service(name, models, limits(settings), metrics)
-  host, port = bound.getsockname()[:2]
-  where = f'[{host}]' if ':' in host else host
-  print(f'{name} ({path}, {models.current.programs} programs) on http://{where}:{port}/v2/models/{name}', flush=True)
-  Server(service, settings.linger_s).run(sockets=[bound])
+  with bind(settings.host, settings.port) as bound:  # before the minutes that compiling may take
+    path = Path(bundle)
+    name = settings.name or path.resolve().name
+    metrics = Metrics()
+    models = Models(lambda: open_scorer(path, settings), metrics)
+    service = Service(name, models, limits(settings), metrics)
+    host, port = bound.getsockname()[:2]
+    where = f'http://{f"[{host}]" if ":" in host else host}:{port}/v2/models/{name}'
+    greeting = f'{path}: {models.current.programs} programs compiled, serving {where}'
+    Server(service, settings.linger_s, greeting).run(sockets=[bound])
 
 
 def open_scorer(path: Path, settings: ServerSettings) -> Any:

@@ -25,8 +25,12 @@ def bind(host: str, port: int) -> socket.socket:
   try:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, kind, protocol)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(address)
+    try:
+      bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      bound.bind(address)
+    except OSError:
+      bound.close()
+      raise
   except OSError as error:
     raise UserError(f'{host} port {port} cannot be used ({error.strerror}); give another --host or --port') from None
   return bound
@@ -35,14 +39,15 @@ def bind(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
   """uvicorn, with signals that end in exit code 0 once everything is answered."""
 
-  def __init__(self, service: Service, linger_s: float = 0.0):
+  def __init__(self, service: Service, linger_s: float = 0.0, greeting: str = ''):
     """Takes the service.
 
     Args:
       service: what answers.
       linger_s: after SIGTERM the server says for so long that it is not ready, before it closes its port.
+      greeting: printed once it listens and hears signals.
     """
-    self._service, self._linger_s = service, linger_s
+    self._service, self._linger_s, self._greeting = service, linger_s, greeting
     self._tasks: set[asyncio.Task] = set()
     grace = math.ceil(service.limits.timeout_s) + 5
     super().__init__(
@@ -68,6 +73,12 @@ class Server(uvicorn.Server):
     finally:
       for number in handlers:
         loop.remove_signal_handler(number)
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    """Listens."""
+    await super().startup(sockets)
+    if self._greeting:
+      print(self._greeting, flush=True)
 
   def end(self) -> None:
     """Drains and ends; asked again, it ends at once."""

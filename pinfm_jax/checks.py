@@ -194,9 +194,10 @@ def _check_lengths(experiment: Experiment) -> None:
     for name, weight in named.items():
       if not np.isfinite(weight):
         raise UserError(f'{key}.{name} is {weight}; expected a finite number')
+  behind = 1 + int(experiment.ranker.learnable_token)  # the candidate, and maybe a token before it
   for key, length, positions in (
     ('pretrain.segment_length', pretrain.segment_length, pretrain.segment_length),
-    ('finetune.history_length', finetune.history_length, finetune.history_length + 1),  # the candidate stands behind it
+    ('finetune.history_length', finetune.history_length, finetune.history_length + behind),
   ):
     if positions > tower.max_positions:
       raise UserError(

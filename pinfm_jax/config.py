@@ -140,6 +140,8 @@ class RankerConfig:
   max_sparse_width: int = 32
   embedding_width: int = 32  # embedding features are projected to this width
   module_width: int = 64  # the module's outputs are projected to this width
+  learnable_token: bool = False  # one more token between the history and the candidate (PinFM-GraphSAGE-LT)
+  candidate_content: bool = False  # projected content of the item is added to the candidate's token (PinFM-GraphSAGE)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pinfm_jax.config import TowerConfig
+from pinfm_jax.model.dcat import View
 from pinfm_jax.model.hstu import relative_bias
-from pinfm_jax.model.transformer import Decoder
+from pinfm_jax.model.transformer import Decoder, last_event
 
 USERS, LENGTH, CANDIDATES, WIDTH, HEADS = 4, 9, 3, 16, 2
 LENGTHS = np.array([0, 1, 6, LENGTH])
@@ -33,8 +34,8 @@ def inputs():
 def dcat(params, history, candidates):
   """The context pass, then the crossing pass."""
   model = Decoder(CONFIG)
-  _, context = model.apply(params, history, MASK, every_output=False, method='context')
-  return model.apply(params, candidates, context, MASK, method='crossing')
+  _, context = model.apply(params, history, MASK, output_at_U=last_event(MASK), method='context')
+  return model.apply(params, candidates, context, View(MASK), method='crossing')
 
 
 def oracle(params, history, candidates):
@@ -93,10 +94,11 @@ def test_equals_the_dense_oracle_in_values_and_gradients(inputs):
 
 
 def test_the_last_event_alone_equals_its_output_in_the_whole_pass(inputs):
-  """`every_output=False` runs an event as a query behind the events before it, at the right distances."""
+  """`output_at_U` runs an event as a query behind the events before it, at the right distances."""
   params, history, *_ = inputs
   outputs, _ = jax.jit(lambda h: Decoder(CONFIG).apply(params, h, MASK, method='context'))(history)
-  last, _ = jax.jit(lambda h: Decoder(CONFIG).apply(params, h, MASK, every_output=False, method='context'))(history)
+  alone = lambda h: Decoder(CONFIG).apply(params, h, MASK, output_at_U=last_event(MASK), method='context')[0]
+  last = jax.jit(alone)(history)
   for user in (1, 2, 3):
     np.testing.assert_allclose(last[user, 0], outputs[user, LENGTHS[user] - 1], rtol=1e-5, atol=1e-6)
 
@@ -120,8 +122,8 @@ def test_padding_has_no_influence_whatever_its_length(inputs):
 
   @jax.jit
   def run(h, c):
-    _, context = model.apply(params, h, shorter, every_output=False, method='context')
-    return model.apply(params, c, context, shorter, method='crossing')
+    _, context = model.apply(params, h, shorter, output_at_U=last_event(shorter), method='context')
+    return model.apply(params, c, context, View(shorter), method='crossing')
 
   got = run(history[:3, :7], candidates[:3])
   np.testing.assert_allclose(got, expected[:3], rtol=1e-5, atol=1e-6)
@@ -144,8 +146,8 @@ def test_the_distance_counts(inputs):
 
   @jax.jit
   def run(p, h):
-    _, context = Decoder(one).apply(p, h, MASK, every_output=False, method='context')
-    return Decoder(one).apply(p, candidates, context, MASK, method='crossing')[3]
+    _, context = Decoder(one).apply(p, h, MASK, output_at_U=last_event(MASK), method='context')
+    return Decoder(one).apply(p, candidates, context, View(MASK), method='crossing')[3]
 
   assert np.any(np.abs(run(alone, history) - run(alone, swapped)) > 1e-4)
   flat = jax.tree.map(lambda p: p, alone)
@@ -168,8 +170,8 @@ def test_exports_with_symbolic_sizes_for_all_platforms(inputs):
   users, count, length = jax.export.symbolic_shape('U, C, L', constraints=[f'L <= {LENGTH}'])
 
   def run(x, c, mask):
-    _, context = model.apply(params, x, mask, every_output=False, method='context')
-    return model.apply(params, c, context, mask, method='crossing')
+    _, context = model.apply(params, x, mask, output_at_U=last_event(mask), method='context')
+    return model.apply(params, c, context, View(mask), method='crossing')
 
   shapes = ((users, length, WIDTH), jnp.float32), ((users, count, WIDTH), jnp.float32), ((users, length), bool)
   shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]

@@ -13,13 +13,14 @@ from pinfm_jax.config import ColdStartConfig, RankerConfig
 from pinfm_jax.model.interaction import CrossNetwork
 from pinfm_jax.model.ranker import DenseStats, FeatureLayer, FeatureSpec, Ranker, RankingModel, sparse_width
 
+# One position more than events and candidate need: a token may stand between them.
+LONGER = replace(MODEL, tower=replace(MODEL.tower, max_positions=LENGTH + 2))
 LENGTHS = (0, 1, 7, 30)  # events before the request; the window holds 20
 
 
 @pytest.fixture(scope='module')
 def toy():
-  made = make_toy()
-  return replace(made, params=jax.tree.map(jnp.asarray, made.params))
+  return _toy()
 
 
 @pytest.fixture(scope='module')
@@ -28,6 +29,11 @@ def batch():
     (make_history(i, length + 2), make_request(i, length, i), make_content(i)) for i, length in enumerate(LENGTHS)
   ]
   return jax.tree.map(jnp.asarray, ranking_batch(examples))
+
+
+def _toy(**arguments):
+  made = make_toy(**arguments)
+  return replace(made, params=jax.tree.map(jnp.asarray, made.params))
 
 
 def _apply(toy, batch, vectors=None, **changes):
@@ -113,17 +119,54 @@ def test_sparse_width(size, most, width):
   assert sparse_width(size, most) == width
 
 
-def test_context_and_score_equal_the_training_path(toy, batch):
+VARIANTS = {
+  'base': {},
+  'content': {'candidate_content': True},
+  'token': {'learnable_token': True},
+  'both': {'candidate_content': True, 'learnable_token': True},
+}
+
+
+@pytest.mark.parametrize('options', VARIANTS.values(), ids=VARIANTS)
+def test_context_and_score_equal_the_training_path(batch, options):
+  toy = _toy(model=LONGER, **options)
   vectors_ULV, vectors_UCV = item_vectors(toy.rows_GE, batch)
   weights = {'params': toy.params}
   context = jax.jit(lambda v, e: toy.module.apply(weights, v, e, method='context'))(vectors_ULV, batch.events)
-  found = jax.jit(lambda v, c, m, b: toy.module.apply(weights, v, c, m, b, toy.stats, method='score'))(
-    vectors_UCV, context, batch.events.mask_UL, batch.candidates
+  found = jax.jit(lambda v, c, b: toy.module.apply(weights, v, c, b, toy.stats, method='score'))(
+    vectors_UCV, context, batch.candidates
   )
   np.testing.assert_allclose(found, jax.nn.sigmoid(_apply(toy, batch).logits_UCT), atol=1e-6, rtol=0)
   with_history = _apply(toy, batch, need_history_output=True)
   np.testing.assert_allclose(found, jax.nn.sigmoid(with_history.logits_UCT), atol=1e-6, rtol=0)
   assert with_history.h_ULO.shape == (4, LENGTH, MODEL.tower.output_width)
+
+
+def test_the_token_variants_learn(batch):
+  toy = _toy(model=LONGER, **VARIANTS['both'])
+  loss = lambda p, v: toy.module.apply({'params': p}, *v, batch, toy.stats).logits_UCT.sum()
+  grads = jax.jit(jax.grad(loss))(toy.params, item_vectors(toy.rows_GE, batch))
+  for name, shape in (('learnable_token', (16,)), ('candidate_content', (2, 16))):
+    assert grads[name].shape == shape
+    assert np.all(np.isfinite(grads[name]))
+    assert np.all(grads[name] != 0)
+
+
+def test_the_token_leaves_the_representation_of_the_history_alone(batch):
+  """It stands behind the events, so no event sees it: what pretraining taught stays."""
+  toy = _toy(model=LONGER, **VARIANTS['token'])
+  base = replace(toy, ranker=replace(toy.ranker, learnable_token=False))
+  with_token, without = (_apply(t, batch, need_history_output=True) for t in (toy, base))
+  real = np.asarray(batch.events.mask_UL)
+  np.testing.assert_allclose(with_token.h_ULO[real], without.h_ULO[real], atol=1e-6)
+  assert np.all(np.abs(with_token.logits_UCT - without.logits_UCT) > 1e-6)
+
+
+def test_candidate_content_needs_content(batch):
+  module = RankingModel(MODEL, RankerConfig(candidate_content=True), replace(SPEC, content_width=0))
+  arrays = (jnp.zeros((4, LENGTH, 16)), jnp.zeros((4, 5, 16)))
+  with pytest.raises(ValueError, match='content vectors'):
+    jax.eval_shape(lambda key: module.init(key, *arrays, batch, None), jax.random.key(0))
 
 
 def test_a_user_without_events_works_and_padding_means_nothing(toy, batch):

@@ -31,7 +31,7 @@ FEATURES = Features(
 SCHEMA = FeatureSchema(
   FEATURES, content_width=2, num_surfaces=2, item_buckets=30, history_length=LENGTH, labels=('click', 'hide')
 )
-SPEC = FeatureSpec(len(SCHEMA.dense_names), SCHEMA.sparse_sizes, SCHEMA.embedding_widths, 2)
+SPEC = FeatureSpec(len(SCHEMA.dense_names), SCHEMA.sparse_sizes, SCHEMA.embedding_widths, 2, SCHEMA.content_width)
 MODEL = PinFMConfig(
   TableConfig(sub_tables=2, rows=50, width=8, hash_seed=3),
   TowerConfig(layers=2, width=16, heads=2, mlp_ratio=2, output_width=8, max_positions=LENGTH + 1),
@@ -84,9 +84,9 @@ class Toy:
     return TrainedRanker(**{**parts, **changes})
 
 
-def make_toy(sequence: str = 'pinfm', model: PinFMConfig = MODEL) -> Toy:
-  """The model with weights large enough that every input changes the scores."""
-  ranker = RankerConfig(sequence=sequence, cross_layers=1, mlp=(16,), module_width=8, embedding_width=4)
+def make_toy(sequence: str = 'pinfm', model: PinFMConfig = MODEL, **options: Any) -> Toy:
+  """The model with weights large enough that every input changes the scores; `options` are settings of the ranker."""
+  ranker = RankerConfig(sequence=sequence, cross_layers=1, mlp=(16,), module_width=8, embedding_width=4, **options)
   stats = DenseStats(*(jnp.array(v, jnp.float32) for v in ([0] * 4, [9, 9, 99, 50], [1] * 4, [0.5] * 4)))
   tokens = Toy(ranker, None, None, stats, model).tokens
   batch = ranking_batch([(make_history(0, 0), make_request(0, 0, 0), make_content(0))], tokens)

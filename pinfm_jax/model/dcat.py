@@ -24,6 +24,30 @@ class LayerKV:
   value: Array
 
 
+@flax.struct.dataclass
+class View:
+  """What the tokens of a pass look at besides themselves.
+
+  Attributes:
+    mask_UL: True on the keys of the histories that count.
+    segment_UL: int32 segments of packed rows in the context pass, which do not see each other; None = one a row.
+    user_M: int32, the history that each row of tokens belongs to: several rows (tiles of candidates, pieces of one
+      user) then share a history. None = row u belongs to history u.
+    causal: a token also sees the tokens before it in its row (appended events); False: just itself (candidates).
+  """
+
+  mask_UL: Array
+  segment_UL: Array | None = None
+  user_M: Array | None = None
+  causal: bool = flax.struct.field(pytree_node=False, default=False)
+
+  def rows(self, context: LayerKV) -> tuple[LayerKV, Array]:
+    """One layer's keys and values, and the mask, of each row of tokens: copied once a row, never once a candidate."""
+    if self.user_M is None:
+      return context, self.mask_UL
+    return jax.tree.map(lambda y: y[self.user_M], context), self.mask_UL[self.user_M]
+
+
 def visible_keys(mask_UL: Array, segment_UL: Array | None) -> Array:
   """Which keys m a query l may see: real ones, not later than itself, of its own segment. bool [U, 1, L, L]."""
   place_L = jnp.arange(mask_UL.shape[1])
@@ -72,7 +96,7 @@ def _query_blocks(length: int) -> list[slice]:
   return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def attend_context(query_UCHK: Array, context: LayerKV, mask_UL: Array, own: LayerKV) -> Array:
+def attend_context(query_UCHK: Array, context: LayerKV, mask_UL: Array, own: LayerKV, causal: bool = False) -> Array:
   """Attention of each candidate over its user's history and itself (PinFM Eq. 4); candidates never see each other.
 
   The history's K/V are shared by a user's candidates, so the scores are one batched matmul and no K/V is copied; a
@@ -83,6 +107,7 @@ def attend_context(query_UCHK: Array, context: LayerKV, mask_UL: Array, own: Lay
     context: keys and values of the history, [U, L, H, K].
     mask_UL: True on real events.
     own: the candidates' own keys and values, [U, C, H, K].
+    causal: the tokens are events that follow the history, and see those before them too.
 
   Returns:
     [U, C, H, K]; a user without events attends to itself alone.
@@ -90,12 +115,40 @@ def attend_context(query_UCHK: Array, context: LayerKV, mask_UL: Array, own: Lay
   scale = 1 / math.sqrt(query_UCHK.shape[-1])
   scores_UHCL = scale * jnp.einsum('uchk,ulhk->uhcl', query_UCHK, context.key, preferred_element_type=jnp.float32)
   scores_UHCL = jnp.where(mask_UL[:, None, None, :], scores_UHCL, MASKED)
-  own_UHC = scale * jnp.einsum('uchk,uchk->uhc', query_UCHK, own.key, preferred_element_type=jnp.float32)
-  top_UHC = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores_UHCL, axis=-1, initial=MASKED), own_UHC))
-  weights_UHCL = jnp.exp(scores_UHCL - top_UHC[..., None])
-  own_weight_UHC = jnp.exp(own_UHC - top_UHC)
-  total_UCH = (jnp.sum(weights_UHCL, axis=-1) + own_weight_UHC).swapaxes(1, 2)
+  own_UHCX = scale * own_scores(query_UCHK, own.key, causal, MASKED)
+  top_UHC1 = jnp.maximum(jnp.max(scores_UHCL, -1, keepdims=True, initial=MASKED), jnp.max(own_UHCX, -1, keepdims=True))
+  top_UHC1 = jax.lax.stop_gradient(top_UHC1)
+  weights_UHCL, own_UHCX = jnp.exp(scores_UHCL - top_UHC1), jnp.exp(own_UHCX - top_UHC1)
+  total_UCH = (jnp.sum(weights_UHCL, axis=-1) + jnp.sum(own_UHCX, axis=-1)).swapaxes(1, 2)
   weights_UHCL = weights_UHCL.astype(context.value.dtype)
   mixed_UCHK = jnp.einsum('uhcl,ulhk->uchk', weights_UHCL, context.value, preferred_element_type=jnp.float32)
-  mixed_UCHK += own_weight_UHC.swapaxes(1, 2)[..., None] * own.value
+  mixed_UCHK += mix_own(own_UHCX, own.value, causal)
   return (mixed_UCHK / total_UCH[..., None]).astype(own.value.dtype)
+
+
+def own_scores(query_UCHK: Array, key_UCHK: Array, causal: bool, later: float) -> Array:
+  """Products of tokens with their own keys.
+
+  Args:
+    query_UCHK: queries.
+    key_UCHK: keys of the same tokens.
+    causal: with the keys of the tokens before them too.
+    later: what stands for a later token's key.
+
+  Returns:
+    float32 [U, H, C, 1], or [U, H, C, C] if causal.
+  """
+  if not causal:
+    products_UCH = jnp.einsum('uchk,uchk->uch', query_UCHK, key_UCHK, preferred_element_type=jnp.float32)
+    return products_UCH.swapaxes(1, 2)[..., None]
+  products_UHCX = jnp.einsum('uchk,uxhk->uhcx', query_UCHK, key_UCHK, preferred_element_type=jnp.float32)
+  place_C = jnp.arange(query_UCHK.shape[1])
+  return jnp.where(place_C[:, None] >= place_C[None, :], products_UHCX, later)
+
+
+def mix_own(weights_UHCX: Array, value_UCHK: Array, causal: bool) -> Array:
+  """Sum of the tokens' own values by the weights that `own_scores` led to: float32 [U, C, H, K]."""
+  if not causal:
+    return weights_UHCX.swapaxes(1, 2) * value_UCHK
+  weights_UHCX = weights_UHCX.astype(value_UCHK.dtype)
+  return jnp.einsum('uhcx,uxhk->uchk', weights_UHCX, value_UCHK, preferred_element_type=jnp.float32)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pinfm_jax.config import TowerConfig
-from pinfm_jax.model.dcat import LayerKV, visible_keys
+from pinfm_jax.model.dcat import LayerKV, View, mix_own, own_scores, visible_keys
 from pinfm_jax.model.layers import dense
 
 Array = jax.Array
@@ -39,16 +39,13 @@ class HSTUBlock(nn.Module):
     )
     self.dropout = nn.Dropout(self.config.dropout)
 
-  def __call__(
-    self, x: Array, context: LayerKV | None, mask_UL: Array, segment_UL: Array | None, train: bool
-  ) -> tuple[Array, LayerKV | None]:
+  def __call__(self, x: Array, context: LayerKV | None, view: View, train: bool) -> tuple[Array, LayerKV | None]:
     """Runs the block.
 
     Args:
-      x: [U, L, D] histories (context pass) or [U, C, D] candidates (crossing pass).
-      context: None for the context pass; the history's keys and values for the crossing pass.
-      mask_UL: True on the history's real events.
-      segment_UL: segments of packed rows in the context pass, or None.
+      x: [U, L, D] histories (context pass), [M, C, D] candidates (crossing pass) or events that follow a history.
+      context: None for the context pass; else the histories' keys and values.
+      view: what x may look at.
       train: dropout on.
 
     Returns:
@@ -57,10 +54,11 @@ class HSTUBlock(nn.Module):
     gate, query, own = self._project(x)
     if context is None:
       bias_HLM = relative_bias(self.position_bias_PH, x.shape[1])
-      mixed, kept = mix_causal(query, own, mask_UL, segment_UL, bias_HLM, self.config.max_positions), own
+      mixed, kept = mix_causal(query, own, view.mask_UL, view.segment_UL, bias_HLM, self.config.max_positions), own
     else:
-      mixed = mix_context(query, context, mask_UL, own, self.position_bias_PH, self.config.max_positions)
-      kept = None
+      bias_PH, normaliser = self.position_bias_PH, self.config.max_positions
+      mixed = mix_context(query, *view.rows(context), own, bias_PH, normaliser, view.causal)
+      kept = own if view.causal else None
     gated = gate * self.norm_attention(mixed.reshape(x.shape))
     return x + self.dropout(self.out(gated), deterministic=not train), kept
 
@@ -113,11 +111,18 @@ def mix_causal(
 
 
 def mix_context(
-  query_UCHK: Array, context: LayerKV, mask_UL: Array, own: LayerKV, bias_PH: Array, normaliser: int
+  query_UCHK: Array,
+  context: LayerKV,
+  mask_UL: Array,
+  own: LayerKV,
+  bias_PH: Array,
+  normaliser: int,
+  causal: bool = False,
 ) -> Array:
   """Pointwise attention of each candidate over its user's history and itself; candidates never see each other.
 
-  A candidate stands right behind the last real event, so its distance to event l is (number of events) - l.
+  A candidate stands right behind the last real event, so its distance to event l is (number of events) - l; the j-th
+  of several events that follow stands j places further.
 
   Args:
     query_UCHK: candidate queries.
@@ -126,16 +131,21 @@ def mix_context(
     own: the candidates' own keys and values, [U, C, H, K].
     bias_PH: bias by distance and head.
     normaliser: n.
+    causal: the tokens are events that follow the history, and see those before them too.
 
   Returns:
     float32 [U, C, H, K]; a user without events attends to itself alone.
   """
-  distance_UL = jnp.sum(mask_UL, axis=1, keepdims=True) - jnp.arange(mask_UL.shape[1])
-  bias_UH1L = bias_PH[jnp.maximum(distance_UL, 0)].transpose(0, 2, 1)[:, :, None, :]
+  place_X = jnp.arange(query_UCHK.shape[1] if causal else 1)
+  first_U = jnp.sum(mask_UL, axis=1)
+  distance_UXL = (first_U[:, None] + place_X)[..., None] - jnp.arange(mask_UL.shape[1])
+  bias_UHXL = bias_PH[jnp.maximum(distance_UXL, 0)].transpose(0, 3, 1, 2)
   scores_UHCL = jnp.einsum('uchk,ulhk->uhcl', query_UCHK, context.key, preferred_element_type=jnp.float32)
-  weights_UHCL = jax.nn.silu(scores_UHCL + bias_UH1L) * (1 / normaliser)
+  weights_UHCL = jax.nn.silu(scores_UHCL + bias_UHXL) * (1 / normaliser)
   weights_UHCL = jnp.where(mask_UL[:, None, None, :], weights_UHCL, 0.0).astype(context.value.dtype)
-  own_UCH = jnp.einsum('uchk,uchk->uch', query_UCHK, own.key, preferred_element_type=jnp.float32) + bias_PH[0]
-  own_weight_UCH = jax.nn.silu(own_UCH) * (1 / normaliser)
   mixed_UCHK = jnp.einsum('uhcl,ulhk->uchk', weights_UHCL, context.value, preferred_element_type=jnp.float32)
-  return mixed_UCHK + own_weight_UCH[..., None] * own.value
+  own_bias = relative_bias(bias_PH, query_UCHK.shape[1]) if causal else bias_PH[0][:, None, None]
+  own_UHCX = jax.nn.silu(own_scores(query_UCHK, own.key, causal, 0.0) + own_bias) * (1 / normaliser)
+  if causal:
+    own_UHCX = jnp.tril(own_UHCX)
+  return mixed_UCHK + mix_own(own_UHCX, own.value, causal)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pinfm_jax.config import PinFMConfig
-from pinfm_jax.model.dcat import LayerKV
-from pinfm_jax.model.transformer import Decoder, dense
+from pinfm_jax.model.dcat import LayerKV, View
+from pinfm_jax.model.transformer import Decoder, dense, last_event
 
 Array = jax.Array
 
@@ -129,6 +129,7 @@ class PinFM(nn.Module):
     train: bool = False,
     every_output: bool = True,
     hidden_actions_UL: Array | None = None,
+    token_V: Array | None = None,
   ) -> tuple[Array, LayerKV]:
     """The context pass: H = phi_out(M(phi_in(E + V + A))) (PinFM Eq. 1).
 
@@ -138,9 +139,12 @@ class PinFM(nn.Module):
       train: dropout on.
       every_output: False computes H of each history's last event alone.
       hidden_actions_UL: True where the model must not see the actions; None = nowhere.
+      token_V: one more token behind each history's last event, in place of an event; candidates attend to it. None =
+        none.
 
     Returns:
-      Unit-length H [U, L, O], or [U, 1, O] of the last events; and every layer's keys and values.
+      Unit-length H [U, L, O], or [U, 1, O] of the last events; and every layer's keys and values [N, U, L, H, K]
+      (L + 1 of them with `token_V`).
 
     Raises:
       ValueError: histories longer than the learned positions.
@@ -149,38 +153,85 @@ class PinFM(nn.Module):
     if isinstance(length, int) and length > self.config.tower.max_positions:
       raise ValueError(f'histories of {length} events exceed tower.max_positions {self.config.tower.max_positions}')
     token_ULV = vectors_ULV + self._event_terms(events, hidden_actions_UL)
-    x_ULD = self.phi_in(token_ULV) + self._positions(events)
+    x_ULD, mask_UL = self.phi_in(token_ULV) + self._positions(events), events.mask_UL
+    if token_V is not None:
+      count_U = jnp.sum(mask_UL, axis=1)
+      x_ULD, mask_UL = self._insert(x_ULD, token_V, count_U, count_U), key_mask(count_U, length + 1, 1)
+    output_at_U = None if every_output else last_event(events.mask_UL)
     x_ULD = x_ULD.astype(self.config.tower.dtype)
-    output_ULD, kv = self.decoder.context(x_ULD, events.mask_UL, train, every_output, events.segment_UL)
-    return self.phi_out(output_ULD), kv
+    output_ULD, kv = self.decoder.context(x_ULD, mask_UL, train, output_at_U, events.segment_UL)
+    return self.phi_out(output_ULD[:, :length] if every_output else output_ULD), kv
+
+  def extend(
+    self,
+    vectors_UKV: Array,
+    events: EventBatch,
+    context: LayerKV,
+    mask_UL: Array,
+    token_V: Array | None = None,
+    user_M: Array | None = None,
+  ) -> tuple[Array, LayerKV]:
+    """The context pass of K events that follow histories whose keys and values are kept: equal to `encode` of both.
+
+    Args:
+      vectors_UKV: E of the new events (see `items`).
+      events: the new events; their real ones stand first. Time gaps count from the history's last event.
+      context: keys and values kept by `encode` or from earlier extensions.
+      mask_UL: True on the history's real events.
+      token_V: see `encode`.
+      user_M: the history that each row of events follows; None = row u follows history u.
+
+    Returns:
+      H of each row's last new event [U, 1, O], and the keys and values of the new positions [N, U, K, H, K]
+      (K + 1 with `token_V`).
+    """
+    view = View(mask_UL, user_M=user_M)
+    first_U = jnp.sum(mask_UL if user_M is None else mask_UL[user_M], axis=1)
+    position_UK = first_U[:, None] + jnp.arange(events.mask_UL.shape[1])
+    x_UKD = self.phi_in(vectors_UKV + self._event_terms(events, None)) + self.position_embedding[position_UK]
+    if token_V is not None:
+      count_U = jnp.sum(events.mask_UL, axis=1)
+      x_UKD = self._insert(x_UKD, token_V, count_U, first_U + count_U)
+    output_UKD, kv = self.decoder.extend(x_UKD.astype(self.config.tower.dtype), context, view)
+    last_U11 = last_event(events.mask_UL)[:, None, None]
+    return self.phi_out(jnp.take_along_axis(output_UKD, last_U11, axis=1)), kv
 
   def cross(
     self,
-    vectors_UCV: Array,
+    vectors_MCV: Array,
     context: LayerKV,
     mask_UL: Array,
     train: bool = False,
-    gap_UC: Array | None = None,
+    gap_MC: Array | None = None,
+    user_M: Array | None = None,
   ) -> Array:
     """The crossing pass: each candidate as the token that follows its user's history (PinFM section 3.2).
 
     Args:
-      vectors_UCV: E of the candidates (see `items`).
+      vectors_MCV: E of the candidates (see `items`).
       context: keys and values kept by `encode`.
-      mask_UL: True on the history's real events.
+      mask_UL: True on the history's real events, and on the token behind them if there is one.
       train: dropout on.
-      gap_UC: bucket of the time from the last event to the request, for a model with time gaps.
+      gap_MC: bucket of the time from the last event to the request, for a model with time gaps.
+      user_M: the history that each row (tile) of candidates belongs to; None = row u belongs to history u.
 
     Returns:
-      Unit-length output at each candidate's position, [U, C, O].
+      Unit-length output at each candidate's position, [M, C, O].
     """
     position_U = jnp.sum(mask_UL, axis=1)  # the candidate's place is right behind the last real event
-    token_UCV = vectors_UCV + self.action_embedding[-1]
+    position_M = position_U if user_M is None else position_U[user_M]
+    token_MCV = vectors_MCV + self.action_embedding[-1]
     if self.config.tower.time_gap_buckets:
-      token_UCV += self._gaps(gap_UC)
-    x_UCD = self.phi_in(token_UCV) + self.position_embedding[position_U][:, None, :]
-    x_UCD = x_UCD.astype(self.config.tower.dtype)
-    return self.phi_out(self.decoder.crossing(x_UCD, context, mask_UL, train))
+      token_MCV += self._gaps(gap_MC)
+    x_MCD = self.phi_in(token_MCV) + self.position_embedding[position_M][:, None, :]
+    x_MCD = x_MCD.astype(self.config.tower.dtype)
+    return self.phi_out(self.decoder.crossing(x_MCD, context, View(mask_UL, user_M=user_M), train))
+
+  def _insert(self, x_UXD: Array, token_V: Array, place_U: Array, position_U: Array) -> Array:
+    """Puts a token at a place of each row, which grows by one: [U, X + 1, D]."""
+    token_UD = self.phi_in(token_V) + self.position_embedding[position_U]
+    here_UX1 = (jnp.arange(x_UXD.shape[1] + 1) == place_U[:, None])[..., None]
+    return jnp.where(here_UX1, token_UD[:, None], jnp.pad(x_UXD, ((0, 0), (0, 1), (0, 0))))
 
   def _positions(self, events: EventBatch) -> Array:
     """Position embeddings of the events, counted from the start of each segment: [L, D], or [U, L, D] if packed."""
@@ -205,6 +256,11 @@ class PinFM(nn.Module):
     if gap is None:
       raise ValueError('the model reads time gaps, but the batch has none')
     return self.gap_embedding[gap]
+
+
+def key_mask(events_U: Array, keys: int, more: int = 0) -> Array:
+  """Which of a history's kept keys count: those of its events and of `more` tokens behind them. bool [U, keys]."""
+  return jnp.arange(keys) < events_U[:, None] + more
 
 
 def segment_places(segment_UL: Array) -> Array:

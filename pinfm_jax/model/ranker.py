@@ -12,7 +12,7 @@ from pinfm_jax.config import ColdStartConfig, PinFMConfig, RankerConfig
 from pinfm_jax.model.cold_start import age_dropout
 from pinfm_jax.model.dcat import LayerKV
 from pinfm_jax.model.interaction import CrossNetwork
-from pinfm_jax.model.pinfm import EventBatch, PinFM, l2_normalise
+from pinfm_jax.model.pinfm import EventBatch, PinFM, key_mask, l2_normalise
 from pinfm_jax.model.transformer import dense, last_event
 
 Array = jax.Array
@@ -20,12 +20,21 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class FeatureSpec:
-  """Shapes of a ranking request's features: what the ranker's layers are sized by."""
+  """Shapes of a ranking request's features: what the ranker's layers are sized by.
+
+  Attributes:
+    num_dense: dense features.
+    sparse_sizes: cardinality of each sparse feature.
+    embedding_widths: of each embedding feature.
+    num_labels: T.
+    content_width: of the candidate's content, the last embedding feature; 0 = none.
+  """
 
   num_dense: int
   sparse_sizes: tuple[int, ...]
   embedding_widths: tuple[int, ...]
   num_labels: int
+  content_width: int = 0
 
 
 class CandidateBatch(NamedTuple):
@@ -66,10 +75,17 @@ class RankingBatch(NamedTuple):
 
 @flax.struct.dataclass
 class UserContext:
-  """What the crossing pass needs of a user: every layer's keys and values, and H of the last event (0 without one)."""
+  """What the crossing pass needs of users.
+
+  Attributes:
+    kv: every layer's keys and values [N, U, L, H, K].
+    user_UO: H of the last event, 0 without one.
+    events_U: how many events each history has; a learnable token stands behind the last one.
+  """
 
   kv: LayerKV
   user_UO: Array
+  events_U: Array
 
 
 class RankingOutput(NamedTuple):
@@ -167,6 +183,12 @@ class RankingModel(nn.Module):
       self.project_output = dense(self.config.module_width, (None, None))
       self.project_item = dense(self.config.module_width, (None, None))
       self.module_head = dense(self.spec.num_labels, (None, None))
+      normal, item_width = nn.initializers.normal(0.02), self.pinfm_config.tables.item_width
+      self.token_V = self.param('learnable_token', normal, (item_width,)) if self.config.learnable_token else None
+      if self.config.candidate_content:
+        if not self.spec.content_width:
+          raise ValueError('ranker.candidate_content needs items with content vectors')
+        self.candidate_content = self.param('candidate_content', normal, (self.spec.content_width, item_width))
 
   def __call__(
     self,
@@ -192,9 +214,8 @@ class RankingModel(nn.Module):
     if self.config.sequence == 'none':
       return RankingOutput(self.ranker(batch.candidates, stats, None, train), None, None)
     h_ULO, context = self._encode(vectors_ULV, batch.events, train, need_history_output)
-    items_UCV = self._candidate_items(vectors_UCV, batch.candidates)
-    output_UCO = self.pinfm.cross(items_UCV, context.kv, batch.events.mask_UL, train, batch.candidates.gap_UC)
-    module_UCM = self._module(output_UCO, items_UCV, context)
+    output_UCO, items_UCV = self._cross(vectors_UCV, context, batch.candidates, train)
+    module_UCM = self._module(output_UCO, items_UCV, context.user_UO)
     if train:
       candidates = batch.candidates.mask_UC.shape[1]
       place_UC = batch.index_U[:, None] * candidates + jnp.arange(candidates)
@@ -206,38 +227,96 @@ class RankingModel(nn.Module):
     """The context pass of serving: what is kept of a user."""
     return self._encode(vectors_ULV, events, train=False, every_output=False)[1]
 
+  def extend(self, vectors_UKV: Array, events: EventBatch, context: UserContext, user_M: Array | None) -> UserContext:
+    """The context pass of events that follow kept histories.
+
+    Args:
+      vectors_UKV: id vectors of the new events.
+      events: the new events, real ones first; at least one in each row.
+      context: what is kept of users.
+      user_M: which of them each row of events follows; None = row u follows user u.
+
+    Returns:
+      Keys and values of the new positions, H of the last events, and the number of new events.
+    """
+    mask_UL = key_mask(context.events_U, context.kv.key.shape[2])
+    items_UKV = self.pinfm.items(vectors_UKV, events.content_ULW, events.hidden_id_UL)
+    h_U1O, kv = self.pinfm.extend(items_UKV, events, context.kv, mask_UL, self.token_V, user_M)
+    return UserContext(kv, h_U1O[:, 0], jnp.sum(events.mask_UL, axis=1, dtype=jnp.int32))
+
   def score(
-    self, vectors_UCV: Array, context: UserContext, mask_UL: Array, candidates: CandidateBatch, stats: DenseStats
+    self,
+    vectors_MCV: Array,
+    context: UserContext,
+    candidates: CandidateBatch,
+    stats: DenseStats,
+    user_M: Array | None = None,
   ) -> Array:
-    """The crossing pass and the ranker: probabilities [U, C, T]."""
-    items_UCV = self._candidate_items(vectors_UCV, candidates)
-    output_UCO = self.pinfm.cross(items_UCV, context.kv, mask_UL, gap_UC=candidates.gap_UC)
-    return jax.nn.sigmoid(self.ranker(candidates, stats, self._module(output_UCO, items_UCV, context)))
+    """The crossing pass and the ranker.
+
+    Args:
+      vectors_MCV: id vectors of the candidates.
+      context: what is kept of users.
+      candidates: rows (tiles) of candidates of one user each.
+      stats: normalisation of the dense features.
+      user_M: whose candidates each row holds; None = row u holds those of user u.
+
+    Returns:
+      Probabilities [M, C, T].
+    """
+    output_MCO, items_MCV = self._cross(vectors_MCV, context, candidates, user_M=user_M)
+    user_MO = context.user_UO if user_M is None else context.user_UO[user_M]
+    return jax.nn.sigmoid(self.ranker(candidates, stats, self._module(output_MCO, items_MCV, user_MO)))
+
+  def pairs(
+    self, vectors_MCV: Array, context: UserContext, candidates: CandidateBatch, user_M: Array | None = None
+  ) -> Array:
+    """The crossing pass alone: the unit-length output at each candidate's position [M, C, O]; arguments of `score`."""
+    return self._cross(vectors_MCV, context, candidates, user_M=user_M)[0]
+
+  def item_vectors(self, vectors: Array, content: Array | None, hidden: Array | None) -> tuple[Array, Array]:
+    """z, which H is compared with, and E, which both towers read, of items: [..., O] and [..., V]."""
+    items = self.pinfm.items(vectors, content, hidden)
+    return self.pinfm.targets(items), items
 
   def targets(self, vectors_ULV: Array, events: EventBatch) -> Array:
     """z of the events' items, for the next-token loss."""
-    return self.pinfm.targets(self.pinfm.items(vectors_ULV, events.content_ULW, events.hidden_id_UL))
+    return self.item_vectors(vectors_ULV, events.content_ULW, events.hidden_id_UL)[0]
 
-  def _candidate_items(self, vectors_UCV: Array, candidates: CandidateBatch) -> Array:
-    return self.pinfm.items(vectors_UCV, candidates.content_UCW, candidates.hidden_id_UC)
+  def _cross(
+    self,
+    vectors_MCV: Array,
+    context: UserContext,
+    candidates: CandidateBatch,
+    train: bool = False,
+    user_M: Array | None = None,
+  ) -> tuple[Array, Array]:
+    """Output at the candidates' positions, and E of the candidates."""
+    items_MCV = self.pinfm.items(vectors_MCV, candidates.content_UCW, candidates.hidden_id_UC)
+    token_MCV = items_MCV
+    if self.config.candidate_content:  # PinFM-GraphSAGE: just the candidate's token gets it
+      content_MCW = l2_normalise(candidates.embedding_UCF[..., -self.spec.content_width :])
+      token_MCV = items_MCV + content_MCW @ self.candidate_content
+    mask_UL = key_mask(context.events_U, context.kv.key.shape[2], int(self.config.learnable_token))
+    return self.pinfm.cross(token_MCV, context.kv, mask_UL, train, candidates.gap_UC, user_M), items_MCV
 
   def _encode(
     self, vectors_ULV: Array, events: EventBatch, train: bool, every_output: bool
   ) -> tuple[Array, UserContext]:
     """H (of every event, or of the last ones) and what is kept of the users."""
     items_ULV = self.pinfm.items(vectors_ULV, events.content_ULW, events.hidden_id_UL)
-    h_ULO, kv = self.pinfm.encode(items_ULV, events, train, every_output)
+    h_ULO, kv = self.pinfm.encode(items_ULV, events, train, every_output, token_V=self.token_V)
     last_U11 = last_event(events.mask_UL)[:, None, None]
     h_UO = (jnp.take_along_axis(h_ULO, last_U11, axis=1) if every_output else h_ULO)[:, 0]
-    has_events_U1 = jnp.any(events.mask_UL, axis=1, keepdims=True)
-    return h_ULO, UserContext(kv, jnp.where(has_events_U1, h_UO, 0))
+    events_U = jnp.sum(events.mask_UL, axis=1, dtype=jnp.int32)
+    return h_ULO, UserContext(kv, jnp.where(events_U[:, None] > 0, h_UO, 0), events_U)
 
-  def _module(self, output_UCO: Array, items_UCV: Array, context: UserContext) -> Array:
+  def _module(self, output_MCO: Array, items_MCV: Array, user_MO: Array) -> Array:
     """What the ranker sees of PinFM: the candidate-position output and the candidate's item vector, as in the paper,
     and the similarity that pretraining maximises, <H of the last event, z of the candidate>: it ranks from step 0."""
-    similarity_UC = jnp.einsum('uo,uco->uc', context.user_UO, self.pinfm.targets(items_UCV))
-    parts = [self.project_output(output_UCO), l2_normalise(self.project_item(items_UCV))]
-    return jnp.concatenate([*parts, similarity_UC[..., None]], axis=-1)
+    similarity_MC = jnp.einsum('uo,uco->uc', user_MO, self.pinfm.targets(items_MCV))
+    parts = [self.project_output(output_MCO), l2_normalise(self.project_item(items_MCV))]
+    return jnp.concatenate([*parts, similarity_MC[..., None]], axis=-1)
 
 
 def sparse_width(size: int, most: int) -> int:

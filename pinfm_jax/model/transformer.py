@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pinfm_jax.config import TowerConfig
 from pinfm_jax.model.attention import causal_attention
-from pinfm_jax.model.dcat import LayerKV, attend_context
+from pinfm_jax.model.dcat import LayerKV, View, attend_context
 from pinfm_jax.model.hstu import HSTUBlock
 from pinfm_jax.model.layers import dense
 
@@ -30,16 +30,13 @@ class Block(nn.Module):
     self.mlp_out = dense(width, ('mlp', 'embed'), residual_scale, dtype=dtype)
     self.dropout = nn.Dropout(self.config.dropout)
 
-  def __call__(
-    self, x: Array, context: LayerKV | None, mask_UL: Array, segment_UL: Array | None, train: bool
-  ) -> tuple[Array, LayerKV | None]:
+  def __call__(self, x: Array, context: LayerKV | None, view: View, train: bool) -> tuple[Array, LayerKV | None]:
     """Runs the block.
 
     Args:
-      x: [U, L, D] histories (context pass) or [U, C, D] candidates (crossing pass).
-      context: None for the context pass; the history's keys and values for the crossing pass.
-      mask_UL: True on the history's real events.
-      segment_UL: segments of packed rows in the context pass, or None.
+      x: [U, L, D] histories (context pass), [M, C, D] candidates (crossing pass) or events that follow a history.
+      context: None for the context pass; else the histories' keys and values.
+      view: what x may look at.
       train: dropout on.
 
     Returns:
@@ -49,9 +46,10 @@ class Block(nn.Module):
     if context is None:
       # `init` runs on tiny shapes that flash kernels refuse, and any form makes the same parameters.
       kind = 'xla' if self.is_initializing() else self.config.attention
-      attended, kept = causal_attention(query, own, mask_UL, segment_UL, kind), own
+      attended, kept = causal_attention(query, own, view.mask_UL, view.segment_UL, kind), own
     else:
-      attended, kept = attend_context(query, context, mask_UL, own), None
+      attended = attend_context(query, *view.rows(context), own, view.causal)
+      kept = own if view.causal else None
     attended = attended.reshape(x.shape)
     x = x + self.dropout(self.attention_out(attended), deterministic=not train)
     hidden = jax.nn.gelu(self.mlp_in(self.norm_mlp(x)))
@@ -79,7 +77,7 @@ def block_class(config: TowerConfig, scanned: bool) -> type[nn.Module]:
     return block
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
   # A scan's body cannot share work between forward and backward pass, so nothing need be guarded against it there.
-  return nn.remat(block, prevent_cse=not scanned, static_argnums=(5,), policy=policy)
+  return nn.remat(block, prevent_cse=not scanned, static_argnums=(4,), policy=policy)
 
 
 class Decoder(nn.Module):
@@ -95,7 +93,7 @@ class Decoder(nn.Module):
       block_class(self.config, scanned=True),
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast),
       length=self.config.layers - 1,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
@@ -108,7 +106,7 @@ class Decoder(nn.Module):
     x_ULD: Array,
     mask_UL: Array,
     train: bool = False,
-    every_output: bool = True,
+    output_at_U: Array | None = None,
     segment_UL: Array | None = None,
   ) -> tuple[Array, LayerKV]:
     """The context pass (PinFM Eq. 3).
@@ -117,43 +115,61 @@ class Decoder(nn.Module):
       x_ULD: embedded histories.
       mask_UL: True on real events.
       train: dropout on.
-      every_output: False runs the last layer's attention and MLP for each history's last event alone; of the other
-        positions only the keys and values are used (PinFM section 6).
+      output_at_U: runs the last layer's attention and MLP at this position of each history alone; of the other
+        positions only the keys and values are used (PinFM section 6). None = at every position.
       segment_UL: segments of packed rows, which do not attend to each other; None = one a row.
 
     Returns:
-      [U, L, D] outputs ([U, 1, D] of the last events), and every layer's keys and values [N, U, L, H, K].
+      [U, L, D] outputs ([U, 1, D] at one position), and every layer's keys and values [N, U, L, H, K].
 
     Raises:
-      ValueError: `every_output=False` on packed rows, which have no one last event.
+      ValueError: `output_at_U` on packed rows, which have no one last event.
     """
-    if segment_UL is not None and not every_output:
-      raise ValueError('packed rows hold several segments: every_output=False needs one history a row')
-    stacked = None
+    if segment_UL is not None and output_at_U is not None:
+      raise ValueError('packed rows hold several segments: an output at one position needs one history a row')
+    view, stacked = View(mask_UL, segment_UL), None
     if self.blocks is not None:
-      x_ULD, stacked = self.blocks(x_ULD, None, mask_UL, segment_UL, train)
-    if every_output:
-      x_ULD, last = self.last(x_ULD, None, mask_UL, segment_UL, train)
+      x_ULD, stacked = self.blocks(x_ULD, None, view, train)
+    if output_at_U is None:
+      x_ULD, last = self.last(x_ULD, None, view, train)
     else:
       last = self.last.keys_values(x_ULD)
-      x_ULD = self._last_event(x_ULD, last, mask_UL, train)
-    last = jax.tree.map(lambda y: y[None], last)
-    kept = last if stacked is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacked, last)
-    return self.norm(x_ULD), kept
+      x_ULD = self._at(x_ULD, last, mask_UL, output_at_U, train)
+    return self.norm(x_ULD), _append_layer(stacked, last)
 
-  def _last_event(self, x_ULD: Array, kv: LayerKV, mask_UL: Array, train: bool) -> Array:
-    """The last layer for each history's last event: a query over the events before it, with its own key beside."""
-    position_U1 = last_event(mask_UL)[:, None]
-    earlier_UL = mask_UL & (jnp.arange(mask_UL.shape[1]) < position_U1)
-    x_U1D = jnp.take_along_axis(x_ULD, position_U1[..., None], axis=1)
-    return self.last(x_U1D, kv, earlier_UL, None, train)[0]
+  def _at(self, x_ULD: Array, kv: LayerKV, mask_UL: Array, position_U: Array, train: bool) -> Array:
+    """The last layer at one position of each history: a query over the events before it, with its own key beside."""
+    earlier_UL = mask_UL & (jnp.arange(mask_UL.shape[1]) < position_U[:, None])
+    x_U1D = jnp.take_along_axis(x_ULD, position_U[:, None, None], axis=1)
+    return self.last(x_U1D, kv, View(earlier_UL), train)[0]
 
-  def crossing(self, x_UCD: Array, context: LayerKV, mask_UL: Array, train: bool = False) -> Array:
-    """The crossing pass (PinFM Eq. 4) of U x C candidate tokens over their users' kept keys and values."""
+  def extend(self, x_UCD: Array, context: LayerKV, view: View, train: bool = False) -> tuple[Array, LayerKV]:
+    """The context pass of C events that follow histories whose keys and values [N, U, L, H, K] are kept.
+
+    Returns:
+      Outputs [U, C, D], and the new events' keys and values [N, U, C, H, K].
+    """
+    x_UCD, stacked, last = self._follow(x_UCD, context, view.replace(causal=True), train)
+    return self.norm(x_UCD), _append_layer(stacked, last)
+
+  def crossing(self, x_MCD: Array, context: LayerKV, view: View, train: bool = False) -> Array:
+    """The crossing pass (PinFM Eq. 4) of M x C candidate tokens over their users' kept keys and values."""
+    return self.norm(self._follow(x_MCD, context, view, train)[0])
+
+  def _follow(
+    self, x_MCD: Array, context: LayerKV, view: View, train: bool
+  ) -> tuple[Array, LayerKV | None, LayerKV | None]:
+    stacked = None
     if self.blocks is not None:
-      x_UCD, _ = self.blocks(x_UCD, jax.tree.map(lambda y: y[:-1], context), mask_UL, None, train)
-    x_UCD, _ = self.last(x_UCD, jax.tree.map(lambda y: y[-1], context), mask_UL, None, train)
-    return self.norm(x_UCD)
+      x_MCD, stacked = self.blocks(x_MCD, jax.tree.map(lambda y: y[:-1], context), view, train)
+    x_MCD, last = self.last(x_MCD, jax.tree.map(lambda y: y[-1], context), view, train)
+    return x_MCD, stacked, last
+
+
+def _append_layer(stacked: LayerKV | None, last: LayerKV) -> LayerKV:
+  """Keys and values of the scanned layers and of the last one: [N, ...]."""
+  last = jax.tree.map(lambda y: y[None], last)
+  return last if stacked is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacked, last)
 
 
 def last_event(mask_UL: Array) -> Array:

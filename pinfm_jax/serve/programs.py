@@ -60,8 +60,8 @@ class ServingModel:
     self, params: Tree, stats: dict[str, Array], context: dict[str, Array], mask_UL: Array, candidates: dict[str, Array]
   ) -> Array:
     """The crossing pass and the ranker: probabilities [U, C, T]."""
-    kept = UserContext(LayerKV(context['key'], context['value']), context['user'])
-    arguments = (self._vectors(candidates['rows']), kept, mask_UL, _candidates(candidates))
+    kept = UserContext(LayerKV(context['key'], context['value']), context['user'], jnp.sum(mask_UL, axis=1))
+    arguments = (self._vectors(candidates['rows']), kept, _candidates(candidates))
     return self.module.apply({'params': params}, *arguments, DenseStats(**stats), method='score')
 
   def ranker_alone(self, params: Tree, stats: dict[str, Array], candidates: dict[str, Array]) -> Array:

@@ -86,7 +86,16 @@ class Run:
     return apply_overrides(self.experiment, arm.overrides)
 
   def schema(self, experiment: Experiment) -> FeatureSchema:
-    """The ranker's inputs."""
+    """The ranker's inputs.
+
+    Raises:
+      UserError: an arm reads content vectors and the data set has none.
+    """
+    if experiment.ranker.candidate_content and not self.dataset.info.content_width:
+      raise UserError(
+        'ranker.candidate_content is true, but the items of this data set have no content vectors; set it to false, or '
+        'prepare the data with an item file that has a content column (--items FILE)'
+      )
     return FeatureSchema.of(self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length)
 
   def requests(self, experiment: Experiment, part: str) -> Requests:

@@ -143,7 +143,9 @@ class FinetuneTask:
 
 def feature_spec(schema: FeatureSchema) -> FeatureSpec:
   """Shapes of the schema's features."""
-  return FeatureSpec(len(schema.dense_names), schema.sparse_sizes, schema.embedding_widths, len(schema.labels))
+  return FeatureSpec(
+    len(schema.dense_names), schema.sparse_sizes, schema.embedding_widths, len(schema.labels), schema.content_width
+  )
 
 
 def ranking_batch(batch: Batch) -> RankingBatch:
@@ -211,10 +213,11 @@ def finetune(
   """
   task = replace(task, seed=seed)
   config, positions = task.config, task.model.tower.max_positions
-  if task.tables and config.history_length >= positions:
+  needed = config.history_length + 1 + int(task.ranker.learnable_token)
+  if task.tables and needed > positions:
     raise UserError(
       f'finetune.history_length {config.history_length} leaves no position for the candidate behind the history: '
-      f'model.tower.max_positions is {positions}; make it at least {config.history_length + 1}'
+      f'model.tower.max_positions is {positions}; make it at least {needed}'
     )
   info = requests.dataset.info
   loop = LoopConfig(

@@ -79,6 +79,10 @@ class Scorer:
       batch.append(request)
     return scores + self._probabilities(batch)
 
+  def results(self, requests: list[ScoringRequest]) -> list[dict[str, Any]]:
+    """The result of each request."""
+    return list(self._results(requests))
+
   def warm_up(self, progress: Progress | None = None) -> int:
     """Compiles nothing here."""
     return 0

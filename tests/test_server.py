@@ -17,6 +17,7 @@ pytest.importorskip('prometheus_client')
 
 from serving import ask, infer, probabilities, results, running, whole
 
+from pinfm_jax.errors import UserError
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.http.app import Limits
 from pinfm_jax.serve.http.batching import BatchLimits
@@ -268,12 +269,12 @@ class Slow:
 
   def __init__(self, scorer, seconds):
     self._scorer, self.seconds, self.bundle, self.parse = scorer, seconds, scorer.bundle, scorer.parse
-    self.broken = False
+    self.broken = None
 
   def probabilities(self, requests):
     time.sleep(self.seconds)
     if self.broken:
-      raise ValueError('secret')
+      raise self.broken
     return [np.zeros((len(r.item_ids), 2), np.float32) for r in requests]
 
   def warm_up(self, progress=None):
@@ -320,11 +321,15 @@ def test_overload_is_refused_with_a_time_and_deadlines_are_kept(scorer, document
     ):
       assert line in text
     assert 'pinfm_user_cache' not in text  # the scorer has none
-    slow.broken = True
+    slow.broken = UserError('row servers are gone')
+    status, headers, answer = infer(port, whole(documents[:1]))
+    assert (status, headers['retry-after']) == (503, '1')
+    assert answer['error'] == 'scoring failed: row servers are gone'
+    slow.broken = ValueError('secret')
     status, _, answer = infer(port, whole(documents[:1]))
     assert status == 500
     assert 'secret' not in answer['error']
-    slow.broken = False
+    slow.broken = None
     assert infer(port, whole(documents[:1]))[0] == 200
 
 

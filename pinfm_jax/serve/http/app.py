@@ -22,18 +22,10 @@ from starlette.routing import Route
 from pinfm_jax import __version__
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.http.batching import Batcher, BatchLimits, ExpiredError, OverloadedError
-from pinfm_jax.serve.http.inputs import REQUEST
+from pinfm_jax.serve.http.codec import Codec
 from pinfm_jax.serve.http.metrics import Metrics
 from pinfm_jax.serve.http.models import Models, Served
-from pinfm_jax.serve.http.protocol import (
-  HEADER_LENGTH,
-  HttpError,
-  InferRequest,
-  decode_request,
-  encode_response,
-  inflate,
-)
-from pinfm_jax.serve.requests import ScoringRequest
+from pinfm_jax.serve.http.protocol import HEADER_LENGTH, HttpError
 
 _LOG = logging.getLogger('pinfm.serve')
 _EXTENSIONS = ['binary_tensor_data', 'model_repository']
@@ -60,17 +52,6 @@ class Limits:
   max_events: int = 10_000
 
 
-@dataclass(frozen=True)
-class _Call:
-  """A decoded inference call; `whole` = its input is `request`, `width` = C of its numeric outputs, if tensors say."""
-
-  request: InferRequest
-  outputs: dict[str, bool]
-  documents: list[Any]
-  whole: bool
-  width: int | None
-
-
 class Service:
   """The state of a running server, and its endpoints."""
 
@@ -80,6 +61,7 @@ class Service:
     self.batcher = Batcher(limits.batch, metrics)
     self.draining = False
     self._buffered = 0
+    self._codec = Codec(name, limits.max_body, limits.max_candidates, limits.max_events)
     # Two, so that decoding what arrives does not hold up encoding what is done.
     self._workers = ThreadPoolExecutor(2, 'codec')
     metrics.watch(lambda: self.batcher.pending, lambda: self.models.current.scorer)
@@ -200,19 +182,24 @@ class Service:
     return response
 
   async def _answer(self, request: Request, served: Served, body: bytes, seat: Any, begin: float) -> Response:
+    encoding, header_length = request.headers.get('content-encoding', ''), request.headers.get(HEADER_LENGTH)
     with self.metrics.part('parse'):
-      headers = (request.headers.get('content-encoding', ''), request.headers.get(HEADER_LENGTH))
-      call, requests = await self._work(self._parse, served, body, *headers)
+      call = await self._work(self._codec.decode, served, body, encoding, header_length)
     scores: list[np.ndarray] = []
-    if requests:
-      if len(requests) > self.limits.batch.max_queue:
-        raise HttpError(413, f'got {len(requests)} requests at once, at most {self.limits.batch.max_queue} are allowed')
-      seat.take(len(requests) - 1)
-      timeout = min(call.request.timeout_s or self.limits.timeout_s, self.limits.timeout_s)
-      scores = await self.batcher.score(served.scorer, requests, begin + timeout)
+    if call.requests:
+      most = self.limits.batch.max_queue
+      if len(call.requests) > most:
+        raise HttpError(413, f'got {len(call.requests)} requests at once, at most {most} are allowed')
+      seat.take(len(call.requests) - 1)
+      timeout = min(call.timeout_s or self.limits.timeout_s, self.limits.timeout_s)
+      try:
+        scores = await self.batcher.score(served.scorer, call.requests, begin + timeout)
+      except UserError as error:  # the request was found right: what scoring needs is not there
+        _LOG.warning('scoring failed: %s', error)
+        raise HttpError(503, f'scoring failed: {error}', {'Retry-After': '1'}) from None
     with self.metrics.part('encode'):
-      content, sent = await self._work(self._encode, served, call, requests, scores)
-    return Response(content, headers=sent)
+      content, headers = await self._work(self._codec.encode, served, call, scores)
+    return Response(content, headers=headers)
 
   async def _work(self, function: Callable, *arguments: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
@@ -247,38 +234,6 @@ class Service:
     finally:
       if not kept:
         self._buffered -= size
-
-  def _parse(
-    self, served: Served, body: bytes, encoding: str, header_length: str | None
-  ) -> tuple[_Call, list[ScoringRequest]]:
-    """Decodes and checks a body; runs on a worker thread."""
-    request = decode_request(inflate(body, encoding.strip().lower(), self.limits.max_body), header_length)
-    whole = REQUEST in request.inputs
-    outputs = served.outputs.wanted(request, whole)
-    documents = served.inputs.documents(request.inputs, request.id)
-    width = None if whole else request.inputs['candidate_item_id'].array.shape[1]
-    requests = [self._ranking_request(served, i, document) for i, document in enumerate(documents)]
-    return _Call(request, outputs, documents, whole, width), requests
-
-  def _ranking_request(self, served: Served, i: int, document: Any) -> ScoringRequest:
-    for name, most in (('candidates', self.limits.max_candidates), ('history', self.limits.max_events)):
-      listed = document.get(name) if isinstance(document, dict) else None
-      if isinstance(listed, list) and len(listed) > most:
-        raise HttpError(413, f'request {i}: got {len(listed)} {name}, at most {most} are allowed')
-    try:
-      return served.scorer.parse(document)
-    except UserError as error:
-      raise HttpError(400, f'request {i}: {error}') from None
-
-  def _encode(
-    self, served: Served, call: _Call, requests: list[ScoringRequest], scores: list[np.ndarray]
-  ) -> tuple[bytes, dict[str, str]]:
-    """The body of the answer; runs on a worker thread."""
-    about = {'model_name': self.name, 'model_version': served.version}
-    if call.request.id:
-      about['id'] = call.request.id
-    tensors = served.outputs.tensors(list(call.outputs), requests, scores, call.width)
-    return encode_response(about, list(zip(tensors, call.outputs.values(), strict=True)))
 
 
 def _error(status: int, message: str, headers: Any = None) -> Response:

@@ -10,6 +10,7 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.offline_command import add_demo, add_embed, add_recommend
 from pinfm_jax.serve.server import add_serve
 
 
@@ -52,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_report,
     _add_plan,
     add_bench,
+    add_recommend,
+    add_embed,
+    add_demo,
   ):
     add(commands)
   return parser

@@ -18,7 +18,8 @@ from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.manifest import MANIFEST, Manifest
 from pinfm_jax.serve.quantize import dequantise
 
-FILES = [MANIFEST, 'parameters.npz', 'programs/context.bin', 'programs/crossing.bin', 'tables.bin', 'checksums.bin']
+PROGRAMS = ['context', 'crossing', 'extend', 'items', 'pairs']
+FILES = [MANIFEST, 'parameters.npz', *(f'programs/{name}.bin' for name in PROGRAMS), 'tables.bin', 'checksums.bin']
 
 
 @pytest.fixture(scope='module')
@@ -117,7 +118,7 @@ def test_versions_are_checked(copy, monkeypatch):
     load_bundle(copy)
   monkeypatch.undo()
   change_manifest(copy, format_version=7)
-  with pytest.raises(UserError, match='format version 7, this program reads 1'):
+  with pytest.raises(UserError, match='format version 7, this program reads 1 and 2'):
     load_bundle(copy)
   change_manifest(copy, format='something')
   with pytest.raises(UserError, match='not the manifest of a bundle'):
@@ -178,7 +179,7 @@ def test_scoring_loads_no_model_source(exported):
     "print([m for m in sys.modules if m == 'flax' or m.startswith(('pinfm_jax.model.', 'pinfm_jax.train'))])"
   )
   result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
-  assert result.stdout.strip() == "['pinfm_jax.model.hashing']"
+  assert result.stdout.strip() == "['pinfm_jax.model.hashing', 'pinfm_jax.model.tiles']"  # NumPy alone
 
 
 def test_jax_range_of_a_release():

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pinfm_jax.config import PinFMConfig
+from pinfm_jax.config import PinFMConfig, RankerConfig
 from pinfm_jax.data.events import id_key
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.info import EmbeddingFeature, Features, IdTypes, SparseFeature
@@ -21,7 +21,8 @@ from pinfm_jax.overrides import from_dict
 
 MANIFEST = 'manifest.json'
 FORMAT = 'pinfm-bundle'
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMAT_VERSIONS = (1, 2)  # that open; 1 had programs over stacked users, without a pool
 _GOLDEN_IDS = {'integer': (0, 1, -1, 123_456_789_012_345), 'string': ('a', 'pin/7', 'ünïcode')}
 
 
@@ -87,6 +88,7 @@ class Manifest:
     ranker: that of the ranking model.
     run: where the parameters came from.
     files: every other file.
+    format_version: of the bundle.
   """
 
   created: str
@@ -104,15 +106,21 @@ class Manifest:
   ranker: Mapping[str, Any]
   run: Mapping[str, Any]
   files: tuple[FileEntry, ...]
+  format_version: int = FORMAT_VERSION
 
   @property
   def pinfm(self) -> PinFMConfig | None:
     """The typed configuration of PinFM, defaults where an older bundle lacks a field; None for a ranker without it."""
     return from_dict(PinFMConfig, self.model) if self.tables else None
 
+  @property
+  def ranking(self) -> RankerConfig:
+    """The typed configuration of the ranking model, likewise."""
+    return from_dict(RankerConfig, self.ranker)
+
   def write(self, directory: Path) -> None:
     """Writes `manifest.json`."""
-    document = {'format': FORMAT, 'format_version': FORMAT_VERSION, **asdict(self), 'checksum': ''}
+    document = {'format': FORMAT, 'format_version': 0, **asdict(self), 'checksum': ''}  # the version in its place
     text = json.dumps(document, indent=1, ensure_ascii=False) + '\n'
     checksum = hashlib.sha256(text.encode()).hexdigest()
     (directory / MANIFEST).write_bytes(f'{checksum}"'.join(text.rsplit('"', 1)).encode())
@@ -159,9 +167,9 @@ def _checked_document(path: Path) -> dict:
   if not isinstance(document, dict) or document.get('format') != FORMAT:
     raise UserError(f'{path} is not the manifest of a bundle (expected "format": "{FORMAT}")')
   version, checksum = document.get('format_version'), document.get('checksum')
-  if version != FORMAT_VERSION:
+  if version not in FORMAT_VERSIONS:
     raise UserError(
-      f'{path} has format version {version}, this program reads {FORMAT_VERSION}: '
+      f'{path} has format version {version}, this program reads {" and ".join(map(str, FORMAT_VERSIONS))}: '
       'install the matching pinfm_jax, or export the bundle again'
     )
   blank = ''.join(text.rsplit(checksum, 1)) if checksum and isinstance(checksum, str) else ''
@@ -171,7 +179,7 @@ def _checked_document(path: Path) -> dict:
 
 
 def _parse(document: dict, path: Path) -> Manifest:
-  fields = {name: value for name, value in document.items() if name not in ('format', 'format_version', 'checksum')}
+  fields = {name: value for name, value in document.items() if name not in ('format', 'checksum')}
   try:
     return Manifest(
       **{

@@ -15,6 +15,7 @@ from pinfm_jax.serve.import_command import add_import_tables
 from pinfm_jax.serve.inspect_command import add_inspect
 from pinfm_jax.serve.offline_command import add_demo, add_embed, add_recommend
 from pinfm_jax.serve.row_command import add_serve_rows
+from pinfm_jax.serve.server import add_serve
 from pinfm_jax.stages.export_command import add_export
 
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add_import_tables,
     _add_score,
     add_serve_rows,
+    add_serve,
     _add_report,
     _add_plan,
     add_bench,

@@ -94,8 +94,8 @@ class TrainedRanker:
     schema: the candidates' features and labels.
     spec: their shapes.
     params: parameters of the ranking model; others beside them are kept and not used.
-    rows_GE: the item tables, sub-tables one after another, or their consecutive parts (uint8: rows packed already), or
-      these packed in another storage; None without PinFM.
+    rows_GE: the item tables, sub-tables one after another, or their consecutive parts, or these packed; None without
+      PinFM.
     stats: constants of the dense features.
     actions: names of the actions.
     surfaces: names of the surfaces.

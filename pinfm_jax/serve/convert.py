@@ -15,16 +15,15 @@ from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays
 from pinfm_jax.serve.bundle import (
   CHECKSUMS,
-  MODEL_CARD,
   PARAMETERS,
   TABLES,
   TrainedRanker,
+  carried_over,
   check_files,
   exported_content,
   manifest_of,
   write_content,
 )
-from pinfm_jax.serve.catalogue import CATALOGUE, read_catalogue
 from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.items import map_items
 from pinfm_jax.serve.manifest import Manifest, TableLayout
@@ -63,7 +62,7 @@ def ranker_of_bundle(path: str | Path) -> TrainedRanker:
   manifest = Manifest.read(path)
   check_files(path, manifest.files)
   arrays, model = load_arrays(path / PARAMETERS), from_dict(PinFMConfig, manifest.model)
-  tables, names = manifest.tables, [entry.name for entry in manifest.files]
+  tables = manifest.tables
   return TrainedRanker(
     model_config=model,
     ranker_config=from_dict(RankerConfig, manifest.ranker),
@@ -79,9 +78,8 @@ def ranker_of_bundle(path: str | Path) -> TrainedRanker:
     utility=manifest.utility,
     run=manifest.run,
     items=map_items(path, model) if tables and model.content else None,
-    catalogue=read_catalogue(path) if CATALOGUE in names else None,
-    card=(path / MODEL_CARD).read_text(encoding='utf-8') if MODEL_CARD in names else '',
     clip=tables.clip if tables else False,
+    **carried_over(path, manifest),
   )
 
 

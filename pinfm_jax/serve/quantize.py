@@ -112,8 +112,8 @@ def quantise_parts(
   """Packs a table part by part, so that memory stays bounded.
 
   Args:
-    rows_GE: a whole table (host or device), or its consecutive parts; uint8 parts are rows packed already. `PackedRows`
-      pass as they are if they are packed that way (packing again what was rounded once could round otherwise).
+    rows_GE: a whole table (host or device), its consecutive parts, or packed rows, which pass as they are if they are
+      packed that way (packing again what was rounded once could round otherwise).
     storage: 'int4', 'int8' or 'float32'.
     clip: see `quantise`.
 
@@ -126,8 +126,7 @@ def quantise_parts(
     return
   parts = _parts(rows_GE) if hasattr(rows_GE, 'shape') else rows_GE
   for part in parts:
-    part = np.asarray(part)
-    yield part if part.dtype == np.uint8 else quantise(part, storage, clip)
+    yield quantise(np.asarray(part), storage, clip)
 
 
 def dequantise(packed: np.ndarray, storage: str) -> np.ndarray:

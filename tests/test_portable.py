@@ -80,7 +80,7 @@ def make(kind):
 
 
 def scores(client, path, documents, **sizes):
-  inputs = StackedInputs(path, client.portable.bundle)
+  inputs = StackedInputs.load(path)
   requests = [inputs.parse(document) for document in documents]
   given = inputs.candidates(requests, sizes.get('count'))
   if client.portable.bundle.tables:
@@ -103,6 +103,10 @@ def test_onnx_scores_equal_the_training_path(onnx, dataset, documents):
   np.testing.assert_allclose(scores(client, path, documents), expected, atol=1e-5)
   padded = scores(client, path, documents, length=20, count=9)[:, :5]
   np.testing.assert_allclose(padded, expected, atol=1e-5)
+  inputs = StackedInputs.load(path)
+  for length in (1, 21):
+    with pytest.raises(ValueError, match=f'got length {length}, expected 20 .the longest window. to 20 events'):
+      inputs.context([inputs.parse(document) for document in documents], length)
   for i in (0, 2):  # one user at a time, as many events and candidates as there are
     one = scores(client, path, [documents[i] | {'candidates': documents[i]['candidates'][:2]}])
     np.testing.assert_allclose(one[0], expected[i, :2], atol=1e-5)
@@ -145,7 +149,7 @@ def test_items_and_pairs_equal_the_module(dataset, documents, tmp_path):
   pytest.importorskip('onnx')
   toy = make('inputs')
   path = export_portable(tmp_path / 'onnx', toy.trained(), 'onnx', storage='float32')
-  client, inputs = Onnx(path), StackedInputs(path, PortableManifest.read(path).bundle)
+  client, inputs = Onnx(path), StackedInputs.load(path)
   requests = [inputs.parse(document) for document in documents]
   given = inputs.candidates(requests) | client('context', inputs.context(requests))
   examples = [(dataset.history(i), dataset.request(i), None) for i in range(len(LENGTHS))]
@@ -188,6 +192,14 @@ def test_damage_and_other_versions_are_refused(onnx, tmp_path):
     (copy / MANIFEST).write_text(text.replace(before, after, 1))
     with pytest.raises(UserError, match=message):
       PortableManifest.read(copy)
+  (copy / MANIFEST).write_text(text)
+  model = copy / 'models' / 'crossing' / '1' / 'model.onnx'
+  octets = bytearray(model.read_bytes())
+  octets[len(octets) // 2] ^= 1
+  model.write_bytes(octets)
+  with pytest.raises(UserError, match=r'model.onnx is damaged'):
+    StackedInputs.load(copy)
+  assert list(damaged_files(copy, inspect(copy).files)) == ['models/crossing/1/model.onnx']
   (copy / MANIFEST).unlink()
   with pytest.raises(UserError, match='has no manifest.json; make it with'):
     PortableManifest.read(copy)

@@ -28,7 +28,7 @@ from pinfm_jax.serve.bundle import (
   write_tables,
 )
 from pinfm_jax.serve.files import complete_directory
-from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, parse_manifest
+from pinfm_jax.serve.manifest import MANIFEST, Manifest, parse_manifest
 
 FORMS = ('onnx', 'savedmodel')
 VERSION = 1
@@ -150,12 +150,6 @@ def _onnx_writer() -> Any:
     return described
 
   return write
-
-
-def check_portable(directory: Path, entry: FileEntry) -> None:
-  """Raises UserError unless the file is there, whole."""
-  checksums.check_size(directory, entry)
-  checksums.check_whole(directory, entry)
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from pinfm_jax.cli import main
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.from_dataset import dataset_requests
-from pinfm_jax.serve.remote_rows import RowLimits
+from pinfm_jax.serve.remote_rows import RemoteRows, RowLimits
 from pinfm_jax.serve.row_server import Part, RowService
 from pinfm_jax.serve.row_wire import LAYOUT, ROWS, TABLES_HEADER
 from pinfm_jax.serve.scorer import Scorer
@@ -157,3 +157,30 @@ def test_the_command_scores_with_row_servers(bundle, tmp_path, capsys):
   assert len(out.read_text().splitlines()) == 1
   assert main(['score', str(bundle), str(requests), '--out', str(out), '--rows', 'http://127.0.0.1:9']) == 2
   assert 'no row server has the rows 0 to 99' in capsys.readouterr().err
+
+
+def test_the_commands_mistakes_are_one_line(bundle, tmp_path, capsys):
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = str(taken.getsockname()[1])
+    assert main(['serve-rows', str(bundle), '--port', port]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf'pinfm: error: cannot listen on 127.0.0.1:{port} .*: give another .*\n', error)
+  for arguments, message in (
+    ([str(bundle), '--port', '99999'], '--port is 99999, expected 0 to 65535'),
+    ([str(bundle), '--port', '0', '--part', '9/3'], "--part is '9/3', expected I/N"),
+    ([str(tmp_path), '--port', '0'], 'is not a bundle'),
+  ):
+    assert main(['serve-rows', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+def test_a_bundle_without_tables_has_nothing_to_serve(tmp_path):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'crossing': b'x'})
+    path = toy_bundle.make_toy('none').export(tmp_path / 'out')
+  with pytest.raises(UserError, match='there is nothing to serve'):
+    RowService(path)
+  with pytest.raises(UserError, match='needs no row servers'):
+    RemoteRows.connect(path, ['http://127.0.0.1:9'])

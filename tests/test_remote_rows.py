@@ -1,5 +1,6 @@
 """The client of row servers: the rows of the file bit for bit, whatever fails, and nothing of another bundle."""
 
+import gc
 import re
 import socket
 import threading
@@ -212,6 +213,17 @@ def test_a_server_that_is_down_at_the_start_joins_later(bundle, local):
       until(lambda: rows._watch is None)  # nothing is left to look after
     finally:
       late.stop()
+
+
+def test_a_client_that_nobody_holds_stops_looking(bundle):
+  with servers(bundle, ALL) as [server]:
+    rows = client(['http://127.0.0.1:9', server.url], bundle)
+    watch = rows._watch
+    assert watch.is_alive()
+    del rows
+    gc.collect()
+    watch.join(5)
+    assert not watch.is_alive()
 
 
 def test_rows_that_no_server_has_are_named(bundle):

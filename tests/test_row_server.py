@@ -24,6 +24,7 @@ from pinfm_jax.serve.remote_rows import RemoteRows, RowLimits
 from pinfm_jax.serve.row_server import Part, RowService
 from pinfm_jax.serve.row_wire import LAYOUT, ROWS, TABLES_HEADER
 from pinfm_jax.serve.scorer import Scorer
+from pinfm_jax.serve.server import ServerSettings, open_scorer
 
 
 @pytest.fixture(scope='module')
@@ -145,6 +146,18 @@ def test_a_bundle_without_its_tables_scores_with_remote_rows(bundle, tmp_path):
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+def test_the_server_scores_with_row_servers(bundle, tmp_path):
+  thin = shutil.copytree(bundle, tmp_path / 'thin')
+  (thin / 'tables.bin').unlink()
+  documents = list(dataset_requests(toy_bundle.ToyDataset([3, 5]), range(2), toy_bundle.LENGTH))
+  with servers(bundle, ALL) as [server]:
+    scorer = open_scorer(thin, ServerSettings(rows=server.url))
+    assert list(scorer.score(documents)) == list(Scorer.load(bundle).score(documents))
+    scorer.bundle.rows.close()
+  with pytest.raises(UserError, match='no row server has the rows'):
+    open_scorer(thin, ServerSettings(rows='http://127.0.0.1:9'))
 
 
 def test_the_command_scores_with_row_servers(bundle, tmp_path, capsys):

@@ -26,6 +26,7 @@ _HELP = {
   'max_body_mb': 'MiB of a request body, after decompression too',
   'max_candidates': 'of a ranking request',
   'max_events': "of a ranking request's history",
+  'rows': 'URLs of row servers (`pinfm serve-rows`), with commas between; no tables are needed here',
   'compiled': 'directory that keeps compiled programs for the next start (default: JAX_COMPILATION_CACHE_DIR, or none)',
   'linger_s': 'after SIGTERM, seconds of answering "not ready" before the port is closed',
 }
@@ -47,6 +48,7 @@ class ServerSettings:
   max_body_mb: int = 64
   max_candidates: int = 10_000
   max_events: int = 10_000
+  rows: str | None = None
   compiled: str | None = None
   linger_s: float = 0.0
 
@@ -116,12 +118,14 @@ def open_scorer(path: Path, settings: ServerSettings) -> Any:
   """Opens the bundle that is at the path now.
 
   Raises:
-    UserError: there is none, or it is damaged.
+    UserError: there is none, it is damaged, or its row servers do not answer.
   """
   from pinfm_jax.serve.batches import Sizes
+  from pinfm_jax.serve.remote_rows import RemoteRows
   from pinfm_jax.serve.scorer import Scorer
 
-  return Scorer.load(path, sizes=Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
+  rows = None if settings.rows is None else RemoteRows.connect(path, settings.rows.split(','))
+  return Scorer.load(path, rows, sizes=Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
 
 
 def limits(settings: ServerSettings) -> Any:

@@ -16,11 +16,11 @@ PARTS = ('serving', 'training', 'curve')
 
 _QUICKSTART = Case(
   'quickstart', TowerConfig(layers=2, width=64, heads=4, output_width=64), item_width=64, candidates=1000, length=256,
-  dense_rows=100, gather_rows=250, training_users=4,
+  dense_rows=8, gather_rows=1000, chunk_rows=25, training_users=4,
 )  # fmt: skip
 _PAPER = Case(
   'paper', TowerConfig(layers=12, width=512, heads=8, output_width=256), item_width=256, candidates=1000, length=256,
-  dense_rows=4, gather_rows=125, training_users=1,
+  dense_rows=4, gather_rows=1000, chunk_rows=25, training_users=1,
 )  # fmt: skip
 
 # Case -> how many times the candidates/s of the dense and of the gather form are asked, on CPU and on GPU.
@@ -56,7 +56,7 @@ FULL = DcatSizes()
 QUICK = DcatSizes(
   (Case(
     'quickstart', TowerConfig(layers=2, width=16, heads=2, output_width=8), item_width=8, candidates=8, length=6,
-    dense_rows=4, gather_rows=4, training_users=2,
+    dense_rows=4, gather_rows=8, chunk_rows=4, training_users=2,
   ),),
   train_candidates=2, curve_candidates=(1, 4), curve_lengths=(4, 8), rounds=2, peak=64, quick=True,
 )  # fmt: skip
@@ -98,7 +98,9 @@ def bench_dcat(out: str | Path, parts: tuple[str, ...] = PARTS, sizes: DcatSizes
 def _on_gpu(case: Case) -> Case:
   """32 users at once in bfloat16; cuDNN's flash attention, for dense and context pass, needs an even length."""
   tower = replace(case.tower, dtype='bfloat16')
-  return replace(case, tower=tower, users=32, length=case.length - 1, dense_rows=32 * 20, gather_rows=4_000)
+  return replace(
+    case, tower=tower, users=32, length=case.length - 1, dense_rows=32 * 20, gather_rows=4_000, chunk_rows=1_000
+  )
 
 
 def _serving(sizes: DcatSizes, platform: str, directory: Path) -> list[Figure]:
@@ -162,16 +164,15 @@ def _curve(sizes: DcatSizes, directory: Path) -> list[Figure]:
     speeds: dict[str, list[float]] = {'DCAT': [], 'gather': []}
     flops = []
     for value in values:
-      point = replace(case, **{what: value})
+      point, where = replace(case, **{what: value}), f'{case.name} tower, {what} {value:,}'
       runs = serving_runs(replace(point, gather_rows=min(point.gather_rows, point.candidates)), tuple(speeds))
       seconds = interleave({name: run.call for name, run in runs.items()}, min(3, sizes.rounds), warmup=1)
       flops.append(pass_flops(point.tower, point.length, point.candidates) / point.candidates)
       for name in speeds:
         speed = Spread.of(tuple(runs[name].candidates / s for s in seconds[name]))
-        text = f'{case.name} tower, {what} {value:,}: {name}'
-        figures.append(Figure.of(f'curve/{what}/{value}/{name}', text, speed, unit='candidates/s'))
+        figures.append(Figure.of(f'curve/{what}/{value}/{name}', f'{where}: {name}', speed, unit='candidates/s'))
         speeds[name].append(speed.median)
-      figures.append(Figure(f'curve/{what}/{value}/flops', f'{text[:-8]}: FLOPs a candidate', flops[-1], unit='FLOPs'))
+      figures.append(Figure(f'curve/{what}/{value}/flops', f'{where}: FLOPs a candidate', flops[-1], unit='FLOPs'))
     best = max(s * f for s, f in zip(speeds['DCAT'], flops, strict=True))
     speeds['DCAT, by FLOPs alone'] = [best / f for f in flops]
     xlabel = 'candidates a user' if what == 'candidates' else 'events of history'
@@ -184,8 +185,9 @@ _NOTES = (
   'Every form starts from item vectors and the same parameters. DCAT and gather include the context pass over the '
   "user's history; dense embeds and runs history and candidate for each candidate, on fewer candidates (candidates/s "
   'are compared). "dense, last output" skips, of the last layer, all but the candidate: the dense form at its best.',
-  'Gather copies K/V to each row, heads first, and concatenates its own, in chunks of rows that suit the cache. '
-  'Rotate-replace is not exact: in a full window it loses the oldest event.',
+  'Gather copies K/V to each row, heads first, and concatenates its own, for 1,000 rows at once; "gather in chunks" '
+  'does so for as few rows at a time as the cache holds, which the paper does not. Rotate-replace is not exact: in a '
+  'full window it loses the oldest event.',
   'Training: DCAT also computes H of every event, as the next-token loss needs it; gradients by parameters and item '
   'vectors.',
   'FLOPs count the matmuls, and of the context pass just what causality leaves.',

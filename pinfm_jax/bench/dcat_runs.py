@@ -17,7 +17,7 @@ from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
 
 Array = jax.Array
 
-FORMS = ('DCAT', 'gather', 'rotate-replace', 'dense', 'dense, last output')
+FORMS = ('DCAT', 'gather', 'gather in chunks', 'rotate-replace', 'dense', 'dense, last output')
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Case:
     candidates: C of each user.
     length: L.
     dense_rows: candidates that the dense form is timed on.
-    gather_rows: rows that the gather form and rotate-replace run at a time; divides users * candidates.
+    gather_rows: rows that the gather form and rotate-replace run at a time.
+    chunk_rows: rows of "gather in chunks", whose copies of K/V stay in the cache. Both divide users * candidates.
     training_users: histories of a training step.
     users: histories of a serving batch.
   """
@@ -43,6 +44,7 @@ class Case:
   length: int
   dense_rows: int
   gather_rows: int
+  chunk_rows: int
   training_users: int
   users: int = 1
 
@@ -76,8 +78,8 @@ def serving_runs(case: Case, forms: tuple[str, ...] = FORMS) -> dict[str, Run]:
     _, context = apply(history_ULV, events, every_output=False, method='encode')
     return apply(candidates_UCV, context, events.mask_UL, method='cross')
 
-  @partial(jax.jit, static_argnums=0)
-  def by_rows(layout: Any, params: Any, history_ULV: Array, events: EventBatch, rows_BV: Array) -> Array:
+  @partial(jax.jit, static_argnums=(0, 1))
+  def by_rows(layout: Any, rows: int, params: Any, history_ULV: Array, events: EventBatch, rows_BV: Array) -> Array:
     apply = partial(model.apply, params)
     _, context = apply(history_ULV, events, every_output=False, method='encode')
 
@@ -85,7 +87,7 @@ def serving_runs(case: Case, forms: tuple[str, ...] = FORMS) -> dict[str, Run]:
       vectors_BV, user_B = inputs
       return apply(vectors_BV[:, None], context, events.mask_UL, user_M=user_B, layout=layout, method='cross')
 
-    chunks = jax.tree.map(lambda x: x.reshape(-1, case.gather_rows, *x.shape[1:]), (rows_BV, user_B))
+    chunks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (rows_BV, user_B))
     return jax.lax.map(chunk, chunks)
 
   @partial(jax.jit, static_argnums=0)
@@ -96,8 +98,9 @@ def serving_runs(case: Case, forms: tuple[str, ...] = FORMS) -> dict[str, Run]:
   user, total, few_BV = (params, history_ULV, events), case.users * case.candidates, rows_BV[: case.dense_rows]
   runs = {
     'DCAT': Run(lambda _: ours(*user, candidates_UCV), total),
-    'gather': Run(lambda _: by_rows(dcat_forms.gather, *user, rows_BV), total),
-    'rotate-replace': Run(lambda _: by_rows(dcat_forms.rotate_replace, *user, rows_BV), total),
+    'gather': Run(lambda _: by_rows(dcat_forms.gather, case.gather_rows, *user, rows_BV), total),
+    'gather in chunks': Run(lambda _: by_rows(dcat_forms.gather, case.chunk_rows, *user, rows_BV), total),
+    'rotate-replace': Run(lambda _: by_rows(dcat_forms.rotate_replace, case.gather_rows, *user, rows_BV), total),
     'dense': Run(lambda _: dense(True, *user, few_BV), len(few_BV)),
     'dense, last output': Run(lambda _: dense(False, *user, few_BV), len(few_BV)),
   }

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 Array = jax.Array
 
 _LEAST_BLOCK = 16  # queries
+_KEY_BLOCK = 256  # keys that many candidates read at a time; shorter histories are read at once
+_MANY = 64  # candidates
 MASKED = -1e30  # finite, so that a fully masked part has weight 0 and no NaN gradient
 LEAST = 1e-30  # of a softmax sum, which without a key (L = 0) is 0
 
@@ -148,8 +150,46 @@ def attend_context(query_UCHK: Array, context: LayerKV, mask_UL: Array, own: Lay
   Returns:
     [U, C, H, K]; a user without events attends to itself alone.
   """
-  history = attend_part(query_UCHK, context, mask_UL[:, None, None])
-  return merge(history, own_part(query_UCHK, own, causal)).astype(own.value.dtype)
+  part = own_part(query_UCHK, own, causal)
+  if _in_blocks(mask_UL.shape[1], query_UCHK.shape[1], causal):
+    attended_UCHK = attend_blocks(query_UCHK, context, mask_UL, part, _KEY_BLOCK).output_UCHK
+  else:
+    attended_UCHK = merge(attend_part(query_UCHK, context, mask_UL[:, None, None]), part).output_UCHK
+  return attended_UCHK.astype(own.value.dtype)
+
+
+def _in_blocks(length: int, candidates: int, causal: bool) -> bool:
+  """Whether the scores of all keys at once would leave the cache.
+
+  On CPU, 1,000 candidates x 2,048 keys take a third of the time in blocks and 1/7 of the memory; 256 keys gain nothing.
+  A symbolic number of candidates may be large; a symbolic length cannot be cut.
+  """
+  many = not isinstance(candidates, int) or candidates >= _MANY
+  return isinstance(length, int) and length >= 2 * _KEY_BLOCK and many and not causal
+
+
+def attend_blocks(query_UCHK: Array, kv: LayerKV, mask_UL: Array, part: Part, block: int) -> Part:
+  """Attention over a history's keys, a block after another, and the keys of `part`: exact, with bounded memory.
+
+  Args:
+    query_UCHK: candidate queries.
+    kv: keys and values of the history, [U, L, H, K].
+    mask_UL: True on real events.
+    part: what is merged with the first block.
+    block: keys at a time; the last block is padded.
+  """
+  users, length = mask_UL.shape
+  count = -(-length // block)
+
+  def cut(x_UL: Array) -> Array:
+    padded_UL = jnp.pad(x_UL, ((0, 0), (0, count * block - length), *[(0, 0)] * (x_UL.ndim - 2)))
+    return padded_UL.reshape(users, count, block, *x_UL.shape[2:]).swapaxes(0, 1)
+
+  def step(part: Part, inputs: tuple[LayerKV, Array]) -> tuple[Part, None]:
+    kv, mask_UL = inputs
+    return merge(part, attend_part(query_UCHK, kv, mask_UL[:, None, None])), None
+
+  return jax.lax.scan(step, part, (jax.tree.map(cut, kv), cut(mask_UL)))[0]
 
 
 def attend_part(query_UCHK: Array, kv: LayerKV, visible: Array) -> Part:
@@ -203,13 +243,14 @@ def own_score(query_UCHK: Array, key_UCHK: Array) -> Array:
   return jnp.einsum('uchk,uchk->uch', query_UCHK, key_UCHK, preferred_element_type=jnp.float32)[..., None]
 
 
-def merge(first: Part, second: Part) -> Array:
-  """Attention over the keys of two parts together, float32 [U, C, H, K]: each weighs by its softmax sum.
+def merge(first: Part, second: Part) -> Part:
+  """Attention over the keys of two parts together: each output weighs by its softmax sum.
 
   The logistic function of the difference of the logarithms cannot overflow.
   """
   share_UCH1 = jax.nn.sigmoid(first.lse_UCH1 - second.lse_UCH1)
-  return share_UCH1 * first.output_UCHK + (1 - share_UCH1) * second.output_UCHK
+  output_UCHK = share_UCH1 * first.output_UCHK + (1 - share_UCH1) * second.output_UCHK
+  return Part(output_UCHK, jnp.logaddexp(first.lse_UCH1, second.lse_UCH1))
 
 
 def heads_first(x_UCHK: Array) -> Array:

@@ -16,9 +16,10 @@ from pinfm_jax.overrides import from_dict
 from pinfm_jax.serve import bundle as bundle_module
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.manifest import MANIFEST, Manifest
-from pinfm_jax.serve.quantize import dequantise
+from pinfm_jax.serve.quantize import dequantise, quantise
 
-FILES = [MANIFEST, 'parameters.npz', 'programs/context.bin', 'programs/crossing.bin', 'tables.bin', 'checksums.bin']
+PROGRAMS = ['context', 'crossing', 'extend', 'items', 'pairs']
+FILES = [MANIFEST, 'parameters.npz', *(f'programs/{name}.bin' for name in PROGRAMS), 'tables.bin', 'checksums.bin']
 
 
 @pytest.fixture(scope='module')
@@ -70,6 +71,14 @@ def test_the_bundle_holds_what_went_in(toy, exported):
   np.testing.assert_allclose(dequantise(table, 'int8'), toy.rows_GE, atol=0.02)
 
 
+@pytest.mark.parametrize(('storage', 'clip'), [('int4', True), ('int4', False), ('float32', True)])
+def test_how_rows_are_rounded(toy, tmp_path, no_lowering, storage, clip):
+  path = toy.export(tmp_path / 'out', storage=storage, clip=clip)
+  assert Manifest.read(path).tables.clip == (clip and storage != 'float32')
+  packed = np.fromfile(path / 'tables.bin', np.uint8).reshape(100, -1)
+  np.testing.assert_array_equal(packed, quantise(toy.rows_GE, storage, clip))
+
+
 def test_golden_ids_have_the_rows_that_the_tables_are_read_at(exported):
   bundle = load_bundle(exported)
   for golden in bundle.manifest.golden:
@@ -117,7 +126,7 @@ def test_versions_are_checked(copy, monkeypatch):
     load_bundle(copy)
   monkeypatch.undo()
   change_manifest(copy, format_version=7)
-  with pytest.raises(UserError, match='format version 7, this program reads 1'):
+  with pytest.raises(UserError, match='format version 7, this program reads 1 and 2'):
     load_bundle(copy)
   change_manifest(copy, format='something')
   with pytest.raises(UserError, match='not the manifest of a bundle'):
@@ -178,7 +187,7 @@ def test_scoring_loads_no_model_source(exported):
     "print([m for m in sys.modules if m == 'flax' or m.startswith(('pinfm_jax.model.', 'pinfm_jax.train'))])"
   )
   result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
-  assert result.stdout.strip() == "['pinfm_jax.model.hashing']"
+  assert result.stdout.strip() == "['pinfm_jax.model.hashing', 'pinfm_jax.model.tiles']"  # NumPy alone
 
 
 def test_jax_range_of_a_release():

@@ -2,12 +2,14 @@ import copy
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import toy_bundle
 
 from pinfm_jax.data.info import IdTypes
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.batches import Sizes
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.requests import RequestParser
@@ -72,7 +74,7 @@ def test_whole_histories_score_as_their_newest_events(scorer, dataset, requests)
 def test_batching_and_chunking_change_nothing(bundle, dataset, scorer, requests):
   requests[2]['candidates'] = []
   expected = list(scorer.score(requests))
-  small = Scorer(load_bundle(bundle), max_users=2, max_candidates=4)
+  small = Scorer(load_bundle(bundle), Sizes(cache_users=3, max_users=2, max_rows=4))
   for a, b in zip(small.score(requests), expected, strict=True):
     assert [s['item_id'] for s in a['scores']] == [s['item_id'] for s in b['scores']]
     if a['scores']:
@@ -223,7 +225,7 @@ def test_ages_need_a_time(scorer, requests):
 
 
 def test_score_file(bundle, scorer, requests, tmp_path, monkeypatch):
-  monkeypatch.setattr(Scorer, 'load', lambda _: scorer)  # what it compiled is used again
+  monkeypatch.setattr(Scorer, 'load', lambda *_: scorer)  # what it compiled is used again
   source, out = tmp_path / 'requests.jsonl', tmp_path / 'scores.jsonl'
   lines = [json.dumps(request) for request in requests]
   source.write_text(lines[0] + '\n\n' + '\n'.join(lines[1:]))
@@ -247,3 +249,31 @@ def test_a_bad_line_stops_the_file_and_leaves_nothing(bundle, requests, tmp_path
     score_file(bundle, tmp_path / 'nothing.jsonl', out)
   with pytest.raises(UserError, match='holds the requests'):
     score_file(bundle, source, source)
+
+
+def test_nothing_compiles_after_the_warm_up(bundle, requests):
+  scorer = Scorer(load_bundle(bundle), Sizes(cache_users=4, max_users=3, max_rows=16))
+  seen = []
+  count = scorer.warm_up(lambda done, total: seen.append((done, total)))
+  assert seen == [(i, count) for i in range(1, count + 1)]
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **__: compiled.append(name) if name.endswith('backend_compile_duration') else None
+  )
+  try:
+    for some in (requests[:1], requests, requests[::-1], requests[2:4]):
+      scorer.results([scorer.parse(document) for document in some])
+      longer = [d | {'candidates': d['candidates'] * 9} for d in some]
+      scorer.results([scorer.parse(document) for document in longer])
+      scorer.users([scorer.parse(document) for document in some])
+    shorter = copy.deepcopy(requests[2])
+    for events in (2, 3, 6):
+      shorter |= {'history': requests[2]['history'][:events], 'history_events': events}
+      scorer.results([scorer.parse(shorter)])
+    assert scorer.cache.extended == 2
+    assert scorer.cache.evicted > 0
+    assert compiled == []
+    scorer.items(np.arange(3, dtype=np.uint64))  # the listener hears
+    assert compiled
+  finally:
+    jax.monitoring.clear_event_listeners()

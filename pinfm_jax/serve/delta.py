@@ -3,7 +3,9 @@
 delta.json            which base it applies to, how many rows changed, checksums (`DeltaManifest`)
 manifest.result.json  the `manifest.json` of the result, byte for byte
 parameters.npz        the dense parameters
-items/                content of the items, for a model that reads it
+items/*.bin           content of the items, for a model that reads it
+items/catalogue.parquet  the items to recommend, if there are other ones than the base's
+MODEL_CARD.md         the result's
 programs/*.bin        those that the base has not
 checksums.bin         of the result's tables
 rows.bin              the packed rows that differ from the base's, one after another
@@ -27,19 +29,21 @@ from pinfm_jax.serve.bundle import (
   CHECKSUMS,
   TABLES,
   TrainedRanker,
-  complete_directory,
   exported_content,
   manifest_of,
   packed_rows,
   table_layout,
   write_content,
 )
+from pinfm_jax.serve.catalogue import CATALOGUE
+from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, TableLayout
 
 DELTA = 'delta.json'
 RESULT = 'manifest.result.json'
 ROWS, NUMBERS = 'rows.bin', 'row_numbers.bin'
-FORMAT, FORMAT_VERSION = 'pinfm-bundle-delta', 1
+FORMAT, FORMAT_VERSION = 'pinfm-bundle-delta', 2
+_VERSIONS = (1, 2)  # that can be applied; the version follows that of the bundle
 _BLOCK_ROWS = 1 << 16
 _AGAIN = 'copy the delta again or export it again'
 
@@ -99,8 +103,9 @@ class DeltaManifest:
       sound = document['format'] == FORMAT and checksum == _checksum(document)
     except (ValueError, KeyError, AttributeError, TypeError):
       raise UserError(f'{path} is damaged; {_AGAIN}') from None
-    if not sound or version != FORMAT_VERSION:
-      what = f'has format version {version}, this program reads {FORMAT_VERSION}' if sound else 'is damaged'
+    if not sound or version not in _VERSIONS:
+      read = ' and '.join(map(str, _VERSIONS))
+      what = f'has format version {version}, this program reads {read}' if sound else 'is damaged'
       raise UserError(f'{path} {what}; {_AGAIN}')
     fields = {name: value for name, value in document.items() if name not in ('format', 'format_version')}
     return cls(**{**fields, 'files': tuple(FileEntry(**entry) for entry in fields['files'])})
@@ -137,7 +142,7 @@ def export_delta(
     result.write(directory)
     (directory / MANIFEST).rename(directory / RESULT)
     for entry in earlier.files:
-      if own.get(entry.name) == entry and entry.name.startswith('programs/'):
+      if own.get(entry.name) == entry and entry.name.startswith(('programs/', CATALOGUE)):
         (directory / entry.name).unlink()
         del own[entry.name]
     own |= {name: checksums.describe(directory, name)[0] for name in (RESULT, ROWS, NUMBERS)}
@@ -262,4 +267,5 @@ def _file_sha256(path: Path) -> str:
 def _words(layout: TableLayout | None) -> str:
   if layout is None:
     return 'nothing'
-  return f'{layout.sub_tables} x {layout.rows} rows of {layout.width} as {layout.storage}, hash seed {layout.hash_seed}'
+  kind = f'{layout.storage}{" (clipped)" if layout.clip else ""}'
+  return f'{layout.sub_tables} x {layout.rows} rows of {layout.width} as {kind}, hash seed {layout.hash_seed}'

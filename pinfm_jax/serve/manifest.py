@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pinfm_jax.config import PinFMConfig
+from pinfm_jax.config import PinFMConfig, RankerConfig
 from pinfm_jax.data.events import id_key
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.info import EmbeddingFeature, Features, IdTypes, SparseFeature
@@ -21,7 +21,8 @@ from pinfm_jax.overrides import from_dict
 
 MANIFEST = 'manifest.json'
 FORMAT = 'pinfm-bundle'
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMAT_VERSIONS = (1, 2)  # that open; 1 had programs over stacked users, without a pool
 _GOLDEN_IDS = {'integer': (0, 1, -1, 123_456_789_012_345), 'string': ('a', 'pin/7', 'ünïcode')}
 
 
@@ -45,7 +46,10 @@ class JaxRange:
 
 @dataclass(frozen=True)
 class TableLayout:
-  """How `tables.bin` is laid out: sub_tables * rows packed rows (`serve.quantize`) of row_bytes, one after another."""
+  """How `tables.bin` is laid out: sub_tables * rows packed rows (`serve.quantize`) of row_bytes, one after another.
+
+  `clip` says how the rows were rounded, which a reader need not know and a delta must.
+  """
 
   storage: str
   sub_tables: int
@@ -53,6 +57,7 @@ class TableLayout:
   width: int
   row_bytes: int
   hash_seed: int
+  clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Manifest:
     ranker: that of the ranking model.
     run: where the parameters came from.
     files: every other file.
+    format_version: of the bundle.
   """
 
   created: str
@@ -104,15 +110,21 @@ class Manifest:
   ranker: Mapping[str, Any]
   run: Mapping[str, Any]
   files: tuple[FileEntry, ...]
+  format_version: int = FORMAT_VERSION
 
   @property
   def pinfm(self) -> PinFMConfig | None:
     """The typed configuration of PinFM, defaults where an older bundle lacks a field; None for a ranker without it."""
     return from_dict(PinFMConfig, self.model) if self.tables else None
 
+  @property
+  def ranking(self) -> RankerConfig:
+    """The typed configuration of the ranking model, likewise."""
+    return from_dict(RankerConfig, self.ranker)
+
   def write(self, directory: Path) -> None:
     """Writes `manifest.json`."""
-    document = {'format': FORMAT, 'format_version': FORMAT_VERSION, **asdict(self), 'checksum': ''}
+    document = {'format': FORMAT, 'format_version': 0, **asdict(self), 'checksum': ''}  # the version in its place
     text = json.dumps(document, indent=1, ensure_ascii=False) + '\n'
     checksum = hashlib.sha256(text.encode()).hexdigest()
     (directory / MANIFEST).write_bytes(f'{checksum}"'.join(text.rsplit('"', 1)).encode())
@@ -127,7 +139,7 @@ class Manifest:
     path = directory / MANIFEST
     if not path.is_file():
       raise UserError(f'{directory} is not a bundle: it has no {MANIFEST}; make one with `pinfm export`')
-    manifest = _parse(_checked_document(path), path)
+    manifest = parse_manifest(_checked_document(path), path)
     for golden in manifest.golden:
       if golden != _golden(golden.id, manifest.id_type.item, manifest.tables):
         raise UserError(
@@ -159,9 +171,9 @@ def _checked_document(path: Path) -> dict:
   if not isinstance(document, dict) or document.get('format') != FORMAT:
     raise UserError(f'{path} is not the manifest of a bundle (expected "format": "{FORMAT}")')
   version, checksum = document.get('format_version'), document.get('checksum')
-  if version != FORMAT_VERSION:
+  if version not in FORMAT_VERSIONS:
     raise UserError(
-      f'{path} has format version {version}, this program reads {FORMAT_VERSION}: '
+      f'{path} has format version {version}, this program reads {" and ".join(map(str, FORMAT_VERSIONS))}: '
       'install the matching pinfm_jax, or export the bundle again'
     )
   blank = ''.join(text.rsplit(checksum, 1)) if checksum and isinstance(checksum, str) else ''
@@ -170,8 +182,9 @@ def _checked_document(path: Path) -> dict:
   return document
 
 
-def _parse(document: dict, path: Path) -> Manifest:
-  fields = {name: value for name, value in document.items() if name not in ('format', 'format_version', 'checksum')}
+def parse_manifest(document: dict, path: Path) -> Manifest:
+  """The fields of a manifest as they stand in JSON; raises UserError if one is missing or misspelt."""
+  fields = {name: value for name, value in document.items() if name not in ('format', 'checksum')}
   try:
     return Manifest(
       **{

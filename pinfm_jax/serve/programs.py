@@ -1,19 +1,26 @@
-"""Lowers the context pass and the crossing pass to `jax.export` programs that need no model source to run.
+"""Lowers what serving computes to `jax.export` programs that need no model source to run.
 
-Sizes U (users), C (candidates) and L (events, at most the history length) are symbolic, so one program serves every
-batch. Parameters are arguments; item vectors enter as packed table rows (`serve.quantize`) and are unpacked inside.
+Sizes are symbolic, so one program serves every batch: P slots of the pool (`serve.pool`), U users, K events (at most
+the history length), M tiles of T candidates of one user each, n items. Parameters are arguments; item vectors enter as
+packed table rows (`serve.quantize`) and are unpacked inside.
 
-  context(params, events) -> {'key', 'value'}, each [N, U, L, H, K], and 'user' [U, O]
-    events: rows uint8 [U, L, S, row_bytes], surface int32 [U, L], actions uint32 [U, L], mask bool [U, L]
-  crossing(params, stats, context, mask [U, L], candidates) -> probabilities float32 [U, C, T]
-    candidates: rows uint8 [U, C, S, row_bytes], item uint32 [U, C, 2], mask bool [U, C], age_hours float32 [U, C],
-    dense float32 [U, C, F], sparse int32 [U, C, F], embedding float32 [U, C, F]
-    Events and candidates of a model with these options also have (`data.tokens`): gap int32 [U, L or C] with time
-    gaps, content float16 [U, L or C, W] with content, new bool [U, L or C] with hidden ids.
+  context(params, pool, slot_U, events [U, K]) -> pool: the context pass of whole windows, written to the slots
+  extend(params, pool, slot_U, events [U, K]) -> pool: events (real ones first) that follow what the slots hold
+  crossing(params, stats, pool, slot_M, candidates [M, T]) -> probabilities float32 [M, T, labels]
+  pairs(params, pool, slot_M, candidates [M, T]) -> unit-length output at the candidate's position, float32 [M, T, O]
+  items(params, {'rows'}) -> {'target': z [n, O], 'vector': E [n, V]}
+    events: rows uint8 [U, K, S, row_bytes], surface int32, actions uint32, mask bool
+    candidates: rows uint8 [M, T, S, row_bytes], item uint32 [M, T, 2], mask bool, age_hours float32,
+    dense float32 [M, T, F], sparse int32 [M, T, F], embedding float32 [M, T, F]
+    Events, candidates and items of a model with these options also have (`data.tokens`): gap int32 with time gaps (not
+    of items), content float16 [.., W] with content, new bool with hidden ids.
   A ranker without PinFM has crossing(params, stats, candidates) alone, whose candidates have no rows.
+
+Slots are padding where their number is P or more: nothing is written for them, and what is read means nothing. The
+pool is meant to be donated (`jax.jit(program.call, donate_argnums=1)`): it is then updated in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +33,7 @@ from pinfm_jax.model.dcat import LayerKV
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel, UserContext
 from pinfm_jax.serve.manifest import TableLayout
+from pinfm_jax.serve.pool import Pool, pool_shapes
 from pinfm_jax.serve.quantize import dequantise_on_device
 
 Array = jax.Array
@@ -49,25 +57,61 @@ class ServingModel:
     return RankingModel(replace(self.model, tower=tower), self.ranker, self.spec)
 
   def context(self, params: Tree, events: dict[str, Array]) -> dict[str, Array]:
-    """The context pass: every layer's keys and values, and the user's representation."""
-    columns = (events['surface'], events['actions'], events['mask'])
-    options = {'gap_UL': events.get('gap'), 'content_ULW': events.get('content'), 'hidden_id_UL': events.get('new')}
-    batch = EventBatch(None, *columns, **options)
-    kept = self.module.apply({'params': params}, self._vectors(events['rows']), batch, method='context')
+    """The context pass without a pool, for portable forms: keys and values [N, U, L, H, K], and the user [U, O]."""
+    kept = self._context(params, events)
     return {'key': kept.kv.key, 'value': kept.kv.value, 'user': kept.user_UO}
 
   def crossing(
     self, params: Tree, stats: dict[str, Array], context: dict[str, Array], mask_UL: Array, candidates: dict[str, Array]
   ) -> Array:
-    """The crossing pass and the ranker: probabilities [U, C, T]."""
+    """The crossing pass over what `context` gives, and the ranker: probabilities [U, C, T]."""
     kept = UserContext(LayerKV(context['key'], context['value']), context['user'], jnp.sum(mask_UL, axis=1))
-    arguments = (self._vectors(candidates['rows']), kept, _candidates(candidates))
-    return self.module.apply({'params': params}, *arguments, DenseStats(**stats), method='score')
+    return self._score(params, stats, kept, candidates)
+
+  def pool_context(self, params: Tree, pool: Pool, slot_U: Array, events: dict[str, Array]) -> Pool:
+    """The context pass of whole windows: each user's keys, values and representation, written to its slot."""
+    new = self._context(params, events)
+    return _written(pool, slot_U, (slot_U, slice(new.kv.key.shape[2])), new)
+
+  def pool_extend(self, params: Tree, pool: Pool, slot_U: Array, events: dict[str, Array]) -> Pool:
+    """The context pass of events that follow what the slots hold; a learnable token moves behind them."""
+    kept = _users_of(pool, slot_U)
+    vectors, batch = self._vectors(events['rows']), _events(events)
+    new = self.module.apply({'params': params}, vectors, batch, kept, None, method='extend')
+    # Padding is written nowhere: it goes to a place behind the last one.
+    place_K = jnp.arange(new.kv.key.shape[2])
+    written_U1 = (new.events_U + int(self.ranker.learnable_token))[:, None]
+    place_UK = jnp.where(place_K < written_U1, kept.events_U[:, None] + place_K, pool['key'].shape[2])
+    return _written(pool, slot_U, (slot_U[:, None], place_UK), new.replace(events_U=kept.events_U + new.events_U))
+
+  def pool_crossing(
+    self, params: Tree, stats: dict[str, Array], pool: Pool, slot_M: Array, candidates: dict[str, Array]
+  ) -> Array:
+    """The crossing pass of tiles over their users' slots, and the ranker: probabilities [M, T, labels]."""
+    return self._score(params, stats, _users_of(pool, slot_M), candidates)
+
+  def pool_pairs(self, params: Tree, pool: Pool, slot_M: Array, candidates: dict[str, Array]) -> Array:
+    """The crossing pass alone: the output at the candidates' positions, [M, T, O]."""
+    arguments = (self._vectors(candidates['rows']), _users_of(pool, slot_M), _candidates(candidates))
+    return self.module.apply({'params': params}, *arguments, method='pairs')
+
+  def items(self, params: Tree, items: dict[str, Array]) -> dict[str, Array]:
+    """z, which the user's representation is compared with, and E of items."""
+    arguments = (self._vectors(items['rows']), items.get('content'), items.get('new'))
+    target, vector = self.module.apply({'params': params}, *arguments, method='item_vectors')
+    return {'target': target, 'vector': vector}
 
   def ranker_alone(self, params: Tree, stats: dict[str, Array], candidates: dict[str, Array]) -> Array:
     """The ranker without PinFM: probabilities [U, C, T]."""
     batch = RankingBatch(None, _candidates(candidates), None, None)
     return jax.nn.sigmoid(self.module.apply({'params': params}, None, None, batch, DenseStats(**stats)).logits_UCT)
+
+  def _context(self, params: Tree, events: dict[str, Array]) -> UserContext:
+    return self.module.apply({'params': params}, self._vectors(events['rows']), _events(events), method='context')
+
+  def _score(self, params: Tree, stats: dict[str, Array], kept: UserContext, candidates: dict[str, Array]) -> Array:
+    arguments = (self._vectors(candidates['rows']), kept, _candidates(candidates))
+    return self.module.apply({'params': params}, *arguments, DenseStats(**stats), method='score')
 
   def _vectors(self, packed: Array) -> Array:
     rows = dequantise_on_device(packed, self.layout.width, self.layout.storage)
@@ -75,41 +119,81 @@ class ServingModel:
 
 
 def export_programs(model: ServingModel, params: Tree, stats: Tree, history_length: int) -> dict[str, bytes]:
-  """Lowers the programs for every platform.
+  """Lowers the programs for every platform and serialises them; see `lower_programs`."""
+  programs = lower_programs(model, params, stats, history_length)
+  return {name: program.serialize() for name, program in programs.items()}
+
+
+def lower_programs(
+  model: ServingModel, params: Tree, stats: Tree, history_length: int, platforms: Sequence[str] = PLATFORMS
+) -> dict[str, export.Exported]:
+  """Lowers the programs.
 
   Args:
     model: what to lower.
     params: parameters (their shapes and types count).
     stats: {'low', 'high', 'mean', 'scale'} of the dense features.
-    history_length: the largest L.
+    history_length: the largest K.
+    platforms: of JAX, to lower for.
 
   Returns:
-    Serialised programs: 'crossing', and 'context' for a ranker with PinFM.
+    'crossing'; for a ranker with PinFM also 'context', 'extend', 'pairs' and 'items'.
   """
+
+  def lower(function: Callable, *shapes: Tree) -> export.Exported:
+    return export.export(jax.jit(function), platforms=platforms)(*shapes)
+
   params, stats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, stats))
+  tiles, candidates, slots, items = export.symbolic_shape('M, T, P, n')
+  inputs = _candidate_shapes(model, tiles, candidates)
   if model.layout is None:
-    inputs = _candidate_shapes(model, *export.symbolic_shape('U, C'))
-    return {'crossing': _lower(model.ranker_alone, params, stats, inputs).serialize()}
-  users, candidates, length = export.symbolic_shape('U, C, L', constraints=[f'L <= {history_length}'])
-  inputs = _candidate_shapes(model, users, candidates)
-  shape = (users, length)
-  mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
-  events = {
+    return {'crossing': lower(model.ranker_alone, params, stats, inputs)}
+
+  def pool(size: Any) -> Tree:
+    shapes = pool_shapes(model.model, model.ranker, history_length, size)
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+  slot_M, kept = jax.ShapeDtypeStruct((tiles,), jnp.int32), pool(slots)
+  rows = {'rows': _packed_shape(model.layout, (items,)), **_token_shapes(model, (items,))}
+  rows.pop('gap', None)
+  # Sizes of their own: a constraint holds for all sizes that are made with it, used or not.
+  slots, *shape = export.symbolic_shape('P, U, K', constraints=[f'K <= {history_length}'])
+  new = (params, pool(slots), jax.ShapeDtypeStruct(shape[:1], jnp.int32), _event_shapes(model, tuple(shape)))
+  return {
+    'context': lower(model.pool_context, *new),
+    'extend': lower(model.pool_extend, *new),
+    'crossing': lower(model.pool_crossing, params, stats, kept, slot_M, inputs),
+    'pairs': lower(model.pool_pairs, params, kept, slot_M, inputs),
+    'items': lower(model.items, params, rows),
+  }
+
+
+def _users_of(pool: Pool, slot: Array) -> UserContext:
+  """What the slots hold, copied once for each; padding reads some slot, so that nothing becomes NaN."""
+  # Of all layers at once: a slice of the pool's layers, as the scan over layers takes, would copy every slot.
+  key, value = (jnp.take(pool[name], slot, axis=1, mode='clip') for name in ('key', 'value'))
+  user, length = (jnp.take(pool[name], slot, axis=0, mode='clip') for name in ('user', 'length'))
+  return UserContext(LayerKV(key, value), user, length)
+
+
+def _written(pool: Pool, slot_U: Array, places: tuple, new: UserContext) -> Pool:
+  """The pool with what is new of users at their slots: keys and values at `places`, (slots, places of a slot)."""
+  return {
+    'key': pool['key'].at[(slice(None), *places)].set(new.kv.key, mode='drop'),
+    'value': pool['value'].at[(slice(None), *places)].set(new.kv.value, mode='drop'),
+    'user': pool['user'].at[slot_U].set(new.user_UO, mode='drop'),
+    'length': pool['length'].at[slot_U].set(new.events_U, mode='drop'),
+  }
+
+
+def _event_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
+  return {
     'rows': _packed_shape(model.layout, shape),
     'surface': jax.ShapeDtypeStruct(shape, jnp.int32),
     'actions': jax.ShapeDtypeStruct(shape, jnp.uint32),
-    'mask': mask,
+    'mask': jax.ShapeDtypeStruct(shape, jnp.bool_),
     **_token_shapes(model, shape),
   }
-  context = _lower(model.context, params, events)
-  kept = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in context.out_avals)
-  kept = jax.tree.unflatten(context.out_tree, kept)
-  crossing = _lower(model.crossing, params, stats, kept, mask, inputs)
-  return {'context': context.serialize(), 'crossing': crossing.serialize()}
-
-
-def _lower(function: Callable, *shapes: Tree) -> export.Exported:
-  return export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
 
 
 def _candidate_shapes(model: ServingModel, users: Any, candidates: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -147,3 +231,8 @@ def _packed_shape(layout: TableLayout, shape: tuple) -> jax.ShapeDtypeStruct:
 def _candidates(columns: dict[str, Array]) -> CandidateBatch:
   names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new')
   return CandidateBatch(*(columns.get(name) for name in names))
+
+
+def _events(columns: dict[str, Array]) -> EventBatch:
+  options = {'gap_UL': columns.get('gap'), 'content_ULW': columns.get('content'), 'hidden_id_UL': columns.get('new')}
+  return EventBatch(None, columns['surface'], columns['actions'], columns['mask'], **options)

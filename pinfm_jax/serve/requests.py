@@ -14,15 +14,17 @@ knows the content of the items it was exported with; an event or a candidate may
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pinfm_jax.data.events import NO_SURFACE
-from pinfm_jax.data.featurize import window_start
+from pinfm_jax.data.featurize import event_inputs, window_start
 from pinfm_jax.data.records import History, Request
+from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.cache import Window
 from pinfm_jax.serve.fields import (
   check_names,
   read_key,
@@ -35,11 +37,13 @@ from pinfm_jax.serve.fields import (
   show,
 )
 from pinfm_jax.serve.manifest import Manifest
+from pinfm_jax.serve.memo import Memo, content_key
 
 _REQUEST_FIELDS = ('request_id', 'user_id', 'timestamp', 'surface', 'history', 'history_events', 'candidates')
 _EVENT_FIELDS = ('timestamp', 'item_id', 'surface', 'actions')
 _CANDIDATE_FIELDS = ('item_id', 'item_created_at', 'timestamp', 'surface')
 _MISSING_SURFACE = -1  # featurize adds 1: index 0 is the missing value
+_REMEMBERED_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class ScoringRequest:
     candidates: their features; `history_end` counts all the user's events.
     content: [C, content width], NaN where a candidate brings none; None if the model has none.
     history_content: the same of the history's events, None if no event brings any.
+    windows: what `model_window` made of the history, by the window's first event; requests with the same history may
+      share it.
   """
 
   request_id: int | str
@@ -63,6 +69,16 @@ class ScoringRequest:
   candidates: Request
   content: np.ndarray | None
   history_content: np.ndarray | None = None
+  windows: dict[int, Window] = field(default_factory=dict, compare=False, repr=False)
+
+  def model_window(self, tokens: TokenInputs) -> Window:
+    """What the model reads of the history; `tokens` is the model's, always the same."""
+    first = self.window.start
+    if first not in self.windows:
+      count = self.window.stop - first
+      columns = event_inputs(self.history, self.window, count, tokens, self.history_content)
+      self.windows[first] = Window.of({name: column for name, column in columns.items() if name != 'mask'})
+    return self.windows[first]
 
   @property
   def last_event_ms(self) -> int | None:
@@ -70,8 +86,27 @@ class ScoringRequest:
     return int(self.history.timestamp[-1]) if len(self.history) else None
 
 
+@dataclass(frozen=True)
+class _Events:
+  """A history as checked; see ScoringRequest for the fields."""
+
+  history: History
+  content: np.ndarray | None
+  timed: bool
+  windows: dict[int, Window] = field(default_factory=dict)
+
+  @property
+  def bytes(self) -> int:
+    """About what it takes, with a window."""
+    columns = (self.history.timestamp, self.history.item, self.history.surface, self.history.actions)
+    return 512 + 3 * sum(c.nbytes for c in columns) + (0 if self.content is None else 2 * self.content.nbytes)
+
+
 class RequestParser:
-  """Checks requests against a bundle's vocabularies and features."""
+  """Checks requests against a bundle's vocabularies and features; several threads may use one.
+
+  A history that was checked before is known by a hash of its JSON, which costs a tenth of checking it.
+  """
 
   def __init__(self, manifest: Manifest):
     """Takes what the manifest says of inputs."""
@@ -89,6 +124,7 @@ class RequestParser:
     self._needs_times = model is not None and model.tower.time_gap_buckets > 0
     self._event_content = model.content_width if model is not None and model.content else 0
     self._event_fields = (*_EVENT_FIELDS, *(['content'] if self._event_content else []))
+    self._memo = Memo(_REMEMBERED_BYTES)
 
   def parse(self, document: Any) -> ScoringRequest:
     """Checks one request.
@@ -104,7 +140,8 @@ class RequestParser:
     if isinstance(request_id, bool) or not isinstance(request_id, int | str):
       raise UserError(f'got request_id {show(request_id)}, expected a string or an integer')
     time = read_time(document.get('timestamp'), 'timestamp')
-    history, history_content = self._history(read_list(document, 'history'), time)
+    events = self._known_history(read_list(document, 'history'), time)
+    history = events.history
     total = document.get('history_events', len(history))
     if isinstance(total, bool) or not isinstance(total, int) or total < len(history):
       raise UserError(
@@ -120,14 +157,28 @@ class RequestParser:
       window=slice(max(window_start(total, self._length, self._block) - skipped, 0), len(history)),
       candidates=self._candidates(document, listed, total),
       content=self._content(listed),
-      history_content=history_content,
+      history_content=events.content,
+      windows=events.windows,
     )
 
-  def _history(self, listed: list, before: int | None) -> tuple[History, np.ndarray | None]:
-    """Events sorted by time, stably; those that agree in time, item and surface are one event, as in preparation.
+  def _known_history(self, listed: list, before: int | None) -> _Events:
+    """The checked history, remembered or new; all of it must lie before the request."""
+    key = content_key(listed)
+    events = None if key is None else self._memo.get(key)
+    if events is None:
+      events = self._history(listed)
+      if key is not None:
+        self._memo.put(key, events, events.bytes)
+    last = int(events.history.timestamp[-1]) if events.timed and len(events.history) else None
+    if last is not None and before is not None and last >= before:
+      raise UserError(
+        f"a history event at {last} is not before the request's timestamp {before}; "
+        'leave out what came after, as in training'
+      )
+    return events
 
-    Also returns the content that events bring (see `ScoringRequest`).
-    """
+  def _history(self, listed: list) -> _Events:
+    """Events sorted by time, stably; those that agree in time, item and surface are one event, as in preparation."""
     events = [_at('history event', i, self._event, event) for i, event in enumerate(listed)]
     timed = [time is not None for time, *_ in events]
     if any(timed) and not all(timed):
@@ -139,11 +190,6 @@ class RequestParser:
       )
     if all(timed):
       events.sort(key=lambda event: event[0])
-      if events and before is not None and events[-1][0] >= before:
-        raise UserError(
-          f"a history event at {events[-1][0]} is not before the request's timestamp {before}; "
-          'leave out what came after, as in training'
-        )
     else:  # in the order given; the ordinal keeps repeats apart
       events = [(i, *rest) for i, (_, *rest) in enumerate(events)]
     merged: dict[tuple, int] = {}
@@ -160,9 +206,9 @@ class RequestParser:
       np.array(list(merged.values()), np.uint32),
     )
     if not contents:
-      return history, None
+      return _Events(history, None, all(timed))
     none = [np.nan] * self._event_content
-    return history, np.array([contents.get(key, none) for key in merged], np.float32)
+    return _Events(history, np.array([contents.get(key, none) for key in merged], np.float32), all(timed))
 
   def _event(self, event: Any) -> tuple[int | None, int, int, int, list[float] | None]:
     check_names(event, self._event_fields, 'an event')

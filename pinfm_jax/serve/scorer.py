@@ -2,49 +2,75 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from pinfm_jax.data.featurize import candidate_inputs, event_inputs
+from pinfm_jax.data.featurize import candidate_inputs
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.hashing import key_words
 from pinfm_jax.progress import Progress
+from pinfm_jax.serve import batches
+from pinfm_jax.serve.batches import DEFAULT_SIZES, Sizes
 from pinfm_jax.serve.bundle import Bundle, load_bundle
+from pinfm_jax.serve.cache import Arrays, SlotCache, Window
+from pinfm_jax.serve.pool import Pool, empty_pool, slot_bytes
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
-
-Arrays = dict[str, np.ndarray]
-_LEAST_EVENTS = 32
-_LEAST_CANDIDATES = 8
+from pinfm_jax.serve.rows import RowSource
 
 
 class Scorer:
-  """Scores requests in batches; every batch has one of few sizes, so that few programs are compiled."""
+  """Scores requests in batches; every call of a program has one of few sizes, so that few programs are compiled.
 
-  def __init__(self, bundle: Bundle, max_users: int = 32, max_candidates: int = 8192):
-    """Puts the parameters on the device.
+  The keys and values of users are kept (`serve.cache`): a history that was seen before costs nothing, appended events
+  cost themselves. Scores equal those of a pass over the whole window, up to rounding. One thread at a time may use it,
+  `parse` excepted, which any thread may call.
+
+  Attributes:
+    bundle: what is served.
+    cache: counts `hits`, `extended`, `misses` (of requests) and `evicted` (of slots).
+  """
+
+  def __init__(self, bundle: Bundle, sizes: Sizes = DEFAULT_SIZES):
+    """Puts the parameters and an empty pool on the device.
 
     Args:
       bundle: an opened bundle.
-      max_users: requests of a batch.
-      max_candidates: padded candidates of a batch; a longer request is scored in several passes over one context.
+      sizes: what bounds its memory.
     """
-    self.bundle = bundle
-    self._max_users, self._max_candidates = max_users, max_candidates
-    self._parser = RequestParser(bundle.manifest)
-    model = bundle.manifest.pinfm
-    self._tokens = TokenInputs(model.tower.time_gap_buckets, bundle.items) if model is not None else PLAIN
+    self.bundle, self._sizes = bundle, sizes
+    manifest = bundle.manifest
+    self._parser = RequestParser(manifest)
     self._params, self._stats = jax.device_put((bundle.params, bundle.stats))
-    self._context = jax.jit(bundle.context.call) if bundle.context else None
-    self._crossing = jax.jit(bundle.crossing.call)
+    self._programs = {
+      name: jax.jit(program.call, donate_argnums=1 if name in ('context', 'extend') else ())
+      for name, program in bundle.programs.items()
+    }
+    self._user_rows = jax.jit(lambda user_PO, slot_U: user_PO[slot_U])
+    model, length = manifest.pinfm, manifest.schema.history_length
+    self._tokens = TokenInputs(model.tower.time_gap_buckets, bundle.items) if model is not None else PLAIN
+    slots = sizes.slots(slot_bytes(model, manifest.ranking, length)) if model is not None else 0
+    self.cache = SlotCache(slots, min(batches.MOST_APPENDED, length))
+    self._pool: Pool | None = None
+    self._most_users = min(sizes.max_users, slots) if slots else sizes.max_users
+    self._reset()
 
   @classmethod
-  def load(cls, path: str | Path) -> 'Scorer':
+  def load(cls, path: str | Path, rows: RowSource | None = None, sizes: Sizes = DEFAULT_SIZES) -> 'Scorer':
     """Opens and checks the bundle in the directory `path` (see `load_bundle`)."""
-    return cls(load_bundle(path))
+    return cls(load_bundle(path, rows=rows), sizes)
+
+  def parse(self, document: Any) -> ScoringRequest:
+    """Checks one decoded JSON object (see `serve.requests`).
+
+    Raises:
+      UserError: it is malformed; the message says where in the request.
+    """
+    return self._parser.parse(document)
 
   def score(self, requests: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Scores requests in the form of `serve.requests`.
@@ -53,114 +79,259 @@ class Scorer:
       requests: decoded JSON objects; read no further ahead than a batch needs.
 
     Yields:
-      {"request_id", "scores": [{"item_id", <label>: probability, ..., "utility"}, ...]} for each request, in the
-      order of the requests and of their candidates; "utility" only if the bundle has utility weights.
+      See `results`; in the order of the requests.
 
     Raises:
       UserError: a malformed request; the message has its number, counted from 1.
     """
     return self._score((f'request {i}', request) for i, request in enumerate(requests, 1))
 
-  def score_batch(self, events: Arrays, candidates: Arrays) -> np.ndarray:
-    """Scores stacked model inputs.
-
-    Args:
-      events: what `featurize.history_inputs` makes, [U, L, ...]; unused by a ranker without PinFM.
-      candidates: what `featurize.candidate_inputs` makes, [U, C, ...].
+  def results(self, requests: Sequence[ScoringRequest]) -> list[dict[str, Any]]:
+    """Scores checked requests, any number of them.
 
     Returns:
-      Probabilities, float32 [U, C, T]; those of padded candidates mean nothing.
+      {"request_id", "scores": [{"item_id", <label>: probability, ..., "utility"}, ...]} for each request, in the order
+      of its candidates; "utility" only if the bundle has utility weights.
     """
-    return self.cross(self.context(events), events, candidates)
+    manifest, results = self.bundle.manifest, []
+    labels = manifest.schema.labels
+    weights = np.array([manifest.utility.get(label, 0.0) for label in labels])
+    names = ('item_id', *labels, *(['utility'] if manifest.utility else []))
+    for request, scores_CT in zip(requests, self.probabilities(requests), strict=True):
+      columns = scores_CT.T.tolist()
+      if manifest.utility:
+        columns.append((scores_CT.astype(np.float64) @ weights).tolist())
+      rows = zip(request.item_ids, *columns, strict=True)
+      results.append({'request_id': request.request_id, 'scores': [dict(zip(names, r, strict=True)) for r in rows]})
+    return results
 
-  def context(self, events: Arrays) -> dict[str, jax.Array] | None:
-    """The context pass: keys and values of the histories, kept on the device (None without PinFM)."""
-    if self._context is None:
-      return None
-    inputs = {name: column for name, column in events.items() if name != 'item'}
-    return self._context(self._params, {**inputs, 'rows': self.bundle.rows.rows(events['item'])})
+  def probabilities(self, requests: Sequence[ScoringRequest]) -> list[np.ndarray]:
+    """Probabilities, float32 [C, labels], of each of any number of requests."""
+    width = len(self.bundle.manifest.schema.labels)
+    return self._crossed(requests, 'crossing', (self._params, self._stats), width)
 
-  def cross(self, context: dict[str, jax.Array] | None, events: Arrays, candidates: Arrays) -> np.ndarray:
-    """The crossing pass and the ranker over the kept context of the same users; see `score_batch`."""
-    inputs = {name: value for name, value in candidates.items() if name != 'labels'}
-    if context is None:
-      return np.asarray(self._crossing(self._params, self._stats, inputs))
-    inputs['rows'] = self.bundle.rows.rows(candidates['item'])
-    return np.asarray(self._crossing(self._params, self._stats, context, events['mask'], inputs))
+  def pairs(self, requests: Sequence[ScoringRequest]) -> list[np.ndarray]:
+    """PinFM's output at the candidates' positions, unit-length float32 [C, O], of each request.
+
+    Raises:
+      UserError: the ranker has no PinFM.
+    """
+    return self._crossed(requests, 'pairs', (self._params,), self._output_width())
+
+  def users(self, requests: Sequence[ScoringRequest]) -> np.ndarray:
+    """H of each request's last event, unit-length float32 [n, O]; zeros for an empty history.
+
+    Raises:
+      UserError: the ranker has no PinFM.
+    """
+    out = np.zeros((len(requests), self._output_width()), np.float32)
+    for start in range(0, len(requests), self._most_users):
+      slot_U = self._slots(requests[start : start + self._most_users])
+      rows = self._user_rows(self._pool['user'], np.pad(slot_U, (0, self._most_users - len(slot_U))))
+      out[start : start + len(slot_U)] = np.asarray(rows)[: len(slot_U)]
+    return out
+
+  def items(self, keys: np.ndarray) -> Arrays:
+    """Vectors of items.
+
+    Args:
+      keys: uint64 item keys [n] (`data.events.id_key`); an item that training never saw is fine.
+
+    Returns:
+      target: z, unit-length float32 [n, O], which H is compared with; vector: E, float32 [n, V].
+
+    Raises:
+      UserError: the ranker has no PinFM.
+    """
+    width, tables = self._output_width(), self.bundle.manifest.tables
+    widths = {'target': width, 'vector': tables.sub_tables * tables.width}
+    out = {name: np.zeros((len(keys), size), np.float32) for name, size in widths.items()}
+    for start in range(0, len(keys), batches.ITEMS[-1]):
+      some = np.asarray(keys[start : start + batches.ITEMS[-1]], np.uint64)
+      size = next(size for size in batches.ITEMS if size >= len(some))
+      inputs = {'rows': self.bundle.rows.rows(key_words(some)), **self._tokens_of(some)}
+      inputs = {name: np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]) for name, x in inputs.items()}
+      for name, rows in self._programs['items'](self._params, inputs).items():
+        out[name][start : start + len(some)] = np.asarray(rows)[: len(some)]
+    return out
+
+  def warm_up(self, progress: Callable[[int, int], Any] | None = None) -> int:
+    """Compiles every program in every size that scoring and `users` call, so that no request waits for it.
+
+    JAX's persistent compilation cache, where it is set, makes the next start quick.
+
+    Args:
+      progress: called with how many are compiled and how many there are.
+
+    Returns:
+      How many.
+    """
+    empty, calls = self.parse({'request_id': 0, 'history': [], 'candidates': []}), []
+    if self._pool is not None:
+      window = self._with_rows([empty.model_window(self._tokens).columns])
+      length = self.bundle.manifest.schema.history_length
+      for name, lengths in (('context', batches.event_sizes(length)), ('extend', batches.appended_sizes(length))):
+        calls += [(self._warm_events, name, window, u, k) for u in self._event_rows(name) for k in lengths]
+      calls.append((self.users, [empty]))
+    candidates = self._candidates([empty])
+    calls += [(self._warm_crossing, candidates, size) for size in self._sizes.tiles()]
+    for count, (function, *arguments) in enumerate(calls, 1):
+      function(*arguments)
+      if progress is not None:
+        progress(count, len(calls))
+    return len(calls)
 
   def _score(self, requests: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
     """`score` of requests that each come with the words that say where they stand."""
     batch: list[ScoringRequest] = []
     for where, document in requests:
       try:
-        request = self._parser.parse(document)
+        request = self.parse(document)
       except UserError as error:
         name = document.get('request_id') if isinstance(document, dict) else None
         raise UserError(f'{where}{f" ({name!r})" if name is not None else ""}: {error}') from None
-      if batch and not self._fits([*batch, request]):
-        yield from self._results(batch)
+      if batch and not self._fits(batch, request):
+        yield from self.results(batch)
         batch = []
       batch.append(request)
-    yield from self._results(batch)
+    yield from self.results(batch)
 
-  def _fits(self, batch: list[ScoringRequest]) -> bool:
-    candidates = _bucket(max(len(r.item_ids) for r in batch), _LEAST_CANDIDATES)
-    return len(batch) <= self._max_users and _bucket(len(batch), 1) * candidates <= self._max_candidates
+  def _fits(self, batch: list[ScoringRequest], request: ScoringRequest) -> bool:
+    rows = sum(len(r.item_ids) for r in batch) + len(request.item_ids)
+    return len(batch) < self._most_users and rows <= self._sizes.batch_rows
 
-  def _results(self, batch: list[ScoringRequest]) -> Iterator[dict[str, Any]]:
-    manifest = self.bundle.manifest
-    weights = np.array([manifest.utility.get(label, 0.0) for label in manifest.schema.labels])
-    for request, scores_CT in zip(batch, self._probabilities(batch), strict=True):
-      names, rows = manifest.schema.labels, scores_CT.tolist()
-      if manifest.utility:
-        names = (*names, 'utility')
-        rows = np.column_stack([scores_CT, scores_CT.astype(np.float64) @ weights]).tolist()
-      ids = request.item_ids
-      scores = [{'item_id': i, **dict(zip(names, row, strict=True))} for i, row in zip(ids, rows, strict=True)]
-      yield {'request_id': request.request_id, 'scores': scores}
+  def _crossed(
+    self, requests: Sequence[ScoringRequest], program: str, arguments: tuple, width: int
+  ) -> list[np.ndarray]:
+    """A crossing program's output [C, width] of each request."""
+    out = [np.zeros((0, width), np.float32) for _ in requests]
+    batch: list[int] = []
+    for place, request in enumerate(requests):
+      if not request.item_ids:  # nothing to score, and no context to keep
+        continue
+      if batch and not self._fits([requests[i] for i in batch], request):
+        self._cross_batch(requests, batch, program, arguments, out)
+        batch = []
+      batch.append(place)
+    if batch:
+      self._cross_batch(requests, batch, program, arguments, out)
+    return out
 
-  def _probabilities(self, batch: list[ScoringRequest]) -> list[np.ndarray]:
-    """[C, T] of each request."""
-    schema = self.bundle.manifest.schema
-    most = max((len(r.item_ids) for r in batch), default=0)
-    if not most:
-      return [np.zeros((0, len(schema.labels)), np.float32) for _ in batch]
-    events = self._events(batch)
-    width = min(_bucket(most, _LEAST_CANDIDATES), max(self._max_candidates // len(events['mask']), 1))
-    context, parts = self.context(events), []
-    contents = [self._content(r) for r in batch]
-    for start in range(0, most, width):
-      rows = slice(start, start + width)
-      inputs = [
-        candidate_inputs(r.candidates, rows, width, schema, content, self._tokens, r.last_event_ms, r.content)
-        for r, content in zip(batch, contents, strict=True)
-      ]
-      parts.append(self.cross(context, events, _stack(inputs, len(events['mask']))))
-    scores_UCT = np.concatenate(parts, axis=1)
-    return [scores_CT[: len(r.item_ids)] for r, scores_CT in zip(batch, scores_UCT, strict=False)]
+  def _cross_batch(
+    self, requests: Sequence[ScoringRequest], batch: list[int], program: str, arguments: tuple, out: list[np.ndarray]
+  ) -> None:
+    """Fills in `out` at the places `batch`."""
+    some = [requests[place] for place in batch]
+    flat, count_U = self._candidates(some), np.array([len(request.item_ids) for request in some])
+    pooled = self._pool is not None
+    slot_U = self._slots(some) if pooled else None
+    # Without PinFM a candidate's user does not matter: all are one user's.
+    tiled = count_U if pooled else np.array([count_U.sum()])
+    first_U, calls = np.cumsum(tiled) - tiled, []
+    for group in self._sizes.tile_groups(tiled):
+      place_MT = first_U[group.user_M][:, None] + group.places
+      inputs = {name: column[place_MT] for name, column in flat.items()} | {'mask': group.mask}
+      users = (self._pool, slot_U[group.user_M]) if pooled else ()
+      calls.append((place_MT[group.mask], group.mask, self._programs[program](*arguments, *users, inputs)))
+    scores = np.empty((len(flat['item']), out[batch[0]].shape[1]), np.float32)
+    for places, mask, found in calls:  # after all are queued
+      scores[places] = np.asarray(found)[mask]
+    for place, part in zip(batch, np.split(scores, np.cumsum(count_U)[:-1]), strict=True):
+      out[place] = part
 
-  def _events(self, batch: list[ScoringRequest]) -> Arrays:
-    most = max(r.window.stop - r.window.start for r in batch)
-    length = min(_bucket(most, _LEAST_EVENTS), self.bundle.manifest.schema.history_length)
-    inputs = [event_inputs(r.history, r.window, length, self._tokens, r.history_content) for r in batch]
-    return _stack(inputs, _bucket(len(batch), 1))
+  def _candidates(self, requests: Sequence[ScoringRequest]) -> Arrays:
+    """Inputs of all the requests' candidates, one after another."""
+    schema, parts = self.bundle.manifest.schema, []
+    for r in requests:
+      count = len(r.item_ids)
+      content = self._content(r)
+      arguments = (slice(0, count), count, schema, content, self._tokens, r.last_event_ms, r.content)
+      parts.append(candidate_inputs(r.candidates, *arguments))
+    flat = batches.joined(parts)
+    del flat['labels'], flat['mask']
+    if self.bundle.rows is not None:
+      flat['rows'] = self.bundle.rows.rows(flat['item'])
+    return flat
 
   def _content(self, request: ScoringRequest) -> np.ndarray | None:
     """Content of the candidates as a feature of the ranker: their own, else what the bundle knows, else zeros."""
     if request.content is None:
       return None
-    items = self._tokens.items
-    known = items.inputs(request.candidates.item)['content'] if items else np.float32(0)
+    known = self._tokens_of(request.candidates.item).get('content', np.float32(0))
     return np.where(np.isnan(request.content).any(axis=1, keepdims=True), known, request.content)
 
+  def _tokens_of(self, keys: np.ndarray) -> Arrays:
+    return self._tokens.items.inputs(keys) if self._tokens.items else {}
 
-def score_file(bundle: str | Path, requests: str | Path, out: str | Path) -> int:
+  def _slots(self, requests: Sequence[ScoringRequest]) -> np.ndarray:
+    """Slots of the requests' users, whose keys and values are computed where they are not held: int32 [U]."""
+    windows = [request.model_window(self._tokens) for request in requests]
+    slot_U, whole, appended = self.cache.assign(windows)
+    length = self.bundle.manifest.schema.history_length
+    try:
+      self._compute('context', [(slot_U[i], windows[i], 0) for i in whole], batches.event_sizes(length))
+      self._compute('extend', [(slot_U[i], windows[i], held) for i, held in appended], batches.appended_sizes(length))
+    except BaseException:
+      self._reset()  # the slots do not hold what the cache believes, or the pool is gone
+      raise
+    return slot_U
+
+  def _compute(self, program: str, work: list[tuple[int, Window, int]], lengths: Sequence[int]) -> None:
+    """Runs the context pass of windows from an event on, into their slots."""
+    for longest, shorter in zip(lengths, (-1, *lengths), strict=False):
+      some = [each for each in work if shorter < len(each[1]) - each[2] <= longest]
+      for rows in batches.cut(len(some), self._event_rows(program)):
+        part, some = some[:rows], some[rows:]
+        flat = self._with_rows([{name: c[held:] for name, c in w.columns.items()} for _, w, held in part])
+        inputs = batches.padded(flat, [len(window) - held for _, window, held in part], rows, longest)
+        slot_U = np.full(rows, self.cache.slots, np.int32)  # padding is dropped
+        slot_U[: len(part)] = [slot for slot, *_ in part]
+        self._pool = self._programs[program](self._params, self._pool, slot_U, inputs)
+
+  def _with_rows(self, parts: list[Arrays]) -> Arrays:
+    """Columns of events, one window's after another's, with the rows of their items."""
+    flat = batches.joined(parts)
+    flat['rows'] = self.bundle.rows.rows(flat.pop('item'))
+    return flat
+
+  def _event_rows(self, program: str) -> tuple[int, ...]:
+    sizes = batches.CONTEXT_USERS if program == 'context' else batches.APPENDED_USERS
+    return tuple(size for size in sizes if size <= max(self._most_users, sizes[0]))
+
+  def _warm_crossing(self, candidates: Arrays, size: tuple[int, int]) -> None:
+    inputs = {name: np.zeros((*size, *column.shape[1:]), column.dtype) for name, column in candidates.items()}
+    inputs['mask'] = np.zeros(size, bool)
+    users = () if self._pool is None else (self._pool, np.zeros(size[0], np.int32))
+    self._programs['crossing'](self._params, self._stats, *users, inputs).block_until_ready()
+
+  def _warm_events(self, program: str, window: Arrays, rows: int, length: int) -> None:
+    slot_U = np.full(rows, self.cache.slots, np.int32)
+    inputs = batches.padded(window, [0], rows, length)
+    self._pool = self._programs[program](self._params, self._pool, slot_U, inputs)
+    jax.block_until_ready(self._pool)
+
+  def _reset(self) -> None:
+    """An empty pool, and a cache that knows it."""
+    self.cache.clear()
+    if self.cache.slots:
+      self._pool = None  # before the new one takes its memory
+      manifest = self.bundle.manifest
+      self._pool = empty_pool(manifest.pinfm, manifest.ranking, manifest.schema.history_length, self.cache.slots)
+
+  def _output_width(self) -> int:
+    if self._pool is None:
+      raise UserError(f'{self.bundle.path} holds a ranker without PinFM: it has no vectors of users or items')
+    return self.bundle.manifest.pinfm.tower.output_width
+
+
+def score_file(bundle: str | Path, requests: str | Path, out: str | Path, rows: RowSource | None = None) -> int:
   """Scores a file of requests, one a line (blank lines are skipped), into a file of results, one a line.
 
   Args:
     bundle: directory of the bundle.
     requests: JSONL, see `serve.requests`.
     out: JSONL; it appears only when every request is scored.
+    rows: where table rows come from; None = the bundle's own tables.
 
   Returns:
     The number of requests.
@@ -175,7 +346,7 @@ def score_file(bundle: str | Path, requests: str | Path, out: str | Path) -> int
     raise UserError(f'{out} cannot be written: expected the name of a file in a directory that exists')
   if out.exists() and out.samefile(requests):
     raise UserError(f'{out} holds the requests; give another --out')
-  scorer = Scorer.load(bundle)
+  scorer = Scorer.load(bundle, rows)
   with open(requests, 'rb') as file:
     progress = Progress('score', sum(1 for line in file if line.strip()), 'requests')
   partial, count = out.with_name(f'{out.name}.partial-{os.getpid()}'), 0
@@ -203,14 +374,3 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
           raise UserError(f'{where}: not valid JSON ({error}); expected one request a line') from None
         yield where, document
-
-
-def _stack(inputs: list[Arrays], users: int) -> Arrays:
-  """Stacks the users' inputs; users that pad the batch are zeros, hence empty histories."""
-  padding = [{name: np.zeros_like(value) for name, value in inputs[0].items()}] * (users - len(inputs))
-  return {name: np.stack([each[name] for each in inputs + padding]) for name in inputs[0]}
-
-
-def _bucket(count: int, least: int) -> int:
-  """The smallest power of two that is at least `count` and `least`."""
-  return 1 << (max(count, least) - 1).bit_length()

@@ -11,6 +11,7 @@ def add_bench(commands) -> None:
   _add_tables(kinds)
   _add_pretrain(kinds)
   _add_scaling(kinds)
+  _add_dcat(kinds)
 
 
 def _add_tables(kinds) -> None:
@@ -81,6 +82,25 @@ def _scaling(arguments: argparse.Namespace) -> None:
   from pinfm_jax.bench.scaling import bench_scaling
 
   bench_scaling(arguments.file, arguments.out, arguments.quick)
+
+
+def _add_dcat(kinds) -> None:
+  command = kinds.add_parser(
+    'dcat',
+    help="candidates/s of DCAT, of the paper's forms and of the history re-run per candidate",
+    description='Times the forms of the candidate pass, serving and training, and the cost against candidates and '
+    'length, in one process, interleaved.',
+  )
+  _add_common(command, 'dcat')
+  command.add_argument('--parts', metavar='A,B', help='only these: serving, training, curve (default: all)')
+  command.set_defaults(function=_dcat)
+
+
+def _dcat(arguments: argparse.Namespace) -> None:
+  _threads(arguments)
+  from pinfm_jax.bench.dcat import FULL, PARTS, QUICK, bench_dcat
+
+  bench_dcat(arguments.out, _parts(arguments, PARTS), QUICK if arguments.quick else FULL)
 
 
 def _add_common(command: argparse.ArgumentParser, name: str) -> None:

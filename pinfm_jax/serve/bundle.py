@@ -7,11 +7,11 @@ programs/*.bin        `jax.export` programs (`serve.programs`); a ranker without
 tables.bin            packed rows of the item tables (`serve.quantize`), memory-mapped at serving
 checksums.bin         8 bytes of BLAKE2b for each MiB of tables.bin
 items/*.bin           for a model with content: what the bundle knows of items (`serve.items`), memory-mapped
+items/catalogue.parquet  the items that can be recommended, if the export knew them (`serve.catalogue`)
+MODEL_CARD.md         data, training, results and limits in words, if the export knew them (`serve.model_card`)
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,26 +31,30 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import from_dict, to_dict
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
+from pinfm_jax.serve.catalogue import CATALOGUE, read_catalogue, write_catalogue
+from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.items import CONTENT, map_items, write_items
 from pinfm_jax.serve.manifest import (
   FORMAT_VERSION,
-  MANIFEST,
   FileEntry,
   JaxRange,
   Manifest,
   TableLayout,
   golden_ids,
 )
-from pinfm_jax.serve.quantize import quantise_parts, row_bytes
+from pinfm_jax.serve.quantize import PackedRows, quantise_parts, row_bytes
 from pinfm_jax.serve.rows import MappedRows, RowSource
 
 if TYPE_CHECKING:
+  import polars as pl
+
   from pinfm_jax.model.ranker import DenseStats, FeatureSpec
 
 TABLES = 'tables.bin'
 CHECKSUMS = 'checksums.bin'
-_DIGESTS = {TABLES: CHECKSUMS, CONTENT: 'items/checksums.bin'}  # of the files that may be too large to read whole
+DIGESTS = {TABLES: CHECKSUMS, CONTENT: 'items/checksums.bin'}  # of the files that may be too large to read whole
 PARAMETERS = 'parameters.npz'
+MODEL_CARD = 'MODEL_CARD.md'
 STATS = ('low', 'high', 'mean', 'scale')
 _WHOLE_BELOW = 2 << 30
 # An exported program is promised to run for 6 months of JAX releases, and a minor version takes two months or more.
@@ -90,7 +94,8 @@ class TrainedRanker:
     schema: the candidates' features and labels.
     spec: their shapes.
     params: parameters of the ranking model; others beside them are kept and not used.
-    rows_GE: the item tables, sub-tables one after another, or their consecutive parts; None without PinFM.
+    rows_GE: the item tables, sub-tables one after another, or their consecutive parts, or these packed; None without
+      PinFM.
     stats: constants of the dense features.
     actions: names of the actions.
     surfaces: names of the surfaces.
@@ -99,6 +104,9 @@ class TrainedRanker:
     utility: weight of each label in the score that orders a request.
     run: where the parameters came from (JSON values).
     items: content of the items, for a model with content; not used by a ranker without PinFM.
+    catalogue: item_key (ascending) and item_id of the items to recommend; not used by a ranker without PinFM.
+    card: text of the model card; empty = none.
+    clip: rows of int4 and int8 tables are rounded with the least squared error, not from minimum to maximum.
   """
 
   model_config: PinFMConfig
@@ -106,7 +114,7 @@ class TrainedRanker:
   schema: FeatureSchema
   spec: 'FeatureSpec'
   params: Any
-  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | None
+  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | PackedRows | None
   stats: 'DenseStats'
   actions: Sequence[str]
   surfaces: Sequence[str]
@@ -115,6 +123,9 @@ class TrainedRanker:
   utility: Mapping[str, float] = field(default_factory=dict)
   run: Mapping[str, Any] = field(default_factory=dict)
   items: ItemContent | None = None
+  catalogue: 'pl.DataFrame | None' = None
+  card: str = ''
+  clip: bool = False
 
 
 def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
@@ -149,6 +160,8 @@ class Content:
     programs: by name.
     items: content of the items, or None.
     model: the configuration of PinFM.
+    catalogue: items to recommend, or None.
+    card: text of the model card, or ''.
   """
 
   layout: TableLayout | None
@@ -156,6 +169,8 @@ class Content:
   programs: Mapping[str, bytes]
   items: ItemContent | None
   model: PinFMConfig
+  catalogue: 'pl.DataFrame | None' = None
+  card: str = ''
 
 
 def exported_content(ranker: TrainedRanker, storage: str) -> Content:
@@ -181,7 +196,7 @@ def exported_content(ranker: TrainedRanker, storage: str) -> Content:
   model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
   with _no_call_stacks():
     programs = export_programs(model, arrays['params'], arrays['stats'], schema.history_length)
-  return Content(layout, arrays, programs, ranker.items, ranker.model_config)
+  return Content(layout, arrays, programs, ranker.items, ranker.model_config, ranker.catalogue, ranker.card)
 
 
 def manifest_of(ranker: TrainedRanker, layout: TableLayout | None, files: tuple[FileEntry, ...]) -> Manifest:
@@ -225,15 +240,7 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSour
   if manifest.format_version == FORMAT_VERSION:
     _check_jax(path, manifest.jax, jax.__version__)
   elsewhere = TABLES if rows is not None and not (path / TABLES).exists() else None
-  files = [entry for entry in manifest.files if entry.name != elsewhere]
-  for entry in files:
-    checksums.check_size(path, entry)
-  sampled = [entry for entry in files if entry.name in _DIGESTS and entry.bytes > whole_below]
-  for entry in files:
-    if entry not in sampled:
-      checksums.check_whole(path, entry)
-  for entry in sampled:  # after their digests, which are files themselves
-    checksums.check_sample(path, entry, (path / _DIGESTS[entry.name]).read_bytes())
+  check_files(path, [entry for entry in manifest.files if entry.name != elsewhere], whole_below)
   arrays, model = load_arrays(path / PARAMETERS), manifest.pinfm
   if manifest.tables and rows is None:
     rows = MappedRows(path / TABLES, manifest.tables)
@@ -246,6 +253,24 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSour
     programs=_programs(path, manifest, arrays),
     items=map_items(path, model) if model is not None and model.content else None,
   )
+
+
+def check_files(path: Path, files: Iterable[FileEntry], whole_below: int = _WHOLE_BELOW) -> None:
+  """Checks sizes and checksums of a bundle's files; see `load_bundle`."""
+  files = list(files)
+  for entry in files:
+    checksums.check_size(path, entry)
+  sampled = [entry for entry in files if entry.name in DIGESTS and entry.bytes > whole_below]
+  for entry in files:
+    if entry not in sampled:
+      checksums.check_whole(path, entry)
+  for entry in sampled:  # after their digests, which are files themselves
+    checksums.check_sample(path, entry, (path / DIGESTS[entry.name]).read_bytes())
+
+
+def runs_here(known: JaxRange, version: str | None = None) -> bool:
+  """Whether a JAX version (None = the installed one) can run the programs."""
+  return _numbers(known.at_least) <= _numbers(version or jax.__version__) < _numbers(known.below)
 
 
 def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict[str, export.Exported]:
@@ -269,33 +294,56 @@ def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict
 
 def _write_files(directory: Path, content: Content, rows_GE: Any) -> tuple[FileEntry, ...]:
   names = write_content(directory, content)
-  entries = []
-  if content.layout is not None:
-    describer = checksums.Describer()
-    with open(directory / TABLES, 'wb') as file:
-      for packed in packed_rows(rows_GE, content.layout):
-        file.write(packed.data)
-        describer.update(packed.reshape(-1).data)
-    entry, digests = describer.finish(TABLES)
-    entries.append(entry)
-    (directory / _DIGESTS[TABLES]).write_bytes(digests)
-    names.append(_DIGESTS[TABLES])
-  return tuple(entries + [checksums.describe(directory, name)[0] for name in names])
+  tables = write_tables(directory, rows_GE, content.layout)
+  return (*tables, *(checksums.describe(directory, name)[0] for name in names))
+
+
+def write_tables(directory: Path, rows_GE: Any, layout: TableLayout | None) -> list[FileEntry]:
+  """Writes packed tables and their digests; nothing without PinFM. Returns the files' entries."""
+  if layout is None:
+    return []
+  describer = checksums.Describer()
+  with open(directory / TABLES, 'wb') as file:
+    for packed in packed_rows(rows_GE, layout):
+      file.write(packed.data)
+      describer.update(packed.reshape(-1).data)
+  entry, digests = describer.finish(TABLES)
+  (directory / DIGESTS[TABLES]).write_bytes(digests)
+  return [entry, checksums.describe(directory, DIGESTS[TABLES])[0]]
 
 
 def write_content(directory: Path, content: Content) -> list[str]:
-  """Writes parameters, programs and the items' content; returns the names of the files."""
+  """Writes parameters, programs, what is known of items, and the card; returns the names of the files."""
   save_arrays(directory / PARAMETERS, content.arrays)
   (directory / 'programs').mkdir()
   for name, program in content.programs.items():
     (directory / _program(name)).write_bytes(program)
-  names = [PARAMETERS, *map(_program, content.programs)]
+  return [PARAMETERS, *map(_program, content.programs), *write_items_of(directory, content)]
+
+
+def write_items_of(directory: Path, content: Content) -> list[str]:
+  """Writes what is known of items; returns the names of the files."""
+  names = []
   if content.layout is not None and content.model.content:
     names += write_items(directory, content.items, content.model)
     _, digests = checksums.describe(directory, CONTENT)
-    (directory / _DIGESTS[CONTENT]).write_bytes(digests)
-    names.append(_DIGESTS[CONTENT])
+    (directory / DIGESTS[CONTENT]).write_bytes(digests)
+    names.append(DIGESTS[CONTENT])
+  if content.layout is not None and content.catalogue is not None:
+    names.append(write_catalogue(directory, content.catalogue))
+  if content.card:
+    (directory / MODEL_CARD).write_text(content.card, encoding='utf-8')
+    names.append(MODEL_CARD)
   return names
+
+
+def carried_over(path: Path, manifest: Manifest) -> dict[str, Any]:
+  """What a bundle made of this one takes along unchanged: `catalogue` and `card` of `TrainedRanker`."""
+  names = {entry.name for entry in manifest.files}
+  return {
+    'catalogue': read_catalogue(path) if CATALOGUE in names else None,
+    'card': (path / MODEL_CARD).read_text(encoding='utf-8') if MODEL_CARD in names else '',
+  }
 
 
 def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
@@ -304,55 +352,20 @@ def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
     return None
   tables = ranker.model_config.tables
   size = row_bytes(tables.width, storage)
-  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed)
+  clip = ranker.clip and storage != 'float32'
+  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed, clip)
 
 
 def packed_rows(rows_GE: Any, layout: TableLayout) -> Iterator[np.ndarray]:
   """The packed rows of the tables, block after block; see `TrainedRanker.rows_GE` for what they are made of."""
   written = 0
-  for packed in quantise_parts(rows_GE, layout.storage):
+  for packed in quantise_parts(rows_GE, layout.storage, layout.clip):
     if packed.shape[1] != layout.row_bytes:
       raise ValueError(f'got packed rows of {packed.shape[1]} bytes, expected {layout.row_bytes}')
     written += len(packed)
     yield packed
   if written != layout.sub_tables * layout.rows:
     raise ValueError(f'got {written} table rows, expected {layout.sub_tables} x {layout.rows}')
-
-
-@contextmanager
-def complete_directory(out: Path, overwrite: bool, marker: str = MANIFEST, kind: str = 'bundle') -> Iterator[Path]:
-  """A new directory beside `out` that takes its place when the block ends without an error.
-
-  Args:
-    out: the directory to make.
-    overwrite: replace one that holds the file `marker`.
-    marker: see overwrite.
-    kind: names it in messages.
-
-  Raises:
-    UserError: `out` exists and may not be replaced, or it cannot be made.
-  """
-  out = out.absolute()
-  occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-  if occupied and not overwrite:
-    raise UserError(f'{out} exists already; give another --out, or remove it first')
-  if occupied and not (out / marker).is_file():
-    raise UserError(f'{out} exists and is no {kind}, so it is not replaced; give another --out')
-  partial, replaced = (out.with_name(f'{out.name}.{word}-{os.getpid()}') for word in ('partial', 'replaced'))
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
-    partial.mkdir(parents=True)
-  except OSError as error:
-    raise UserError(f'{out} cannot be made ({error.strerror}); give another --out') from error
-  try:
-    yield partial
-    if occupied:
-      os.rename(out, replaced)
-    os.rename(partial, out)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-  shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -375,10 +388,11 @@ def _jax_range(version: str) -> JaxRange:
 
 
 def _check_jax(path: Path, known: JaxRange, version: str) -> None:
-  if not _numbers(known.at_least) <= _numbers(version) < _numbers(known.below):
+  if not runs_here(known, version):
     raise UserError(
       f'{path} was exported with JAX {known.exported_with} and runs on JAX >= {known.at_least}, < {known.below}; '
-      f'this is JAX {version}: install one of that range, or export the bundle again with this one'
+      f'this is JAX {version}: install one of that range, or lower it again: '
+      f'pinfm export {path} --refresh --out NEW'
     )
 
 

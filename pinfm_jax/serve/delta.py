@@ -3,7 +3,9 @@
 delta.json            which base it applies to, how many rows changed, checksums (`DeltaManifest`)
 manifest.result.json  the `manifest.json` of the result, byte for byte
 parameters.npz        the dense parameters
-items/                content of the items, for a model that reads it
+items/*.bin           content of the items, for a model that reads it
+items/catalogue.parquet  the items to recommend, if there are other ones than the base's
+MODEL_CARD.md         the result's
 programs/*.bin        those that the base has not
 checksums.bin         of the result's tables
 rows.bin              the packed rows that differ from the base's, one after another
@@ -27,13 +29,14 @@ from pinfm_jax.serve.bundle import (
   CHECKSUMS,
   TABLES,
   TrainedRanker,
-  complete_directory,
   exported_content,
   manifest_of,
   packed_rows,
   table_layout,
   write_content,
 )
+from pinfm_jax.serve.catalogue import CATALOGUE
+from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, TableLayout
 
 DELTA = 'delta.json'
@@ -139,7 +142,7 @@ def export_delta(
     result.write(directory)
     (directory / MANIFEST).rename(directory / RESULT)
     for entry in earlier.files:
-      if own.get(entry.name) == entry and entry.name.startswith('programs/'):
+      if own.get(entry.name) == entry and entry.name.startswith(('programs/', CATALOGUE)):
         (directory / entry.name).unlink()
         del own[entry.name]
     own |= {name: checksums.describe(directory, name)[0] for name in (RESULT, ROWS, NUMBERS)}
@@ -264,4 +267,5 @@ def _file_sha256(path: Path) -> str:
 def _words(layout: TableLayout | None) -> str:
   if layout is None:
     return 'nothing'
-  return f'{layout.sub_tables} x {layout.rows} rows of {layout.width} as {layout.storage}, hash seed {layout.hash_seed}'
+  kind = f'{layout.storage}{" (clipped)" if layout.clip else ""}'
+  return f'{layout.sub_tables} x {layout.rows} rows of {layout.width} as {kind}, hash seed {layout.hash_seed}'

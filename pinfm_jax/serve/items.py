@@ -42,7 +42,7 @@ def write_items(directory: Path, items: ItemContent | None, model: PinFMConfig) 
   columns = {KEYS: items.keys_V.astype('<u8'), CONTENT: items.vectors_VW.astype('<f2')}
   if items.known_V is not None:
     columns[KNOWN] = items.known_V.astype(np.uint8)
-  (directory / 'items').mkdir()
+  (directory / 'items').mkdir(exist_ok=True)
   for name, column in columns.items():
     with open(directory / name, 'wb') as file:
       file.write(np.ascontiguousarray(column).data)

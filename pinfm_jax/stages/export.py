@@ -6,18 +6,22 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
-from pinfm_jax.config import Arm
+from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.predict import predictions_of
 from pinfm_jax.evaluate.ranking import RankingPredictions, ranking_metrics
 from pinfm_jax.evaluate.tables import Table
 from pinfm_jax.model.ranker import DenseStats
+from pinfm_jax.overrides import to_dict
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 from pinfm_jax.serve.delta import export_delta
 from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.portable_export import export_portable
 from pinfm_jax.serve.scorer import Scorer, score_file
+from pinfm_jax.stages.card import run_card
 from pinfm_jax.stages.context import Run
 from pinfm_jax.train.finetune import feature_spec
 from pinfm_jax.train.stored_tables import StoredState
@@ -37,7 +41,7 @@ def export_stage(run: Run) -> None:
     return
   arm, seed, state = _pinfm_arms(run)[-1], run.experiment.seeds[0], run.workdir / 'export'
   settings = run.finetune_settings(run.arm_experiment(arm), seed)
-  settings |= {'storage': run.experiment.serve.storage, 'utility': dict(run.experiment.evaluate.utility)}
+  settings |= {**to_dict(run.experiment.serve), 'utility': dict(run.experiment.evaluate.utility)}
   try:
     claim(state, settings, is_done(state))
   except OtherSettingsError:  # an export costs little: make it again
@@ -75,8 +79,10 @@ def export_arm(
   storage: str | None = None,
   overwrite: bool = False,
   base: str | Path | None = None,
+  clip: bool | None = None,
+  form: str = 'bundle',
 ) -> Path:
-  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not.
+  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not, or another form of it.
 
   Args:
     run: the run.
@@ -86,6 +92,8 @@ def export_arm(
     storage: of the tables; None = the experiment's.
     overwrite: replace what stands at `out`.
     base: a bundle; what is written is then a delta against it.
+    clip: how table rows are rounded (`serve.clip`); None = as the experiment says.
+    form: 'bundle', or 'onnx' or 'savedmodel' (`serve.portable_export`).
 
   Raises:
     UserError: no such arm, or it is not fine-tuned.
@@ -102,12 +110,14 @@ def export_arm(
   stored, info = StoredState(directory / 'checkpoints'), run.dataset.info
   state = stored.parts('params', 'constants')
   tables, schema = run.model.tables, run.schema(experiment)
+  storage, catalogue = storage or experiment.serve.storage, _catalogue(run, experiment)
+  params = {name: value for name, value in state['params'].items() if name != 'log_temperature'}
   ranker = TrainedRanker(
     model_config=run.model,
     ranker_config=experiment.ranker,
     schema=schema,
     spec=feature_spec(schema),
-    params={name: value for name, value in state['params'].items() if name != 'log_temperature'},
+    params=params,
     rows_GE=stored.table_rows(tables.sub_tables * tables.rows) if stored.has_tables else None,
     stats=DenseStats(**state['constants']),
     actions=info.actions,
@@ -117,12 +127,24 @@ def export_arm(
     utility=experiment.evaluate.utility,
     run={'experiment': experiment.name, 'arm': arm.name, 'seed': seed, 'data': info.checksum, 'source': info.source},
     items=run.tokens.items if experiment.ranker.sequence == 'pinfm' else None,
+    catalogue=catalogue,
+    card=run_card(run, experiment, arm.name, seed, params, storage, None if catalogue is None else len(catalogue)),
+    clip=run.experiment.serve.clip if clip is None else clip,
   )
-  storage = storage or experiment.serve.storage
+  if form != 'bundle':
+    return export_portable(out, ranker, form, storage, overwrite)
   if base is None:
     return export_bundle(out, ranker, storage, overwrite)
   print(export_delta(out, base, ranker, storage, overwrite).text())
   return Path(out)
+
+
+def _catalogue(run: Run, experiment: Experiment) -> pl.DataFrame | None:
+  """The items that training saw, or all of them if the model learned to read new ones by their content."""
+  if experiment.ranker.sequence != 'pinfm':
+    return None
+  items = run.dataset.items
+  return items if run.model.id_mask else items.filter(pl.col('first_seen') < run.split.finetune[1])
 
 
 def _pinfm_arms(run: Run) -> list[Arm]:

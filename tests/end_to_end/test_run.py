@@ -320,3 +320,52 @@ def test_two_runs_in_one_workdir_are_refused(tmp_path):
     pass
   with only_run(tmp_path):  # free again
     pass
+
+
+def test_the_bundle_has_a_card_and_a_catalogue(finished):
+  import polars as pl
+
+  from pinfm_jax.launch import saved_experiment
+  from pinfm_jax.stages.context import Run
+
+  bundle = finished.workdir / 'bundle'
+  run = Run(saved_experiment(finished.workdir), finished.workdir)
+  card, items = (bundle / 'MODEL_CARD.md').read_text(), pl.read_parquet(bundle / 'items' / 'catalogue.parquet')
+  trained = run.dataset.items.filter(pl.col('first_seen') < run.split.finetune[1])
+  assert 0 < len(items) == len(trained) < len(run.dataset.items)
+  results = json.loads((finished.workdir / 'results.json').read_text())
+  for fact in (
+    'toy, with PinFM', 'simulated feed, seed 0', 'SIMULATED', run.dataset.info.checksum, 'steps 6', 'epochs 0.3',
+    f'{run.dataset.info.counts.events.kept:,} events', f'{results["with PinFM/save/auc/mean"]:.4f}',
+    f'{results["with PinFM/click/hit@3/mean"]:.4f}', 'by item age', f'{len(items):,} items', 'stored as int4',
+    '2 x 500 rows x 8', 'save +1, hide -1',
+  ):  # fmt: skip
+    assert fact in card, fact
+  assert 'None' not in card
+
+
+def test_a_demo_is_made_of_the_run(finished, tmp_path, monkeypatch, capsys):
+  from pinfm_jax.launch import saved_experiment
+  from pinfm_jax.stages import demo as demo_stage
+  from pinfm_jax.stages.context import Run
+
+  assert main(['demo', '--run', str(tmp_path)]) == 2
+  capsys.readouterr()
+  folder = tmp_path / 'demo'
+  assert main(['demo', '--run', str(finished.workdir), '--save', str(folder), '--requests', '1']) == 0
+  text = capsys.readouterr().out
+  assert text.count('Request ') == 1
+  assert '12 requests' in text
+  documents, truths = _lines(folder / 'requests.jsonl'), _lines(folder / 'truth.jsonl')
+  assert [t['request_id'] for t in truths] == [d['request_id'] for d in documents]
+  assert len({t['request_id'] for t in truths}) == 12
+  dataset = Run(saved_experiment(finished.workdir), finished.workdir).dataset
+  rows = dataset.requests['request_id'].to_list()
+  for document, truth in zip(documents, truths, strict=True):
+    request = dataset.request(rows.index(document['request_id']))
+    assert len(document['candidates']) >= demo_stage._LEAST_CANDIDATES
+    place = dataset.info.labels.index('save')
+    np.testing.assert_allclose(truth['true']['save'], request.reference[:, place], atol=6e-5)
+  monkeypatch.setattr(demo_stage, '_LEAST_EVENTS', 10**6)
+  assert main(['demo', '--run', str(finished.workdir)]) == 2
+  assert 'has 0 requests to show, expected 12' in capsys.readouterr().err

@@ -16,6 +16,11 @@ GOLDEN = Path(__file__).resolve().parent
 EXPERIMENTS = GOLDEN.parent.parent / 'experiments'
 
 
+def launch_files() -> list[Path]:
+  """The files that define an experiment; a script beside them does not."""
+  return [path for path in sorted(EXPERIMENTS.glob('*.py')) if '\nexperiment = ' in path.read_text(encoding='utf-8')]
+
+
 def settings(launch_file: Path) -> str:
   """The experiment's settings as JSON text, whatever data set folder this machine has."""
   data = os.environ.pop('PINFM_DATA', None)
@@ -27,6 +32,6 @@ def settings(launch_file: Path) -> str:
 
 
 if __name__ == '__main__':
-  for path in sorted(EXPERIMENTS.glob('*.py')):
+  for path in launch_files():
     (GOLDEN / f'{path.stem}.json').write_text(settings(path), encoding='utf-8')
     print(GOLDEN / f'{path.stem}.json')

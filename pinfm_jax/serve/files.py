@@ -1,0 +1,47 @@
+"""Directories that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pinfm_jax.errors import UserError
+
+
+@contextmanager
+def complete_directory(
+  out: Path, overwrite: bool, marker: str = 'manifest.json', kind: str = 'bundle'
+) -> Iterator[Path]:
+  """A new directory beside `out` that takes its place when the block ends without an error.
+
+  Args:
+    out: the directory to make.
+    overwrite: replace one that holds the file `marker`.
+    marker: see overwrite.
+    kind: names it in messages.
+
+  Raises:
+    UserError: `out` exists and may not be replaced, or it cannot be made.
+  """
+  out = out.absolute()
+  occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+  if occupied and not overwrite:
+    raise UserError(f'{out} exists already; give another --out, or remove it first')
+  if occupied and not (out / marker).is_file():
+    raise UserError(f'{out} exists and is no {kind}, so it is not replaced; give another --out')
+  partial, replaced = (out.with_name(f'{out.name}.{word}-{os.getpid()}') for word in ('partial', 'replaced'))
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    partial.mkdir(parents=True)
+  except OSError as error:
+    raise UserError(f'{out} cannot be made ({error.strerror}); give another --out') from error
+  try:
+    yield partial
+    if occupied:
+      os.rename(out, replaced)
+    os.rename(partial, out)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""The facts of a run that its bundle's model card states."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pinfm_jax import __version__
+from pinfm_jax.config import Experiment
+from pinfm_jax.data.info import DatasetInfo
+from pinfm_jax.serve.model_card import DataFacts, ModelFacts, model_card
+from pinfm_jax.stages.context import Run, needs_pretraining
+
+
+def run_card(
+  run: Run, experiment: Experiment, arm: str, seed: int, params: Any, storage: str, catalogue: int | None
+) -> str:
+  """The model card of one fine-tuned ranker.
+
+  Args:
+    run: the run.
+    experiment: of the arm.
+    arm: its name.
+    seed: of the training.
+    params: its dense parameters.
+    storage: of the tables.
+    catalogue: items of the bundle's catalogue; None without one.
+  """
+  with_pinfm = experiment.ranker.sequence == 'pinfm'
+  model = ModelFacts(
+    name=experiment.name,
+    arm=arm,
+    seed=seed,
+    version=__version__,
+    storage=storage if with_pinfm else None,
+    parameters=_parameters(run, params, with_pinfm),
+    sizes=_sizes(run, experiment, with_pinfm),
+    pretraining=_pretraining(experiment),
+    finetuning=_finetuning(experiment),
+    utility=experiment.evaluate.utility,
+    catalogue=catalogue,
+  )
+  return model_card(_data(run), model, _results(run.workdir), experiment.evaluate.split, len(experiment.seeds))
+
+
+def _data(run: Run) -> DataFacts:
+  info, split = run.dataset.info, run.split
+  counts = {'users': info.counts.users, 'items': info.counts.items, 'events': info.counts.events.kept}
+  counts |= {'impressions': info.counts.impressions.kept, 'requests': info.counts.requests}
+  days = {
+    'pretrained on the events of': (info.time_range_ms[0], split.pretrain_until)
+    if info.time_known.histories
+    else (0, 0),
+    'fine-tuned on the requests of': split.finetune,
+    'validation requests': split.validation,
+    'test requests': split.test,
+  }
+  simulated = run.experiment.data.source == 'simulator'
+  return DataFacts(
+    source=info.source,
+    licence=info.licence or ('none, the data are simulated' if simulated else None),
+    notes=info.notes or '',
+    checksum=info.checksum,
+    counts=counts,
+    days=days,
+    actions=info.actions,
+    surfaces=info.surfaces,
+    labels=info.labels,
+    features=_features(info),
+  )
+
+
+def _features(info: DatasetInfo) -> list[str]:
+  features = info.features
+  named = (*features.sparse, *features.embedding)
+  return [*features.dense, *(f.name for f in named), *(['content'] if info.content_width else [])]
+
+
+def _parameters(run: Run, params: Any, with_pinfm: bool) -> dict[str, int]:
+  sizes = {name: sum(math.prod(np.shape(x)) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+  tower = sizes.pop('pinfm', 0)
+  counted = {'ranker': sum(sizes.values())}
+  if with_pinfm:
+    tables = run.model.tables
+    counted |= {'PinFM tower': tower, 'item tables': tables.sub_tables * tables.rows * tables.width}
+  return counted
+
+
+def _sizes(run: Run, experiment: Experiment, with_pinfm: bool) -> dict[str, str]:
+  ranker, tower, tables = experiment.ranker, run.model.tower, run.model.tables
+  sizes = {'ranker': f'DCNv2 of {ranker.cross_layers} layers, MLP {" x ".join(map(str, ranker.mlp))}'}
+  sizes['ranker'] += f', {ranker.item_buckets:,} buckets of item ids' if ranker.item_buckets else ', no item ids'
+  if not with_pinfm:
+    return sizes
+  content = f' and content vectors of {run.model.content_width}' if run.model.content else ''
+  return sizes | {
+    'tower': f'{tower.backbone}, {tower.layers} layers, width {tower.width}, {tower.heads} heads, '
+    f'output {tower.output_width}',
+    'item tables': f'{tables.sub_tables} x {tables.rows:,} rows x {tables.width}, hash seed {tables.hash_seed}',
+    'window': f'the newest {experiment.finetune.history_length} events, moving in blocks of '
+    f'{experiment.finetune.history_block}',
+    'items are read': f'by id{content}',
+  }
+
+
+def _pretraining(experiment: Experiment) -> dict[str, Any]:
+  if not needs_pretraining(experiment):
+    return {}
+  pretrain = experiment.pretrain
+  names = ('steps', 'batch_segments', 'segment_length', 'ntl_weight', 'mtl_weight', 'ftl_weight', 'max_columns')
+  return {name: getattr(pretrain, name) for name in names} | {
+    'positive_actions': pretrain.positive_actions or ('every event',),
+    'learning_rate': pretrain.update.learning_rate,
+    'table_learning_rate': pretrain.update.table_learning_rate,
+    **({'continue_from': pretrain.continue_from} if pretrain.continue_from else {}),
+  }
+
+
+def _finetuning(experiment: Experiment) -> dict[str, Any]:
+  finetune = experiment.finetune
+  names = ('epochs', 'batch_requests', 'candidates', 'history_length', 'init', 'module_weight', 'tie_weight')
+  cold = finetune.cold_start
+  return {name: getattr(finetune, name) for name in (*names, 'ntl_weight')} | {
+    'label_weights': finetune.label_weights or ('all 1',),
+    'learning_rate': finetune.update.learning_rate,
+    'pretrained_ratio': finetune.update.pretrained_ratio,
+    'share of candidate ids randomised': cold.randomise,
+    'dropout of the module by item age': tuple(
+      f'{rate:g} below {edge:g} h' for edge, rate in zip(cold.age_edges_hours, cold.age_dropout, strict=True)
+    ),
+  }
+
+
+def _results(workdir: Path) -> str:
+  """The tables of `results.md`; empty if the run was not evaluated."""
+  path = workdir / 'results.md'
+  text = path.read_text(encoding='utf-8') if path.is_file() else ''
+  return text[text.index('### ') :] if '### ' in text else ''

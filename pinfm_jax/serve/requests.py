@@ -126,6 +126,10 @@ class RequestParser:
     self._event_fields = (*_EVENT_FIELDS, *(['content'] if self._event_content else []))
     self._memo = Memo(_REMEMBERED_BYTES)
 
+  def forget(self) -> None:
+    """Forgets the histories that were checked."""
+    self._memo = Memo(_REMEMBERED_BYTES)
+
   def parse(self, document: Any) -> ScoringRequest:
     """Checks one request.
 

@@ -12,6 +12,7 @@ MODEL_CARD.md         data, training, results and limits in words, if the export
 """
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -266,7 +267,8 @@ def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict
     return {Path(name).stem: export.deserialize(bytearray((path / name).read_bytes())) for name in files}
   print(
     f'{path} has format {manifest.format_version}: its programs are lowered again at every start; '
-    f'`pinfm export {path} --refresh --out DIR` writes format {FORMAT_VERSION}'
+    f'`pinfm export {path} --refresh --out DIR` writes format {FORMAT_VERSION}',
+    file=sys.stderr,  # standard output belongs to results
   )
   from pinfm_jax.serve.programs import ServingModel, lower_programs
   from pinfm_jax.train.finetune import feature_spec

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.offline_command import add_demo, add_embed, add_recommend
+from pinfm_jax.serve.row_command import add_serve_rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export,
     _add_apply_delta,
     _add_score,
+    add_serve_rows,
     _add_report,
     _add_plan,
     add_bench,
@@ -273,6 +276,8 @@ def _add_export(commands) -> None:
   command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
   command.add_argument('--seed', type=int, help='of which seed (default: the first)')
   command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
+  command.add_argument('--clip', action=argparse.BooleanOptionalAction, default=None,
+                       help='round table rows with the least squared error, or from minimum to maximum')  # fmt: skip
   command.add_argument('--base', metavar='BUNDLE', help='write just what this earlier bundle has not, as a delta')
   command.add_argument('--overwrite', action='store_true', help='replace a bundle at BUNDLE')
   command.set_defaults(function=_export)
@@ -285,7 +290,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
   run = Run(saved_experiment(arguments.workdir), Path(arguments.workdir))
   a = arguments
-  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base))
+  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base, a.clip))
 
 
 def _add_apply_delta(commands) -> None:
@@ -308,13 +313,17 @@ def _add_score(commands) -> None:
   command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
   command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line')
   command.add_argument('--out', metavar='SCORES.jsonl', required=True, help='one result a line, same order')
+  command.add_argument('--rows', metavar='URL,URL', help='row servers (`pinfm serve-rows`); no tables are needed here')
   command.set_defaults(function=_score)
 
 
 def _score(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.serve.remote_rows import RemoteRows
   from pinfm_jax.serve.scorer import score_file
 
-  print(f'{arguments.out}: {score_file(arguments.bundle, arguments.requests, arguments.out)} requests scored')
+  a = arguments
+  with RemoteRows.connect(a.bundle, a.rows.split(',')) if a.rows else nullcontext() as rows:
+    print(f'{a.out}: {score_file(a.bundle, a.requests, a.out, rows)} requests scored')
 
 
 def _add_plan(commands) -> None:

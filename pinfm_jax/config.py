@@ -193,6 +193,7 @@ class ServeConfig:
   """The exported bundle."""
 
   storage: str = 'int4'  # 'int4', 'int8' or 'float32' tables
+  clip: bool = True  # round rows with the least squared error; false = from minimum to maximum, as in the paper
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ class TrainedRanker:
     schema: the candidates' features and labels.
     spec: their shapes.
     params: parameters of the ranking model; others beside them are kept and not used.
-    rows_GE: the item tables, sub-tables one after another, or their consecutive parts; None without PinFM.
+    rows_GE: the item tables, sub-tables one after another, or their consecutive parts (uint8: rows packed already);
+      None without PinFM.
     stats: constants of the dense features.
     actions: names of the actions.
     surfaces: names of the surfaces.
@@ -106,6 +107,7 @@ class TrainedRanker:
     items: content of the items, for a model with content; not used by a ranker without PinFM.
     catalogue: item_key (ascending) and item_id of the items to recommend; not used by a ranker without PinFM.
     card: text of the model card; empty = none.
+    clip: rows of int4 and int8 tables are rounded with the least squared error, not from minimum to maximum.
   """
 
   model_config: PinFMConfig
@@ -124,6 +126,7 @@ class TrainedRanker:
   items: ItemContent | None = None
   catalogue: 'pl.DataFrame | None' = None
   card: str = ''
+  clip: bool = False
 
 
 def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
@@ -332,13 +335,14 @@ def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
     return None
   tables = ranker.model_config.tables
   size = row_bytes(tables.width, storage)
-  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed)
+  clip = ranker.clip and storage != 'float32'
+  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed, clip)
 
 
 def packed_rows(rows_GE: Any, layout: TableLayout) -> Iterator[np.ndarray]:
   """The packed rows of the tables, block after block; see `TrainedRanker.rows_GE` for what they are made of."""
   written = 0
-  for packed in quantise_parts(rows_GE, layout.storage):
+  for packed in quantise_parts(rows_GE, layout.storage, layout.clip):
     if packed.shape[1] != layout.row_bytes:
       raise ValueError(f'got packed rows of {packed.shape[1]} bytes, expected {layout.row_bytes}')
     written += len(packed)

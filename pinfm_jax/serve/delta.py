@@ -267,4 +267,5 @@ def _file_sha256(path: Path) -> str:
 def _words(layout: TableLayout | None) -> str:
   if layout is None:
     return 'nothing'
-  return f'{layout.sub_tables} x {layout.rows} rows of {layout.width} as {layout.storage}, hash seed {layout.hash_seed}'
+  kind = f'{layout.storage}{" (clipped)" if layout.clip else ""}'
+  return f'{layout.sub_tables} x {layout.rows} rows of {layout.width} as {kind}, hash seed {layout.hash_seed}'

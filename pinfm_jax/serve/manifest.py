@@ -46,7 +46,10 @@ class JaxRange:
 
 @dataclass(frozen=True)
 class TableLayout:
-  """How `tables.bin` is laid out: sub_tables * rows packed rows (`serve.quantize`) of row_bytes, one after another."""
+  """How `tables.bin` is laid out: sub_tables * rows packed rows (`serve.quantize`) of row_bytes, one after another.
+
+  `clip` says how the rows were rounded, which a reader need not know and a delta must.
+  """
 
   storage: str
   sub_tables: int
@@ -54,6 +57,7 @@ class TableLayout:
   width: int
   row_bytes: int
   hash_seed: int
+  clip: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,12 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.import_command import add_import_tables
+from pinfm_jax.serve.inspect_command import add_inspect
 from pinfm_jax.serve.offline_command import add_demo, add_embed, add_recommend
 from pinfm_jax.serve.row_command import add_serve_rows
+from pinfm_jax.serve.server import add_serve
+from pinfm_jax.stages.export_command import add_export
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare,
     _add_prepare_beam,
     _add_download,
-    _add_export,
+    add_export,
     _add_apply_delta,
+    add_inspect,
+    add_import_tables,
     _add_score,
     add_serve_rows,
+    add_serve,
     _add_report,
     _add_plan,
     add_bench,
@@ -267,30 +274,6 @@ def _download(arguments: argparse.Namespace) -> None:
       print(f'{dataset.name:24} pinfm prepare --source {dataset.source:10} {dataset.terms}')
     return
   print(download(arguments.name, arguments.out or Path('data') / arguments.name, arguments.base_url))
-
-
-def _add_export(commands) -> None:
-  command = commands.add_parser('export', help='convert a fine-tuned ranker to a serving bundle')
-  command.add_argument('workdir', metavar='WORKDIR', help='of a finished run')
-  command.add_argument('--out', metavar='BUNDLE', required=True, help='the directory to make')
-  command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
-  command.add_argument('--seed', type=int, help='of which seed (default: the first)')
-  command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
-  command.add_argument('--clip', action=argparse.BooleanOptionalAction, default=None,
-                       help='round table rows with the least squared error, or from minimum to maximum')  # fmt: skip
-  command.add_argument('--base', metavar='BUNDLE', help='write just what this earlier bundle has not, as a delta')
-  command.add_argument('--overwrite', action='store_true', help='replace a bundle at BUNDLE')
-  command.set_defaults(function=_export)
-
-
-def _export(arguments: argparse.Namespace) -> None:
-  from pinfm_jax.launch import saved_experiment
-  from pinfm_jax.stages.context import Run
-  from pinfm_jax.stages.export import export_arm
-
-  run = Run(saved_experiment(arguments.workdir), Path(arguments.workdir))
-  a = arguments
-  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base, a.clip))
 
 
 def _add_apply_delta(commands) -> None:

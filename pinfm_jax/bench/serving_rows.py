@@ -30,7 +30,7 @@ from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, RankingBatch, RankingModel
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import TABLES, TrainedRanker, export_bundle
-from pinfm_jax.serve.quantize import row_bytes
+from pinfm_jax.serve.quantize import PackedRows, row_bytes
 from pinfm_jax.train.finetune import feature_spec
 from pinfm_jax.train.sharding import make_mesh
 
@@ -121,7 +121,7 @@ def build_bundle(out: Path, sizes: RowSizes) -> Path:
       schema=_SCHEMA,
       spec=spec,
       params=meta.unbox(params),
-      rows_GE=_packed_parts(sizes),
+      rows_GE=PackedRows(_packed_parts(sizes), 'int4'),
       stats=stats,
       actions=('save', 'hide'),
       surfaces=('feed',),

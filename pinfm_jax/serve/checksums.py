@@ -11,7 +11,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.serve.manifest import FileEntry
 
 BLOCK = 1 << 20
-_DIGEST = 8  # bytes of BLAKE2b a block
+DIGEST = 8  # bytes of BLAKE2b a block
 _SAMPLED_BLOCKS = 128
 _TOGETHER = 16  # blocks that are hashed side by side
 
@@ -80,16 +80,16 @@ def check_sample(directory: Path, entry: FileEntry, digests: bytes) -> None:
   Raises:
     UserError: a block differs.
   """
-  blocks = len(digests) // _DIGEST
+  blocks = len(digests) // DIGEST
   chosen = np.random.default_rng().choice(blocks, min(blocks, _SAMPLED_BLOCKS), replace=False)
   with open(directory / entry.name, 'rb') as file:
     for block in sorted(chosen.tolist()):
       file.seek(block * BLOCK)
-      if _digest(file.read(BLOCK)) != digests[block * _DIGEST : (block + 1) * _DIGEST]:
+      if _digest(file.read(BLOCK)) != digests[block * DIGEST : (block + 1) * DIGEST]:
         raise UserError(
           f'{directory / entry.name} is damaged in its MiB {block}; copy the bundle again or export it again'
         )
 
 
 def _digest(block: bytes | memoryview) -> bytes:
-  return hashlib.blake2b(block, digest_size=_DIGEST).digest()
+  return hashlib.blake2b(block, digest_size=DIGEST).digest()

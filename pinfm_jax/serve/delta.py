@@ -29,7 +29,6 @@ from pinfm_jax.serve.bundle import (
   CHECKSUMS,
   TABLES,
   TrainedRanker,
-  complete_directory,
   exported_content,
   manifest_of,
   packed_rows,
@@ -37,6 +36,7 @@ from pinfm_jax.serve.bundle import (
   write_content,
 )
 from pinfm_jax.serve.catalogue import CATALOGUE
+from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, TableLayout
 
 DELTA = 'delta.json'

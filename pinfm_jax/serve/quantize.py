@@ -15,6 +15,7 @@ error (`serve.clip`); the bytes mean the same, so no reader knows the difference
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,19 @@ STORAGES = ('int4', 'int8', 'float32')
 _LEVELS = {'int4': 15, 'int8': 255}
 _LARGEST_HALF = 65504.0
 _CHUNK_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class PackedRows:
+  """A table that is packed already, as a bundle holds it; what can be a table's rows can also be this.
+
+  Attributes:
+    parts: consecutive parts, uint8 [rows, row_bytes].
+    storage: how they are packed.
+  """
+
+  parts: Iterable[np.ndarray]
+  storage: str
 
 
 def row_bytes(width: int, storage: str) -> int:
@@ -93,22 +107,26 @@ def as_float32(rows_GE: np.ndarray) -> np.ndarray:
 
 
 def quantise_parts(
-  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray], storage: str, clip: bool = False
+  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | PackedRows, storage: str, clip: bool = False
 ) -> Iterator[np.ndarray]:
   """Packs a table part by part, so that memory stays bounded.
 
   Args:
-    rows_GE: a whole table (host or device), or its consecutive parts; uint8 parts are rows packed already.
+    rows_GE: a whole table (host or device), its consecutive parts, or packed rows, which pass as they are if they are
+      packed that way (packing again what was rounded once could round otherwise).
     storage: 'int4', 'int8' or 'float32'.
     clip: see `quantise`.
 
   Yields:
     uint8 [rows of the part, row_bytes].
   """
+  if isinstance(rows_GE, PackedRows):
+    for packed in rows_GE.parts:
+      yield packed if rows_GE.storage == storage else quantise(dequantise(packed, rows_GE.storage), storage, clip)
+    return
   parts = _parts(rows_GE) if hasattr(rows_GE, 'shape') else rows_GE
   for part in parts:
-    part = np.asarray(part)
-    yield part if part.dtype == np.uint8 else quantise(part, storage, clip)
+    yield quantise(np.asarray(part), storage, clip)
 
 
 def dequantise(packed: np.ndarray, storage: str) -> np.ndarray:

@@ -19,6 +19,7 @@ from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 from pinfm_jax.serve.delta import export_delta
 from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.portable_export import export_portable
 from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.card import run_card
 from pinfm_jax.stages.context import Run
@@ -79,8 +80,9 @@ def export_arm(
   overwrite: bool = False,
   base: str | Path | None = None,
   clip: bool | None = None,
+  form: str = 'bundle',
 ) -> Path:
-  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not.
+  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not, or another form of it.
 
   Args:
     run: the run.
@@ -91,6 +93,7 @@ def export_arm(
     overwrite: replace what stands at `out`.
     base: a bundle; what is written is then a delta against it.
     clip: how table rows are rounded (`serve.clip`); None = as the experiment says.
+    form: 'bundle', or 'onnx' or 'savedmodel' (`serve.portable_export`).
 
   Raises:
     UserError: no such arm, or it is not fine-tuned.
@@ -102,6 +105,8 @@ def export_arm(
   arm, seed = chosen[-1], run.experiment.seeds[0] if seed is None else seed
   storage = storage or run.experiment.serve.storage
   ranker = _trained_ranker(run, arm, seed, storage, run.experiment.serve.clip if clip is None else clip)
+  if form != 'bundle':
+    return export_portable(out, ranker, form, storage, overwrite)
   if base is None:
     return export_bundle(out, ranker, storage, overwrite)
   print(export_delta(out, base, ranker, storage, overwrite).text())

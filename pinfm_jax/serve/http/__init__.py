@@ -1,0 +1,1 @@
+"""The server's parts: the protocol, its tensors, batching, reload and metrics."""

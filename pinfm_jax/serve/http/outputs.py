@@ -1,0 +1,107 @@
+"""From scores to output tensors: `response` as `pinfm score` writes it, and one tensor a label."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pinfm_jax.errors import UserError
+from pinfm_jax.serve.fields import show
+from pinfm_jax.serve.http.protocol import HttpError, InferRequest, Tensor, bytes_array
+from pinfm_jax.serve.manifest import Manifest
+from pinfm_jax.serve.requests import ScoringRequest
+
+RESPONSE, UTILITY = 'response', 'utility'
+
+
+class OutputWriter:
+  """Makes the output tensors of a bundle."""
+
+  def __init__(self, manifest: Manifest):
+    """Takes labels and weights.
+
+    Raises:
+      UserError: a label with the name of another output.
+    """
+    self.labels = manifest.schema.labels
+    self._weights = np.array([manifest.utility.get(label, 0.0) for label in self.labels])
+    self.numeric = (*self.labels, *([UTILITY] if manifest.utility else []))
+    taken = sorted({RESPONSE, UTILITY} & set(self.labels))
+    if taken:
+      raise UserError(
+        f'the bundle has the label {taken[0]!r}, which names another output of the server; rename the label'
+      )
+
+  def describe(self) -> list[dict[str, Any]]:
+    """The outputs of the model's metadata."""
+    numeric = [{'name': name, 'datatype': 'FP32', 'shape': [-1, -1]} for name in self.numeric]
+    return [{'name': RESPONSE, 'datatype': 'BYTES', 'shape': [-1]}, *numeric]
+
+  def wanted(self, request: InferRequest, whole: bool) -> dict[str, bool]:
+    """Names of the outputs to make -> whether in binary.
+
+    Args:
+      request: the decoded request.
+      whole: its input is `request`, so that its default output is `response`; else the numeric ones.
+
+    Raises:
+      HttpError: 400, an output that the model does not have.
+    """
+    if request.outputs is None:
+      return dict.fromkeys((RESPONSE,) if whole else self.numeric, request.binary)
+    for name in request.outputs:
+      if name != RESPONSE and name not in self.numeric:
+        expected = ', '.join((RESPONSE, *self.numeric))
+        raise HttpError(400, f'got the output {show(name)}, which the model does not have; expected some of {expected}')
+    return dict(request.outputs)
+
+  def tensors(
+    self, names: Sequence[str], requests: Sequence[ScoringRequest], scores: Sequence[np.ndarray], width: int | None
+  ) -> list[Tensor]:
+    """The output tensors.
+
+    Args:
+      names: which.
+      requests: what was scored.
+      scores: [C, labels] of each.
+      width: C of the numeric outputs, NaN behind a request's candidates; None = all requests have equally many.
+
+    Raises:
+      HttpError: 400, numeric outputs of requests with different numbers of candidates.
+    """
+    values = [self._with_utility(scores_CT) for scores_CT in scores]
+    made = []
+    for name in names:
+      if name == RESPONSE:
+        texts = [self._document(request, v).encode() for request, v in zip(requests, values, strict=True)]
+        made.append(Tensor(name, 'BYTES', bytes_array(texts, (len(texts),))))
+      else:
+        column = self.numeric.index(name)
+        made.append(Tensor(name, 'FP32', _stacked(name, [v[:, column] for v in values], width)))
+    return made
+
+  def _with_utility(self, scores_CT: np.ndarray) -> np.ndarray:
+    if UTILITY not in self.numeric:
+      return scores_CT
+    return np.column_stack([scores_CT, scores_CT.astype(np.float64) @ self._weights])
+
+  def _document(self, request: ScoringRequest, values: np.ndarray) -> str:
+    rows = zip(request.item_ids, values.tolist(), strict=True)
+    scores = [{'item_id': item, **dict(zip(self.numeric, row, strict=True))} for item, row in rows]
+    return json.dumps({'request_id': request.request_id, 'scores': scores})
+
+
+def _stacked(name: str, columns: list[np.ndarray], width: int | None) -> np.ndarray:
+  counts = {len(column) for column in columns}
+  if width is None:
+    if len(counts) > 1:
+      raise HttpError(
+        400, f'the output {name!r} needs requests with equally many candidates, got {min(counts)} to {max(counts)}; '
+             f'ask for {RESPONSE!r}, or send them apart'
+      )  # fmt: skip
+    width = counts.pop() if counts else 0
+  stacked = np.full((len(columns), width), np.nan, np.float32)
+  for row, column in zip(stacked, columns, strict=True):
+    row[: len(column)] = column
+  return stacked

@@ -47,12 +47,7 @@ def earlier(tmp_path_factory):
 
 @pytest.fixture
 def no_lowering(monkeypatch):
-  monkeypatch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'crossing': _Program()})
-
-
-class _Program:
-  def serialize(self):
-    return b'program'
+  monkeypatch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'crossing': b'program'})
 
 
 def without(manifest, *names):

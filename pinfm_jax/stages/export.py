@@ -103,16 +103,31 @@ def export_arm(
     raise UserError(f"no arm '{arm_name}'; expected one of: {', '.join(names)}")
   chosen = [arm for arm in run.experiment.arms if arm.name == arm_name] or pinfm_arms(run) or run.experiment.arms
   arm, seed = chosen[-1], run.experiment.seeds[0] if seed is None else seed
+  storage = storage or run.experiment.serve.storage
+  ranker = _trained_ranker(run, arm, seed, storage, run.experiment.serve.clip if clip is None else clip)
+  if form != 'bundle':
+    return export_portable(out, ranker, form, storage, overwrite)
+  if base is None:
+    return export_bundle(out, ranker, storage, overwrite)
+  print(export_delta(out, base, ranker, storage, overwrite).text())
+  return Path(out)
+
+
+def _trained_ranker(run: Run, arm: Arm, seed: int, storage: str, clip: bool) -> TrainedRanker:
+  """What the arm's newest checkpoint and the run know of a ranker.
+
+  Raises:
+    UserError: it is not fine-tuned, or was with other settings.
+  """
   directory, experiment = run.arm_directory(seed, arm), run.arm_experiment(arm)
   if not is_done(directory):
     raise UserError(f'{directory} is not fine-tuned; run the finetune stage first (pinfm run FILE)')
   claim(directory, run.finetune_settings(experiment, seed))  # other settings would make another model of the arrays
   stored, info = StoredState(directory / 'checkpoints'), run.dataset.info
   state = stored.parts('params', 'constants')
-  tables, schema = run.model.tables, run.schema(experiment)
-  storage, catalogue = storage or experiment.serve.storage, _catalogue(run, experiment)
   params = {name: value for name, value in state['params'].items() if name != 'log_temperature'}
-  ranker = TrainedRanker(
+  tables, schema, catalogue = run.model.tables, run.schema(experiment), _catalogue(run, experiment)
+  return TrainedRanker(
     model_config=run.model,
     ranker_config=experiment.ranker,
     schema=schema,
@@ -128,15 +143,9 @@ def export_arm(
     run={'experiment': experiment.name, 'arm': arm.name, 'seed': seed, 'data': info.checksum, 'source': info.source},
     items=run.tokens.items if experiment.ranker.sequence == 'pinfm' else None,
     catalogue=catalogue,
-    card=run_card(run, experiment, arm.name, seed, params, storage, None if catalogue is None else len(catalogue)),
-    clip=run.experiment.serve.clip if clip is None else clip,
+    card=run_card(run, experiment, arm.name, seed, params, storage, clip, catalogue),
+    clip=clip,
   )
-  if form != 'bundle':
-    return export_portable(out, ranker, form, storage, overwrite)
-  if base is None:
-    return export_bundle(out, ranker, storage, overwrite)
-  print(export_delta(out, base, ranker, storage, overwrite).text())
-  return Path(out)
 
 
 def _catalogue(run: Run, experiment: Experiment) -> pl.DataFrame | None:

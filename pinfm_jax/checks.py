@@ -227,6 +227,8 @@ def _check_lengths(experiment: Experiment) -> None:
     raise UserError('pretrain.ntl_weight, mtl_weight and ftl_weight are all 0: nothing would be learned; set one')
   if pretrain.action_mask >= 1:
     raise UserError(f'pretrain.action_mask is {pretrain.action_mask}; expected a share below 1')
+  if pretrain.start_from and pretrain.continue_from:
+    raise UserError('pretrain.start_from and pretrain.continue_from are both set: a run starts from one of them')
   if pretrain.temperature <= 0:
     raise UserError(f'pretrain.temperature is {pretrain.temperature}; expected a positive number')
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.import_command import add_import_tables
+from pinfm_jax.serve.inspect_command import add_inspect
 from pinfm_jax.serve.offline_command import add_demo, add_embed, add_recommend
+from pinfm_jax.serve.row_command import add_serve_rows
 from pinfm_jax.serve.server import add_serve
+from pinfm_jax.stages.export_command import add_export
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare,
     _add_prepare_beam,
     _add_download,
-    _add_export,
+    add_export,
     _add_apply_delta,
+    add_inspect,
+    add_import_tables,
     _add_score,
+    add_serve_rows,
     add_serve,
     _add_report,
     _add_plan,
@@ -268,28 +276,6 @@ def _download(arguments: argparse.Namespace) -> None:
   print(download(arguments.name, arguments.out or Path('data') / arguments.name, arguments.base_url))
 
 
-def _add_export(commands) -> None:
-  command = commands.add_parser('export', help='convert a fine-tuned ranker to a serving bundle')
-  command.add_argument('workdir', metavar='WORKDIR', help='of a finished run')
-  command.add_argument('--out', metavar='BUNDLE', required=True, help='the directory to make')
-  command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
-  command.add_argument('--seed', type=int, help='of which seed (default: the first)')
-  command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
-  command.add_argument('--base', metavar='BUNDLE', help='write just what this earlier bundle has not, as a delta')
-  command.add_argument('--overwrite', action='store_true', help='replace a bundle at BUNDLE')
-  command.set_defaults(function=_export)
-
-
-def _export(arguments: argparse.Namespace) -> None:
-  from pinfm_jax.launch import saved_experiment
-  from pinfm_jax.stages.context import Run
-  from pinfm_jax.stages.export import export_arm
-
-  run = Run(saved_experiment(arguments.workdir), Path(arguments.workdir))
-  a = arguments
-  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base))
-
-
 def _add_apply_delta(commands) -> None:
   command = commands.add_parser('apply-delta', help='make a bundle from an earlier one and what has changed')
   command.add_argument('base', metavar='BASE', help='the bundle that the delta was exported against')
@@ -310,13 +296,17 @@ def _add_score(commands) -> None:
   command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
   command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line')
   command.add_argument('--out', metavar='SCORES.jsonl', required=True, help='one result a line, same order')
+  command.add_argument('--rows', metavar='URL,URL', help='row servers (`pinfm serve-rows`); no tables are needed here')
   command.set_defaults(function=_score)
 
 
 def _score(arguments: argparse.Namespace) -> None:
+  from pinfm_jax.serve.remote_rows import RemoteRows
   from pinfm_jax.serve.scorer import score_file
 
-  print(f'{arguments.out}: {score_file(arguments.bundle, arguments.requests, arguments.out)} requests scored')
+  a = arguments
+  with RemoteRows.connect(a.bundle, a.rows.split(',')) if a.rows else nullcontext() as rows:
+    print(f'{a.out}: {score_file(a.bundle, a.requests, a.out, rows)} requests scored')
 
 
 def _add_plan(commands) -> None:

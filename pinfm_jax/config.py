@@ -125,6 +125,7 @@ class PretrainConfig:
   resume: str = ''  # directory of another pretraining run (same shapes and data) that a fresh run goes on from
   continue_from: str = ''  # workdir (or pretraining directory) of an earlier run on an earlier state of the data set
   continue_on: str = 'new'  # segments with events that run has not read, or 'all'
+  start_from: str = ''  # a bundle (tower and tables), or the output of `pinfm import-tables` (table rows)
   update: UpdateConfig = UpdateConfig()
 
 
@@ -173,6 +174,7 @@ class FinetuneConfig:
   checkpoint_every: int = 500
   log_every: int = 20
   resume: str = ''  # directory of another fine-tuning run (same shapes and data) that a fresh run goes on from
+  start_from: str = ''  # instead of `init`, for rankers with PinFM: a bundle (all of it), or imported table rows
   update: UpdateConfig = UpdateConfig(pretrained_ratio=0.1, table_learning_rate=0.05)
 
 
@@ -193,6 +195,7 @@ class ServeConfig:
   """The exported bundle."""
 
   storage: str = 'int4'  # 'int4', 'int8' or 'float32' tables
+  clip: bool = True  # round rows with the least squared error; false = from minimum to maximum, as in the paper
 
 
 @dataclass(frozen=True)

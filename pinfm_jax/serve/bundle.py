@@ -42,7 +42,7 @@ from pinfm_jax.serve.manifest import (
   TableLayout,
   golden_ids,
 )
-from pinfm_jax.serve.quantize import quantise_parts, row_bytes
+from pinfm_jax.serve.quantize import PackedRows, quantise_parts, row_bytes
 from pinfm_jax.serve.rows import MappedRows, RowSource
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 TABLES = 'tables.bin'
 CHECKSUMS = 'checksums.bin'
-_DIGESTS = {TABLES: CHECKSUMS, CONTENT: 'items/checksums.bin'}  # of the files that may be too large to read whole
+DIGESTS = {TABLES: CHECKSUMS, CONTENT: 'items/checksums.bin'}  # of the files that may be too large to read whole
 PARAMETERS = 'parameters.npz'
 MODEL_CARD = 'MODEL_CARD.md'
 STATS = ('low', 'high', 'mean', 'scale')
@@ -94,7 +94,8 @@ class TrainedRanker:
     schema: the candidates' features and labels.
     spec: their shapes.
     params: parameters of the ranking model; others beside them are kept and not used.
-    rows_GE: the item tables, sub-tables one after another, or their consecutive parts; None without PinFM.
+    rows_GE: the item tables, sub-tables one after another, or their consecutive parts, or these packed; None without
+      PinFM.
     stats: constants of the dense features.
     actions: names of the actions.
     surfaces: names of the surfaces.
@@ -105,6 +106,7 @@ class TrainedRanker:
     items: content of the items, for a model with content; not used by a ranker without PinFM.
     catalogue: item_key (ascending) and item_id of the items to recommend; not used by a ranker without PinFM.
     card: text of the model card; empty = none.
+    clip: rows of int4 and int8 tables are rounded with the least squared error, not from minimum to maximum.
   """
 
   model_config: PinFMConfig
@@ -112,7 +114,7 @@ class TrainedRanker:
   schema: FeatureSchema
   spec: 'FeatureSpec'
   params: Any
-  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | None
+  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | PackedRows | None
   stats: 'DenseStats'
   actions: Sequence[str]
   surfaces: Sequence[str]
@@ -123,6 +125,7 @@ class TrainedRanker:
   items: ItemContent | None = None
   catalogue: 'pl.DataFrame | None' = None
   card: str = ''
+  clip: bool = False
 
 
 def export_bundle(out: str | Path, ranker: TrainedRanker, storage: str = 'int4', overwrite: bool = False) -> Path:
@@ -237,15 +240,7 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSour
   if manifest.format_version == FORMAT_VERSION:
     _check_jax(path, manifest.jax, jax.__version__)
   elsewhere = TABLES if rows is not None and not (path / TABLES).exists() else None
-  files = [entry for entry in manifest.files if entry.name != elsewhere]
-  for entry in files:
-    checksums.check_size(path, entry)
-  sampled = [entry for entry in files if entry.name in _DIGESTS and entry.bytes > whole_below]
-  for entry in files:
-    if entry not in sampled:
-      checksums.check_whole(path, entry)
-  for entry in sampled:  # after their digests, which are files themselves
-    checksums.check_sample(path, entry, (path / _DIGESTS[entry.name]).read_bytes())
+  check_files(path, [entry for entry in manifest.files if entry.name != elsewhere], whole_below)
   arrays, model = load_arrays(path / PARAMETERS), manifest.pinfm
   if manifest.tables and rows is None:
     rows = MappedRows(path / TABLES, manifest.tables)
@@ -258,6 +253,24 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSour
     programs=_programs(path, manifest, arrays),
     items=map_items(path, model) if model is not None and model.content else None,
   )
+
+
+def check_files(path: Path, files: Iterable[FileEntry], whole_below: int = _WHOLE_BELOW) -> None:
+  """Checks sizes and checksums of a bundle's files; see `load_bundle`."""
+  files = list(files)
+  for entry in files:
+    checksums.check_size(path, entry)
+  sampled = [entry for entry in files if entry.name in DIGESTS and entry.bytes > whole_below]
+  for entry in files:
+    if entry not in sampled:
+      checksums.check_whole(path, entry)
+  for entry in sampled:  # after their digests, which are files themselves
+    checksums.check_sample(path, entry, (path / DIGESTS[entry.name]).read_bytes())
+
+
+def runs_here(known: JaxRange, version: str | None = None) -> bool:
+  """Whether a JAX version (None = the installed one) can run the programs."""
+  return _numbers(known.at_least) <= _numbers(version or jax.__version__) < _numbers(known.below)
 
 
 def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict[str, export.Exported]:
@@ -281,18 +294,22 @@ def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict
 
 def _write_files(directory: Path, content: Content, rows_GE: Any) -> tuple[FileEntry, ...]:
   names = write_content(directory, content)
-  entries = []
-  if content.layout is not None:
-    describer = checksums.Describer()
-    with open(directory / TABLES, 'wb') as file:
-      for packed in packed_rows(rows_GE, content.layout):
-        file.write(packed.data)
-        describer.update(packed.reshape(-1).data)
-    entry, digests = describer.finish(TABLES)
-    entries.append(entry)
-    (directory / _DIGESTS[TABLES]).write_bytes(digests)
-    names.append(_DIGESTS[TABLES])
-  return tuple(entries + [checksums.describe(directory, name)[0] for name in names])
+  tables = write_tables(directory, rows_GE, content.layout)
+  return (*tables, *(checksums.describe(directory, name)[0] for name in names))
+
+
+def write_tables(directory: Path, rows_GE: Any, layout: TableLayout | None) -> list[FileEntry]:
+  """Writes packed tables and their digests; nothing without PinFM. Returns the files' entries."""
+  if layout is None:
+    return []
+  describer = checksums.Describer()
+  with open(directory / TABLES, 'wb') as file:
+    for packed in packed_rows(rows_GE, layout):
+      file.write(packed.data)
+      describer.update(packed.reshape(-1).data)
+  entry, digests = describer.finish(TABLES)
+  (directory / DIGESTS[TABLES]).write_bytes(digests)
+  return [entry, checksums.describe(directory, DIGESTS[TABLES])[0]]
 
 
 def write_content(directory: Path, content: Content) -> list[str]:
@@ -301,12 +318,17 @@ def write_content(directory: Path, content: Content) -> list[str]:
   (directory / 'programs').mkdir()
   for name, program in content.programs.items():
     (directory / _program(name)).write_bytes(program)
-  names = [PARAMETERS, *map(_program, content.programs)]
+  return [PARAMETERS, *map(_program, content.programs), *write_items_of(directory, content)]
+
+
+def write_items_of(directory: Path, content: Content) -> list[str]:
+  """Writes what is known of items; returns the names of the files."""
+  names = []
   if content.layout is not None and content.model.content:
     names += write_items(directory, content.items, content.model)
     _, digests = checksums.describe(directory, CONTENT)
-    (directory / _DIGESTS[CONTENT]).write_bytes(digests)
-    names.append(_DIGESTS[CONTENT])
+    (directory / DIGESTS[CONTENT]).write_bytes(digests)
+    names.append(DIGESTS[CONTENT])
   if content.layout is not None and content.catalogue is not None:
     names.append(write_catalogue(directory, content.catalogue))
   if content.card:
@@ -330,13 +352,14 @@ def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
     return None
   tables = ranker.model_config.tables
   size = row_bytes(tables.width, storage)
-  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed)
+  clip = ranker.clip and storage != 'float32'
+  return TableLayout(storage, tables.sub_tables, tables.rows, tables.width, size, tables.hash_seed, clip)
 
 
 def packed_rows(rows_GE: Any, layout: TableLayout) -> Iterator[np.ndarray]:
   """The packed rows of the tables, block after block; see `TrainedRanker.rows_GE` for what they are made of."""
   written = 0
-  for packed in quantise_parts(rows_GE, layout.storage):
+  for packed in quantise_parts(rows_GE, layout.storage, layout.clip):
     if packed.shape[1] != layout.row_bytes:
       raise ValueError(f'got packed rows of {packed.shape[1]} bytes, expected {layout.row_bytes}')
     written += len(packed)
@@ -365,10 +388,11 @@ def _jax_range(version: str) -> JaxRange:
 
 
 def _check_jax(path: Path, known: JaxRange, version: str) -> None:
-  if not _numbers(known.at_least) <= _numbers(version) < _numbers(known.below):
+  if not runs_here(known, version):
     raise UserError(
       f'{path} was exported with JAX {known.exported_with} and runs on JAX >= {known.at_least}, < {known.below}; '
-      f'this is JAX {version}: install one of that range, or export the bundle again with this one'
+      f'this is JAX {version}: install one of that range, or lower it again: '
+      f'pinfm export {path} --refresh --out NEW'
     )
 
 

@@ -29,7 +29,6 @@ from pinfm_jax.serve.bundle import (
   CHECKSUMS,
   TABLES,
   TrainedRanker,
-  complete_directory,
   exported_content,
   manifest_of,
   packed_rows,
@@ -37,6 +36,7 @@ from pinfm_jax.serve.bundle import (
   write_content,
 )
 from pinfm_jax.serve.catalogue import CATALOGUE
+from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, TableLayout
 
 DELTA = 'delta.json'
@@ -267,4 +267,5 @@ def _file_sha256(path: Path) -> str:
 def _words(layout: TableLayout | None) -> str:
   if layout is None:
     return 'nothing'
-  return f'{layout.sub_tables} x {layout.rows} rows of {layout.width} as {layout.storage}, hash seed {layout.hash_seed}'
+  kind = f'{layout.storage}{" (clipped)" if layout.clip else ""}'
+  return f'{layout.sub_tables} x {layout.rows} rows of {layout.width} as {kind}, hash seed {layout.hash_seed}'

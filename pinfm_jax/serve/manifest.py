@@ -46,7 +46,10 @@ class JaxRange:
 
 @dataclass(frozen=True)
 class TableLayout:
-  """How `tables.bin` is laid out: sub_tables * rows packed rows (`serve.quantize`) of row_bytes, one after another."""
+  """How `tables.bin` is laid out: sub_tables * rows packed rows (`serve.quantize`) of row_bytes, one after another.
+
+  `clip` says how the rows were rounded, which a reader need not know and a delta must.
+  """
 
   storage: str
   sub_tables: int
@@ -54,6 +57,7 @@ class TableLayout:
   width: int
   row_bytes: int
   hash_seed: int
+  clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Manifest:
     path = directory / MANIFEST
     if not path.is_file():
       raise UserError(f'{directory} is not a bundle: it has no {MANIFEST}; make one with `pinfm export`')
-    manifest = _parse(_checked_document(path), path)
+    manifest = parse_manifest(_checked_document(path), path)
     for golden in manifest.golden:
       if golden != _golden(golden.id, manifest.id_type.item, manifest.tables):
         raise UserError(
@@ -178,7 +182,8 @@ def _checked_document(path: Path) -> dict:
   return document
 
 
-def _parse(document: dict, path: Path) -> Manifest:
+def parse_manifest(document: dict, path: Path) -> Manifest:
+  """The fields of a manifest as they stand in JSON; raises UserError if one is missing or misspelt."""
   fields = {name: value for name, value in document.items() if name not in ('format', 'checksum')}
   try:
     return Manifest(

@@ -9,9 +9,13 @@ A packed row of width E is its codes, then its scale, then its bias, with nothin
 
 Numbers are little-endian; value = bias + scale * code. Codes are chosen against the rounded scale and bias, so the
 rounding to float16 adds no error of its own.
+
+Plain min-max spends levels on a row's extremes. With `clip`, scale and bias are those of a search for the least squared
+error (`serve.clip`); the bytes mean the same, so no reader knows the difference.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +23,25 @@ import ml_dtypes
 import numpy as np
 
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.clip import fitted_constants
 
 STORAGES = ('int4', 'int8', 'float32')
 _LEVELS = {'int4': 15, 'int8': 255}
 _LARGEST_HALF = 65504.0
 _CHUNK_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class PackedRows:
+  """A table that is packed already, as a bundle holds it; what can be a table's rows can also be this.
+
+  Attributes:
+    parts: consecutive parts, uint8 [rows, row_bytes].
+    storage: how they are packed.
+  """
+
+  parts: Iterable[np.ndarray]
+  storage: str
 
 
 def row_bytes(width: int, storage: str) -> int:
@@ -43,12 +61,13 @@ def row_bytes(width: int, storage: str) -> int:
   return {'int4': width // 2 + 4, 'int8': width + 4, 'float32': 4 * width}[storage]
 
 
-def quantise(rows_GE: np.ndarray, storage: str) -> np.ndarray:
+def quantise(rows_GE: np.ndarray, storage: str, clip: bool = False) -> np.ndarray:
   """Packs rows; holds a few copies of them, so give a large table in parts (`quantise_parts`).
 
   Args:
     rows_GE: float rows, or bf16 ones as uint16 bits.
     storage: 'int4', 'int8' or 'float32'.
+    clip: search each row's scale and bias for the least squared error; float32 has none to search.
 
   Returns:
     uint8 [G, row_bytes].
@@ -67,9 +86,12 @@ def quantise(rows_GE: np.ndarray, storage: str) -> np.ndarray:
   if storage == 'float32':
     return rows_GE.view(np.uint8).reshape(-1, size)
   levels = _LEVELS[storage]
-  low_G1 = rows_GE.min(axis=1, keepdims=True)
-  bias_G1 = low_G1.astype('<f2')
-  scale_G1 = ((rows_GE.max(axis=1, keepdims=True) - low_G1) / levels).astype('<f2')
+  if clip:
+    scale_G1, bias_G1 = fitted_constants(rows_GE, levels)
+  else:
+    low_G1 = rows_GE.min(axis=1, keepdims=True)
+    bias_G1 = low_G1.astype('<f2')
+    scale_G1 = ((rows_GE.max(axis=1, keepdims=True) - low_G1) / levels).astype('<f2')
   step_G1 = np.where(scale_G1 > 0, scale_G1, 1).astype(np.float32)  # scale 0: a constant row, whatever its codes
   codes_GE = np.clip(np.rint((rows_GE - bias_G1) / step_G1), 0, levels).astype(np.uint8)
   if storage == 'int4':
@@ -84,19 +106,27 @@ def as_float32(rows_GE: np.ndarray) -> np.ndarray:
   return rows_GE.astype(np.float32, copy=False)
 
 
-def quantise_parts(rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray], storage: str) -> Iterator[np.ndarray]:
+def quantise_parts(
+  rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | PackedRows, storage: str, clip: bool = False
+) -> Iterator[np.ndarray]:
   """Packs a table part by part, so that memory stays bounded.
 
   Args:
-    rows_GE: a whole table (host or device), or its consecutive parts.
+    rows_GE: a whole table (host or device), its consecutive parts, or packed rows, which pass as they are if they are
+      packed that way (packing again what was rounded once could round otherwise).
     storage: 'int4', 'int8' or 'float32'.
+    clip: see `quantise`.
 
   Yields:
     uint8 [rows of the part, row_bytes].
   """
+  if isinstance(rows_GE, PackedRows):
+    for packed in rows_GE.parts:
+      yield packed if rows_GE.storage == storage else quantise(dequantise(packed, rows_GE.storage), storage, clip)
+    return
   parts = _parts(rows_GE) if hasattr(rows_GE, 'shape') else rows_GE
   for part in parts:
-    yield quantise(np.asarray(part), storage)
+    yield quantise(np.asarray(part), storage, clip)
 
 
 def dequantise(packed: np.ndarray, storage: str) -> np.ndarray:
@@ -113,7 +143,7 @@ def dequantise(packed: np.ndarray, storage: str) -> np.ndarray:
     return np.ascontiguousarray(packed).view('<f4')
   codes, constants = packed[..., :-4], np.ascontiguousarray(packed[..., -4:]).view('<f2').astype(np.float32)
   if storage == 'int4':
-    codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
   return constants[..., 1:] + constants[..., :1] * codes.astype(np.float32)
 
 

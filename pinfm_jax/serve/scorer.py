@@ -324,13 +324,14 @@ class Scorer:
     return self.bundle.manifest.pinfm.tower.output_width
 
 
-def score_file(bundle: str | Path, requests: str | Path, out: str | Path) -> int:
+def score_file(bundle: str | Path, requests: str | Path, out: str | Path, rows: RowSource | None = None) -> int:
   """Scores a file of requests, one a line (blank lines are skipped), into a file of results, one a line.
 
   Args:
     bundle: directory of the bundle.
     requests: JSONL, see `serve.requests`.
     out: JSONL; it appears only when every request is scored.
+    rows: where table rows come from; None = the bundle's own tables.
 
   Returns:
     The number of requests.
@@ -345,7 +346,7 @@ def score_file(bundle: str | Path, requests: str | Path, out: str | Path) -> int
     raise UserError(f'{out} cannot be written: expected the name of a file in a directory that exists')
   if out.exists() and out.samefile(requests):
     raise UserError(f'{out} holds the requests; give another --out')
-  scorer = Scorer.load(bundle)
+  scorer = Scorer.load(bundle, rows)
   with open(requests, 'rb') as file:
     progress = Progress('score', sum(1 for line in file if line.strip()), 'requests')
   partial, count = out.with_name(f'{out.name}.partial-{os.getpid()}'), 0

@@ -142,4 +142,5 @@ class Run:
 
 def needs_pretraining(experiment: Experiment) -> bool:
   """Whether an arm starts from a pretrained tower."""
-  return experiment.ranker.sequence == 'pinfm' and experiment.finetune.init == 'pretrained'
+  finetune = experiment.finetune
+  return experiment.ranker.sequence == 'pinfm' and finetune.init == 'pretrained' and not finetune.start_from

@@ -14,10 +14,12 @@ from pinfm_jax.evaluate.predict import predictions_of
 from pinfm_jax.evaluate.ranking import RankingPredictions, ranking_metrics
 from pinfm_jax.evaluate.tables import Table
 from pinfm_jax.model.ranker import DenseStats
+from pinfm_jax.overrides import to_dict
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 from pinfm_jax.serve.delta import export_delta
 from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.portable_export import export_portable
 from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.card import run_card
 from pinfm_jax.stages.context import Run
@@ -39,7 +41,7 @@ def export_stage(run: Run) -> None:
     return
   arm, seed, state = _pinfm_arms(run)[-1], run.experiment.seeds[0], run.workdir / 'export'
   settings = run.finetune_settings(run.arm_experiment(arm), seed)
-  settings |= {'storage': run.experiment.serve.storage, 'utility': dict(run.experiment.evaluate.utility)}
+  settings |= {**to_dict(run.experiment.serve), 'utility': dict(run.experiment.evaluate.utility)}
   try:
     claim(state, settings, is_done(state))
   except OtherSettingsError:  # an export costs little: make it again
@@ -77,8 +79,10 @@ def export_arm(
   storage: str | None = None,
   overwrite: bool = False,
   base: str | Path | None = None,
+  clip: bool | None = None,
+  form: str = 'bundle',
 ) -> Path:
-  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not.
+  """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not, or another form of it.
 
   Args:
     run: the run.
@@ -88,6 +92,8 @@ def export_arm(
     storage: of the tables; None = the experiment's.
     overwrite: replace what stands at `out`.
     base: a bundle; what is written is then a delta against it.
+    clip: how table rows are rounded (`serve.clip`); None = as the experiment says.
+    form: 'bundle', or 'onnx' or 'savedmodel' (`serve.portable_export`).
 
   Raises:
     UserError: no such arm, or it is not fine-tuned.
@@ -123,7 +129,10 @@ def export_arm(
     items=run.tokens.items if experiment.ranker.sequence == 'pinfm' else None,
     catalogue=catalogue,
     card=run_card(run, experiment, arm.name, seed, params, storage, None if catalogue is None else len(catalogue)),
+    clip=run.experiment.serve.clip if clip is None else clip,
   )
+  if form != 'bundle':
+    return export_portable(out, ranker, form, storage, overwrite)
   if base is None:
     return export_bundle(out, ranker, storage, overwrite)
   print(export_delta(out, base, ranker, storage, overwrite).text())

@@ -6,6 +6,7 @@ import jax
 
 from pinfm_jax.config import Arm
 from pinfm_jax.evaluate.predict import predict
+from pinfm_jax.serve.warm_start import open_start
 from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.distributed import on_first
 from pinfm_jax.train.finetune import finetune, training_steps
@@ -38,6 +39,9 @@ def _finetune(run: Run, seed: int, arm: Arm) -> None:
   pretrained = None
   if needs_pretraining(experiment):
     pretrained = WarmStart(run.pretrain_directory(seed), experiment.pretrain.use_checkpoint)
+  elif experiment.finetune.start_from and task.tables:
+    setting, info = 'finetune.start_from', run.dataset.info
+    pretrained = open_start(experiment.finetune.start_from, setting, run.model.tables, info, task.schema)
   state = finetune(task, requests, run.mesh, directory, seed, pretrained, experiment.mesh, run.profile)
   with jax.set_mesh(run.mesh):
     rows_GE = state.tables.rows_GE if state.tables else None

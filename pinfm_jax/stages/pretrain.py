@@ -7,6 +7,7 @@ import jax
 from pinfm_jax.data.pipeline import action_bits
 from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.evaluate.retrieval import evaluate_retrieval, retrieval_task
+from pinfm_jax.serve.warm_start import open_start
 from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.distributed import on_first
 from pinfm_jax.train.pretrain import pretrain
@@ -34,8 +35,12 @@ def _finished(run: Run, seed: int) -> bool:
 
 def _pretrain(run: Run, seed: int) -> None:
   config, evaluate, directory = run.experiment.pretrain, run.experiment.evaluate, run.pretrain_directory(seed)
-  until = run.split.pretrain_until
-  state = pretrain(run.dataset, until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile)
+  until, start = run.split.pretrain_until, None
+  if config.start_from:
+    start = open_start(config.start_from, 'pretrain.start_from', run.model.tables, run.dataset.info)
+  state = pretrain(
+    run.dataset, until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile, start
+  )
   task = retrieval_task(
     run.dataset,
     until,

@@ -23,7 +23,7 @@ from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import sequence_losses
 from pinfm_jax.train.optimizer import Update
 from pinfm_jax.train.profiling import Window
-from pinfm_jax.train.restore import WarmStart
+from pinfm_jax.train.restore import Start
 from pinfm_jax.train.sharding import process_rows
 from pinfm_jax.train.step import Batch, TrainState
 
@@ -195,7 +195,7 @@ def finetune(
   mesh: Mesh,
   directory: Path,
   seed: int,
-  pretrained: WarmStart | None,
+  pretrained: Start | None,
   layout: MeshConfig = MeshConfig(),
   profile: Window | None = None,
 ) -> TrainState:
@@ -207,7 +207,7 @@ def finetune(
     mesh: the devices.
     directory: of the arm.
     seed: of initialisation, order, and all that the task draws.
-    pretrained: the pretraining run to warm-start from, or None.
+    pretrained: what a ranker with PinFM starts from (a pretraining run, a bundle), or None.
     layout: how the tables lie over the mesh.
     profile: steps to trace.
   """

@@ -29,6 +29,7 @@ from pinfm_jax.train.negatives import positive_mask
 from pinfm_jax.train.optimizer import Update
 from pinfm_jax.train.popularity import ItemSketch, empty_sketch, sketch_frequency, update_sketch
 from pinfm_jax.train.profiling import Window
+from pinfm_jax.train.restore import Start
 from pinfm_jax.train.sharding import everywhere, process_rows
 from pinfm_jax.train.step import Batch, TrainState
 
@@ -141,11 +142,12 @@ def pretrain(
   seed: int,
   layout: MeshConfig = MeshConfig(),
   profile: Window | None = None,
+  start: Start | None = None,
 ) -> TrainState:
   """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
 
   With `config.eval_every`, a share of the users does not train; the losses on their segments are logged as eval/....
-  With `config.continue_from` it starts from what an earlier run has learned (see `train.growth`).
+  With `config.continue_from` it starts from what an earlier run has learned (see `train.growth`), else from `start`.
 
   Raises:
     UserError: the configuration does not fit the data, or see `train`.
@@ -154,7 +156,7 @@ def pretrain(
   segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
   position = _position(dataset, until_ms, model, config, seed)
-  warm_start = evaluate = None
+  warm_start, evaluate = start, None
   if config.continue_from:
     earlier = EarlierRun.open(config.continue_from, seed)
     partitions = earlier_partitions(dataset, earlier.data)

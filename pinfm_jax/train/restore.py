@@ -58,8 +58,9 @@ def starting_state(
   Restore precedence:
     1. the newest checkpoint of the run's own directory, if there is one;
     2. the newest checkpoint of the run named by `resume`: everything, its step too; same shapes, same data order;
-    3. `warm_start`: a pretrained model's tables, accumulators and parameter groups (`WarmStart`), or all that an
-       earlier run on less data has learned (`growth.Continued`); all else is initialised;
+    3. `warm_start`: a pretrained model's tables, accumulators and parameter groups (`WarmStart`), all that an
+       earlier run on less data has learned (`growth.Continued`), or a bundle or imported table rows
+       (`serve.warm_start`); all else is initialised;
     4. scratch.
   Arrays are read straight into their shardings, and what is read is never initialised first.
 

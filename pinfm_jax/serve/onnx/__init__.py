@@ -1,0 +1,1 @@
+"""Converts traced JAX functions to ONNX; needs the package `onnx` (extra `onnx`)."""

@@ -1,0 +1,73 @@
+"""Makes the inputs of the portable programs from ranking requests, as a client of Triton or ONNX Runtime needs them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pinfm_jax.data.featurize import candidate_inputs, event_inputs
+from pinfm_jax.data.tokens import PLAIN, TokenInputs
+from pinfm_jax.serve.bundle import TABLES
+from pinfm_jax.serve.items import map_items
+from pinfm_jax.serve.manifest import Manifest
+from pinfm_jax.serve.requests import RequestParser, ScoringRequest
+from pinfm_jax.serve.rows import MappedRows, RowSource
+
+Arrays = dict[str, np.ndarray]
+_EVENTS = ('surface', 'actions', 'mask', 'gap', 'content', 'new')
+_CANDIDATES = ('dense', 'sparse', 'embedding', 'gap', 'content', 'new')
+
+
+class StackedInputs:
+  """Reads requests in the form of `serve.requests` and looks their items up; needs NumPy and no accelerator."""
+
+  def __init__(self, directory: str | Path, manifest: Manifest, rows: RowSource | None = None):
+    """Maps tables and items.
+
+    Args:
+      directory: what `pinfm export` wrote.
+      manifest: what it says of itself.
+      rows: where packed rows come from; None = the directory's own tables.
+    """
+    model = manifest.pinfm
+    self.manifest, self._parser = manifest, RequestParser(manifest)
+    self._rows = rows or (MappedRows(Path(directory) / TABLES, manifest.tables) if manifest.tables else None)
+    items = map_items(Path(directory), model) if model is not None and model.content else None
+    self._tokens = PLAIN if model is None else TokenInputs(model.tower.time_gap_buckets, items)
+
+  def parse(self, document: Any) -> ScoringRequest:
+    """Checks a request (a decoded JSON object); raises UserError."""
+    return self._parser.parse(document)
+
+  def context(self, requests: Sequence[ScoringRequest], length: int | None = None) -> Arrays:
+    """Inputs of `context`: the requests' histories, padded to `length` events or to the longest."""
+    length = length or max(1, *(r.window.stop - r.window.start for r in requests))
+    inputs = [event_inputs(r.history, r.window, length, self._tokens, r.history_content) for r in requests]
+    return self._stacked(inputs, _EVENTS)
+
+  def candidates(self, requests: Sequence[ScoringRequest], count: int | None = None) -> Arrays:
+    """Inputs of `crossing` but for what `context` gives: candidates, padded to `count` or to the most of a request."""
+    count = count or max(1, *(len(r.item_ids) for r in requests))
+    schema = self.manifest.schema
+    inputs = [
+      candidate_inputs(
+        r.candidates, slice(0, count), count, schema, self._content(r), self._tokens, r.last_event_ms, r.content
+      )
+      for r in requests
+    ]
+    return self._stacked(inputs, _CANDIDATES)
+
+  def _content(self, request: ScoringRequest) -> np.ndarray | None:
+    """Content of the candidates as a feature of the ranker: their own, else what the items' file knows, else zeros."""
+    if request.content is None:
+      return None
+    items = self._tokens.items
+    known = items.inputs(request.candidates.item)['content'] if items else np.float32(0)
+    return np.where(np.isnan(request.content).any(axis=1, keepdims=True), known, request.content)
+
+  def _stacked(self, inputs: list[Arrays], names: tuple[str, ...]) -> Arrays:
+    stacked = {name: np.stack([each[name] for each in inputs]) for name in names if name in inputs[0]}
+    if self._rows is None:
+      return stacked
+    return {**stacked, 'rows': self._rows.rows(np.stack([each['item'] for each in inputs]))}

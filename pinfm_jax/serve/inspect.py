@@ -15,8 +15,9 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import from_dict
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve import checksums
-from pinfm_jax.serve.bundle import DIGESTS, PARAMETERS, runs_here
+from pinfm_jax.serve.bundle import DIGESTS, PARAMETERS
 from pinfm_jax.serve.delta import DELTA, DeltaManifest
+from pinfm_jax.serve.jax_range import runs_here
 from pinfm_jax.serve.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest
 from pinfm_jax.serve.portable_export import FORMS, PortableManifest
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -26,6 +27,7 @@ _HELP = {
   'max_body_mb': 'MiB of a request body, after decompression too',
   'max_candidates': 'of a ranking request',
   'max_events': "of a ranking request's history",
+  'rows': 'URL,URL of row servers (`pinfm serve-rows`); no tables are needed here',
   'compiled': 'directory that keeps compiled programs for the next start (default: JAX_COMPILATION_CACHE_DIR, or none)',
   'linger_s': 'after SIGTERM, seconds of answering "not ready" before the port is closed',
 }
@@ -47,6 +49,7 @@ class ServerSettings:
   max_body_mb: int = 64
   max_candidates: int = 10_000
   max_events: int = 10_000
+  rows: str | None = None
   compiled: str | None = None
   linger_s: float = 0.0
 
@@ -119,9 +122,19 @@ def open_scorer(path: Path, settings: ServerSettings) -> Any:
     UserError: there is none, or it is damaged.
   """
   from pinfm_jax.serve.batches import Sizes
+  from pinfm_jax.serve.remote_rows import RemoteRows
   from pinfm_jax.serve.scorer import Scorer
 
-  return Scorer.load(path, sizes=Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
+  rows = RemoteRows.connect(path, settings.rows.split(',')) if settings.rows else None
+  try:
+    scorer = Scorer.load(path, rows, Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
+  except BaseException:
+    if rows is not None:
+      rows.close()
+    raise
+  if rows is not None:  # with the scorer, which after a reload lives until its last request is answered
+    weakref.finalize(scorer, rows.close)
+  return scorer
 
 
 def limits(settings: ServerSettings) -> Any:

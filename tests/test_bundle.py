@@ -13,8 +13,8 @@ import toy_bundle
 from pinfm_jax.config import PinFMConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import from_dict
-from pinfm_jax.serve import bundle as bundle_module
 from pinfm_jax.serve.bundle import load_bundle
+from pinfm_jax.serve.jax_range import exported_range
 from pinfm_jax.serve.manifest import MANIFEST, Manifest
 from pinfm_jax.serve.quantize import dequantise, quantise
 
@@ -191,4 +191,4 @@ def test_scoring_loads_no_model_source(exported):
 
 
 def test_jax_range_of_a_release():
-  assert dataclasses.astuple(bundle_module._jax_range('0.10.2')) == ('0.10.2', '0.10', '0.13')
+  assert dataclasses.astuple(exported_range('0.10.2')) == ('0.10.2', '0.10', '0.13')

@@ -1,6 +1,7 @@
 """Vectors of a bundle in Parquet are those of the Flax module."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -149,3 +150,13 @@ def test_the_command(scorer, bundle, file, tmp_path, monkeypatch, capsys):
   assert pl.read_parquet(out).schema['vector'] == pl.Array(pl.Float32, 16)
   assert main(['embed', str(bundle), '--users', str(file), '--kind', 'id', '--out', str(out)]) == 2
   assert '--kind id belongs to --items' in capsys.readouterr().err
+
+
+def test_rows_may_come_from_servers(scorer, bundle, file, tmp_path, monkeypatch):
+  opened = []
+  monkeypatch.setattr('pinfm_jax.serve.remote_rows.RemoteRows.connect', lambda *a: nullcontext(('remote', *a)))
+  monkeypatch.setattr('pinfm_jax.serve.scorer.Scorer.load', lambda *a: opened.append(a) or scorer)
+  arguments = ['embed', str(bundle), '--users', str(file), '--out', str(tmp_path / 'out.parquet')]
+  assert main([*arguments, '--rows', 'http://a:1,http://b:2']) == 0
+  assert main(arguments) == 0
+  assert opened == [(str(bundle), ('remote', str(bundle), ['http://a:1', 'http://b:2'])), (str(bundle), None)]

@@ -23,13 +23,8 @@ def toy():
 def bundle(toy, tmp_path_factory):
   """Nothing here runs a program, and lowering takes seconds."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'crossing': _Program()})
+    patch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'crossing': b'program'})
     return toy.export(tmp_path_factory.mktemp('bundles') / 'bundle')
-
-
-class _Program:
-  def serialize(self):
-    return b'program'
 
 
 @pytest.fixture
@@ -114,7 +109,7 @@ def test_large_files_are_read_in_parts_and_damage_is_located(tmp_path, monkeypat
 
 
 def test_a_delta(bundle, toy, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'crossing': _Program()})
+  monkeypatch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'crossing': b'program'})
   rows_GE = toy.rows_GE.copy()
   rows_GE[5] += 1
   export_delta(tmp_path / 'delta', bundle, toy.trained(rows_GE=rows_GE), 'int4')

@@ -31,6 +31,7 @@ MODEL = ModelFacts(
   finetuning={'epochs': 2.5, 'label_weights': {'click': 0.5}},
   utility={'click': 1.0, 'hide': -2.0},
   catalogue=4321,
+  rounding='down',
 )
 RESULTS = '### AUC\n\n| | click |\n| --- | ---: |\n| with PinFM | 0.7001 [+1.0, +2.0] |\n\n\n\nNote.\n'
 
@@ -42,7 +43,8 @@ def test_it_states_the_facts():
     '1,234 users, 5,000,000 events', 'Fine-tuned on the requests of: 1970-01-01 to 1970-01-03 (UTC).',
     'Test requests: 1970-01-04 (UTC).', 'Surfaces: none.', 'feature_39 and 10 more', '`abc123`',
     'Tower: gpt2, 2 layers.',
-    'ranker 1,000, item tables 20,000; 21,000 in all', 'stored as int4', 'click +1, hide -2', '4,321 items',
+    'ranker 1,000, item tables 20,000; 21,000 in all',
+    'stored as int4, converted after training, rounded down.', 'click +1, hide -2', '4,321 items',
     'steps 12,345, positive_actions click/save', 'epochs 2.5, label_weights click=0.5', '| with PinFM | 0.7001',
     'on the test split over 1 seed,', 'One training run was measured', 'pinfm recommend',
     'whose terms (CC BY-SA 4.0) decide',

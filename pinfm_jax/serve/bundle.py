@@ -11,7 +11,7 @@ items/catalogue.parquet  the items that can be recommended, if the export knew t
 MODEL_CARD.md         data, training, results and limits in words, if the export knew them (`serve.model_card`)
 """
 
-import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,10 +34,10 @@ from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
 from pinfm_jax.serve.catalogue import CATALOGUE, read_catalogue, write_catalogue
 from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.items import CONTENT, map_items, write_items
+from pinfm_jax.serve.jax_range import check_jax, exported_range
 from pinfm_jax.serve.manifest import (
   FORMAT_VERSION,
   FileEntry,
-  JaxRange,
   Manifest,
   TableLayout,
   golden_ids,
@@ -57,8 +57,6 @@ PARAMETERS = 'parameters.npz'
 MODEL_CARD = 'MODEL_CARD.md'
 STATS = ('low', 'high', 'mean', 'scale')
 _WHOLE_BELOW = 2 << 30
-# An exported program is promised to run for 6 months of JAX releases, and a minor version takes two months or more.
-_JAX_MINORS = 3
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ def manifest_of(ranker: TrainedRanker, layout: TableLayout | None, files: tuple[
 
   return Manifest(
     created=datetime.now(UTC).isoformat(timespec='seconds'),
-    jax=_jax_range(jax.__version__),
+    jax=exported_range(jax.__version__),
     platforms=PLATFORMS,
     id_type=ranker.id_type,
     actions=tuple(ranker.actions),
@@ -238,7 +236,7 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSour
   path = Path(path)
   manifest = Manifest.read(path)
   if manifest.format_version == FORMAT_VERSION:
-    _check_jax(path, manifest.jax, jax.__version__)
+    check_jax(path, manifest.jax, jax.__version__)
   elsewhere = TABLES if rows is not None and not (path / TABLES).exists() else None
   check_files(path, [entry for entry in manifest.files if entry.name != elsewhere], whole_below)
   arrays, model = load_arrays(path / PARAMETERS), manifest.pinfm
@@ -268,18 +266,14 @@ def check_files(path: Path, files: Iterable[FileEntry], whole_below: int = _WHOL
     checksums.check_sample(path, entry, (path / DIGESTS[entry.name]).read_bytes())
 
 
-def runs_here(known: JaxRange, version: str | None = None) -> bool:
-  """Whether a JAX version (None = the installed one) can run the programs."""
-  return _numbers(known.at_least) <= _numbers(version or jax.__version__) < _numbers(known.below)
-
-
 def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict[str, export.Exported]:
   if manifest.format_version == FORMAT_VERSION:
     files = [entry.name for entry in manifest.files if entry.name.startswith('programs/')]
     return {Path(name).stem: export.deserialize(bytearray((path / name).read_bytes())) for name in files}
   print(
     f'{path} has format {manifest.format_version}: its programs are lowered again at every start; '
-    f'`pinfm export {path} --refresh --out DIR` writes format {FORMAT_VERSION}'
+    f'`pinfm export {path} --refresh --out DIR` writes format {FORMAT_VERSION}',
+    file=sys.stderr,  # standard output belongs to results
   )
   from pinfm_jax.serve.programs import ServingModel, lower_programs
   from pinfm_jax.train.finetune import feature_spec
@@ -295,7 +289,7 @@ def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict
 def _write_files(directory: Path, content: Content, rows_GE: Any) -> tuple[FileEntry, ...]:
   names = write_content(directory, content)
   tables = write_tables(directory, rows_GE, content.layout)
-  return (*tables, *(checksums.describe(directory, name)[0] for name in names))
+  return (*tables[:1], *(checksums.describe(directory, name)[0] for name in names), *tables[1:])
 
 
 def write_tables(directory: Path, rows_GE: Any, layout: TableLayout | None) -> list[FileEntry]:
@@ -380,24 +374,6 @@ def _no_call_stacks() -> Iterator[None]:
   finally:
     for name, value in before.items():
       jax.config.update(name, value)
-
-
-def _jax_range(version: str) -> JaxRange:
-  major, minor = _numbers(version)[:2]
-  return JaxRange(version, f'{major}.{minor}', f'{major}.{minor + _JAX_MINORS}')
-
-
-def _check_jax(path: Path, known: JaxRange, version: str) -> None:
-  if not runs_here(known, version):
-    raise UserError(
-      f'{path} was exported with JAX {known.exported_with} and runs on JAX >= {known.at_least}, < {known.below}; '
-      f'this is JAX {version}: install one of that range, or lower it again: '
-      f'pinfm export {path} --refresh --out NEW'
-    )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-  return tuple(int(part) for part in re.match(r'[0-9.]*[0-9]', version)[0].split('.'))
 
 
 def _program(name: str) -> str:

@@ -15,8 +15,9 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import from_dict
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve import checksums
-from pinfm_jax.serve.bundle import DIGESTS, PARAMETERS, runs_here
+from pinfm_jax.serve.bundle import DIGESTS, PARAMETERS
 from pinfm_jax.serve.delta import DELTA, DeltaManifest
+from pinfm_jax.serve.jax_range import runs_here
 from pinfm_jax.serve.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest
 from pinfm_jax.serve.portable_export import FORMS, PortableManifest
 
@@ -192,8 +193,9 @@ def _tables_text(manifest: Manifest) -> str:
     return 'none'
   total = tables.sub_tables * tables.rows * tables.row_bytes
   share = 100 * tables.row_bytes / (2 * tables.width)
+  kind = f'{tables.storage}{" (clipped)" if tables.clip else ""}'
   return (
-    f'{tables.sub_tables} x {tables.rows:,} rows x {tables.width}, {tables.storage}: {total:,} bytes, '
+    f'{tables.sub_tables} x {tables.rows:,} rows x {tables.width}, {kind}: {total:,} bytes, '
     f'{share:.2f} % of float16; hash seed {tables.hash_seed}'
   )
 

@@ -46,6 +46,7 @@ class ModelFacts:
     seed: of the training.
     version: of pinfm_jax.
     storage: of the tables; None for a ranker without PinFM.
+    rounding: how rows were rounded to it, in words; empty = they were not.
     parameters: part of the model to its number of parameters.
     sizes: what to its size, in words (tower, tables, window, ..).
     pretraining, finetuning: setting to value; empty = there was none.
@@ -64,6 +65,7 @@ class ModelFacts:
   finetuning: Mapping[str, Any]
   utility: Mapping[str, float] = field(default_factory=dict)
   catalogue: int | None = None
+  rounding: str = ''
 
 
 def model_card(data: DataFacts, model: ModelFacts, results: str, split: str, seeds: int) -> str:
@@ -115,7 +117,8 @@ def _model(model: ModelFacts) -> str:
   counted = ', '.join(f'{name} {number:,}' for name, number in model.parameters.items())
   lines.append(f'- Parameters: {counted}; {sum(model.parameters.values()):,} in all.')
   if model.storage:
-    lines.append(f'- The tables are stored as {model.storage}, converted after training.')
+    rounding = f', rounded {model.rounding}' if model.rounding else ''
+    lines.append(f'- The tables are stored as {model.storage}, converted after training{rounding}.')
   weights = ', '.join(f'{label} {weight:+g}' for label, weight in model.utility.items())
   lines.append(f'- Utility that orders a request: {weights or "none; the labels are predicted side by side"}.')
   if model.catalogue is not None:

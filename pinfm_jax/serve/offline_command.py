@@ -1,7 +1,13 @@
 """The arguments of the commands that take a bundle and files: `pinfm recommend`, `pinfm embed`, `pinfm demo`."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from pinfm_jax.serve.scorer import Scorer
 
 _ITEMS = '.parquet, .csv, .tsv or .jsonl with a column item_id, or .txt with one id a line'
 
@@ -13,7 +19,7 @@ def add_recommend(commands) -> None:
     help='rank a whole catalogue for users, with the user representation',
     description='For each user the items of the catalogue with the highest cosine of user and item representation.',
   )
-  command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
+  _add_bundle(command)
   command.add_argument('--history', metavar='FILE', required=True,
                        help='users, one JSON object with a "history" a line (as `pinfm score` takes them)')  # fmt: skip
   command.add_argument('--top', type=int, default=20, metavar='N', help='items for each user (default: 20)')
@@ -25,11 +31,11 @@ def add_recommend(commands) -> None:
 
 def _recommend(arguments: argparse.Namespace) -> None:
   from pinfm_jax.serve.recommend import recommend_file
-  from pinfm_jax.serve.scorer import Scorer
 
   a = arguments
   catalogue, out = (None if name is None else Path(name) for name in (a.catalogue, a.out))
-  users = recommend_file(Scorer.load(a.bundle), Path(a.history), a.top, catalogue, a.exclude_seen, out)
+  with _scorer(a) as scorer:
+    users = recommend_file(scorer, Path(a.history), a.top, catalogue, a.exclude_seen, out)
   if out is not None:
     print(f'{out}: recommendations for {users} users')
 
@@ -41,7 +47,7 @@ def add_embed(commands) -> None:
     help='write vectors of users, items, or users x candidates',
     description='Vectors of a bundle as Parquet, for an index, another ranker, or another framework.',
   )
-  command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
+  _add_bundle(command)
   what = command.add_mutually_exclusive_group(required=True)
   what.add_argument('--users', metavar='FILE', help='users with their histories, one JSON object a line')
   what.add_argument('--items', metavar='FILE', help=f'items: {_ITEMS}')
@@ -55,17 +61,33 @@ def add_embed(commands) -> None:
 def _embed(arguments: argparse.Namespace) -> None:
   from pinfm_jax.errors import UserError
   from pinfm_jax.serve.embed import embed_items, embed_pairs, embed_users
-  from pinfm_jax.serve.scorer import Scorer
 
   a = arguments
   if a.kind and not a.items:
     raise UserError(f'--kind {a.kind} belongs to --items; leave it out')
-  scorer, out = Scorer.load(a.bundle), Path(a.out)
-  if a.items:
-    rows = embed_items(scorer, Path(a.items), out, a.kind or 'target')
-  else:
-    rows = (embed_users if a.users else embed_pairs)(scorer, Path(a.users or a.pairs), out)
-  print(f'{out}: {rows} vectors')
+  out = Path(a.out)
+  with _scorer(a) as scorer:
+    if a.items:
+      count = embed_items(scorer, Path(a.items), out, a.kind or 'target')
+    else:
+      count = (embed_users if a.users else embed_pairs)(scorer, Path(a.users or a.pairs), out)
+  print(f'{out}: {count} vectors')
+
+
+def _add_bundle(command: argparse.ArgumentParser) -> None:
+  command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
+  command.add_argument('--rows', metavar='URL,URL', help='row servers (`pinfm serve-rows`); no tables are needed here')
+
+
+@contextmanager
+def _scorer(arguments: argparse.Namespace) -> 'Iterator[Scorer]':
+  """The bundle's scorer, over its own tables or row servers."""
+  from pinfm_jax.serve.remote_rows import RemoteRows
+  from pinfm_jax.serve.scorer import Scorer
+
+  a = arguments
+  with RemoteRows.connect(a.bundle, a.rows.split(',')) if a.rows else nullcontext() as rows:
+    yield Scorer.load(a.bundle, rows)
 
 
 def add_demo(commands) -> None:

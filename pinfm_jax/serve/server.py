@@ -27,7 +27,7 @@ _HELP = {
   'max_body_mb': 'MiB of a request body, after decompression too',
   'max_candidates': 'of a ranking request',
   'max_events': "of a ranking request's history",
-  'rows': 'URL,URL of row servers (`pinfm serve-rows`); no tables are needed here',
+  'rows': 'URLs of row servers (`pinfm serve-rows`), with commas between; no tables are needed here',
   'compiled': 'directory that keeps compiled programs for the next start (default: JAX_COMPILATION_CACHE_DIR, or none)',
   'linger_s': 'after SIGTERM, seconds of answering "not ready" before the port is closed',
 }
@@ -119,7 +119,7 @@ def open_scorer(path: Path, settings: ServerSettings) -> Any:
   """Opens the bundle that is at the path now.
 
   Raises:
-    UserError: there is none, or it is damaged.
+    UserError: there is none, it is damaged, or its row servers do not answer.
   """
   from pinfm_jax.serve.batches import Sizes
   from pinfm_jax.serve.remote_rows import RemoteRows

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import polars as pl
 
 from pinfm_jax import __version__
 from pinfm_jax.config import Experiment
@@ -13,9 +14,18 @@ from pinfm_jax.data.info import DatasetInfo
 from pinfm_jax.serve.model_card import DataFacts, ModelFacts, model_card
 from pinfm_jax.stages.context import Run, needs_pretraining
 
+_ROUNDING = {True: 'with the least squared error of a row', False: 'between the minimum and the maximum of a row'}
+
 
 def run_card(
-  run: Run, experiment: Experiment, arm: str, seed: int, params: Any, storage: str, catalogue: int | None
+  run: Run,
+  experiment: Experiment,
+  arm: str,
+  seed: int,
+  params: Any,
+  storage: str,
+  clip: bool,
+  catalogue: pl.DataFrame | None,
 ) -> str:
   """The model card of one fine-tuned ranker.
 
@@ -26,7 +36,8 @@ def run_card(
     seed: of the training.
     params: its dense parameters.
     storage: of the tables.
-    catalogue: items of the bundle's catalogue; None without one.
+    clip: how their rows are rounded (`serve.clip`).
+    catalogue: of the bundle; None without one.
   """
   with_pinfm = experiment.ranker.sequence == 'pinfm'
   model = ModelFacts(
@@ -40,7 +51,8 @@ def run_card(
     pretraining=_pretraining(experiment),
     finetuning=_finetuning(experiment),
     utility=experiment.evaluate.utility,
-    catalogue=catalogue,
+    catalogue=None if catalogue is None else len(catalogue),
+    rounding='' if storage == 'float32' else _ROUNDING[clip],
   )
   return model_card(_data(run), model, _results(run.workdir), experiment.evaluate.split, len(experiment.seeds))
 

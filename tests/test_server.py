@@ -448,7 +448,7 @@ def test_two_reloads_at_once(scorer):
 
 def test_rows_of_row_servers(bundle, documents, expected, tmp_path):
   """The bundle has no tables here; its connections go with the scorer; without a server it does not open."""
-  from test_remote_rows import Running
+  from row_servers import Running
 
   place = tmp_path / 'toy'
   shutil.copytree(bundle, place)

@@ -148,6 +148,14 @@ def test_wrong_options_end_in_one_line(tmp_path, capsys, options, message):
   assert error.count('\n') == 1
 
 
+def test_without_the_extra(bundle):
+  code = "import sys; sys.modules['starlette'] = None; from pinfm_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+  command = [sys.executable, '-c', code, 'serve', str(bundle), '--port', '0']
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+  assert done.returncode == 2
+  assert done.stderr == "pinfm: error: starlette is not installed: pip install 'pinfm_jax[serve]'\n"
+
+
 def test_a_port_in_use(tmp_path, capsys):
   import socket
 

@@ -82,9 +82,10 @@ def serve(bundle: str | Path, settings: ServerSettings) -> None:
     from pinfm_jax.serve.http.models import Models
     from pinfm_jax.serve.http.run import Server, bind
   except ModuleNotFoundError as error:
-    if (error.name or '').partition('.')[0] not in ('uvicorn', 'starlette', 'prometheus_client'):
+    package = (error.name or '').partition('.')[0]
+    if package not in ('uvicorn', 'starlette', 'prometheus_client'):
       raise
-    raise UserError(f"{error.name} is not installed: pip install 'pinfm_jax[serve]'") from None
+    raise UserError(f"{package} is not installed: pip install 'pinfm_jax[serve]'") from None
   logging.basicConfig(level=logging.INFO, format='%(asctime)s %(name)s %(levelname)s %(message)s', stream=sys.stderr)
   # The event loop and the scoring thread wait for the interpreter while another thread decodes; at Python's 5 ms each
   # such wait costs more than a small request. 1.2 to 2 times the requests/s with a scorer that costs nothing.

@@ -21,7 +21,7 @@ def answer(status, seconds=0.01, scores=(0.5, 0.25), at_s=0.0):
   text = json.dumps(
     {'request_id': 1, 'scores': [{'item_id': 7, 'a': scores[0], 'b': scores[1], 'utility': 3}]}
   ).encode()
-  return Answer(0, at_s, seconds, status, {'inference-header-content-length': '2'}, head + bytes(4) + text)
+  return Answer(0, at_s, 0.002, seconds, status, {'inference-header-content-length': '2'}, head + bytes(4) + text)
 
 
 def test_answers_are_counted_by_what_became_of_them():
@@ -37,6 +37,7 @@ def test_answers_are_counted_by_what_became_of_them():
   assert run.counts == {'scored': 3, 'refused': 3, 'wrong': 1, 'lost': 2}
   assert run.answered == 1.0  # two right answers came within 2 s
   assert run.p50_ms == pytest.approx(10)
+  assert run.late_p99_ms == pytest.approx(2)
   assert run.refusal_p99_ms == pytest.approx(10, rel=0.05)
   assert math.isnan(_run([answer(0)], 1, 1, [np.zeros((1, 2))]).p50_ms)
 

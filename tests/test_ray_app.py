@@ -58,7 +58,7 @@ def test_replicas_answer_as_the_scorer_does(tmp_path):
   expected = list(Scorer.load(bundle).score(documents))
   bad = [documents[1] | {'surface': 'serach'}, '{']
   command = [sys.executable, '-c', _DRIVER, str(bundle), json.dumps([*documents, *bad])]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=dict(os.environ), check=False)
+  done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ), check=False)
   assert done.returncode == 0, done.stderr[-3000:]
   replicas, answers = json.loads(done.stdout.splitlines()[-1])
   assert sum(replicas.values()) == 2

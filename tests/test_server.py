@@ -1,6 +1,7 @@
 """The server, driven by Triton's client and by a plain one; its scores are the scorer's own."""
 
 import copy
+import gc
 import gzip
 import json
 import shutil
@@ -23,6 +24,7 @@ from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.http.app import Limits
 from pinfm_jax.serve.http.batching import BatchLimits
 from pinfm_jax.serve.scorer import Scorer
+from pinfm_jax.serve.server import ServerSettings, open_scorer
 
 LENGTHS = [0, 1, 7, 20, 33]
 SIZES = Sizes(cache_users=8, max_users=4, max_rows=16)  # few programs to compile
@@ -442,3 +444,25 @@ def test_two_reloads_at_once(scorer):
       thread.join()
     assert sorted(codes) == [200, 409]
     assert service.models.current.version == '2'
+
+
+def test_rows_of_row_servers(bundle, documents, expected, tmp_path):
+  """The bundle has no tables here; its connections go with the scorer; without a server it does not open."""
+  from row_servers import Running
+
+  place = tmp_path / 'toy'
+  shutil.copytree(bundle, place)
+  (place / 'tables.bin').unlink()
+  servers = Running(bundle)
+  settings = ServerSettings(rows=servers.url, max_batch=1, cache_users=2)
+  remote = open_scorer(place, settings)
+  parsed = [remote.parse(document) for document in documents]
+  same(remote.results(parsed), expected)
+  rows = remote.bundle.rows
+  assert not rows._closed.is_set()
+  del remote
+  gc.collect()
+  assert rows._closed.is_set()
+  servers.stop()
+  with pytest.raises(UserError):
+    open_scorer(place, settings)

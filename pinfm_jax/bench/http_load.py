@@ -18,7 +18,8 @@ class Answer:
   Attributes:
     body: its number among the bodies.
     at_s: when it was due, after the start.
-    seconds: from then to the end of the answer.
+    late_s: how much later it left: the generator's own delay, which `seconds` includes.
+    seconds: from when it was due to the end of the answer.
     status: HTTP status; 0 = none came.
     headers: lower-case names.
     content: the answer's body.
@@ -26,6 +27,7 @@ class Answer:
 
   body: int
   at_s: float
+  late_s: float
   seconds: float
   status: int
   headers: dict[str, str] = field(repr=False)
@@ -114,9 +116,9 @@ async def open_loop(
   start = loop.time()
 
   async def one(number: int, at: float) -> Answer:
-    which = number % len(bodies)
+    which, late = number % len(bodies), loop.time() - start - at
     status, headers, content = await client.post(*bodies[which])
-    return Answer(which, at, loop.time() - start - at, status, headers, content)
+    return Answer(which, at, late, loop.time() - start - at, status, headers, content)
 
   tasks = []
   for number, at in enumerate(times[times < seconds].tolist()):
@@ -137,7 +139,7 @@ async def closed_loop(
     while loop.time() < start + seconds:
       at, which = loop.time() - start, number % len(bodies)
       status, headers, content = await client.post(*bodies[which])
-      answers.append(Answer(which, at, loop.time() - start - at, status, headers, content))
+      answers.append(Answer(which, at, 0.0, loop.time() - start - at, status, headers, content))
       number += callers
 
   await asyncio.gather(*(caller(i) for i in range(callers)))

@@ -70,6 +70,7 @@ class Run:
     p50_ms: latency of those with scores, from when they were due.
     p99_ms: the same.
     refusal_p99_ms: latency of a refusal; NaN without one.
+    late_p99_ms: how late requests left; much of a latency means that the generator had too little of the processors.
   """
 
   offered: float
@@ -78,6 +79,7 @@ class Run:
   p50_ms: float
   p99_ms: float
   refusal_p99_ms: float
+  late_p99_ms: float
 
 
 def measure_load(
@@ -175,7 +177,8 @@ def _run(answers: Sequence[Answer], offered: float, seconds: float, expected: li
   }
   p50, p99 = _percentiles(scored)
   in_time = sum(answer.at_s + answer.seconds <= seconds for answer in right)
-  return Run(offered, in_time / seconds, counts, p50, p99, _percentiles(refused)[1])
+  late = float(np.percentile([1e3 * answer.late_s for answer in answers], 99))
+  return Run(offered, in_time / seconds, counts, p50, p99, _percentiles(refused)[1], late)
 
 
 def _percentiles(answers: Sequence[Answer]) -> tuple[float, float]:
@@ -206,6 +209,7 @@ def _figures(capacity: float, runs: dict[float, Run]) -> list[Figure]:
     figures += [
       Figure(f'{name}/p50', f'latency {text}, p50', run.p50_ms, unit='ms'),
       Figure(f'{name}/p99', f'latency {text}, p99', run.p99_ms, unit='ms'),
+      Figure(f'{name}/late', f'delay of the generator {text}, p99', run.late_p99_ms, unit='ms'),
       Figure(f'{name}/answered', f'answered {text}', run.answered, unit='requests/s'),
     ]
     for kind in ('scored', 'refused', 'lost', 'wrong'):

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -81,9 +82,10 @@ def serve(bundle: str | Path, settings: ServerSettings) -> None:
     from pinfm_jax.serve.http.models import Models
     from pinfm_jax.serve.http.run import Server, bind
   except ModuleNotFoundError as error:
-    if (error.name or '').partition('.')[0] not in ('uvicorn', 'starlette', 'prometheus_client'):
+    package = (error.name or '').partition('.')[0]
+    if package not in ('uvicorn', 'starlette', 'prometheus_client'):
       raise
-    raise UserError(f"{error.name} is not installed: pip install 'pinfm_jax[serve]'") from None
+    raise UserError(f"{package} is not installed: pip install 'pinfm_jax[serve]'") from None
   logging.basicConfig(level=logging.INFO, format='%(asctime)s %(name)s %(levelname)s %(message)s', stream=sys.stderr)
   # The event loop and the scoring thread wait for the interpreter while another thread decodes; at Python's 5 ms each
   # such wait costs more than a small request. 1.2 to 2 times the requests/s with a scorer that costs nothing.
@@ -124,8 +126,16 @@ def open_scorer(path: Path, settings: ServerSettings) -> Any:
   from pinfm_jax.serve.remote_rows import RemoteRows
   from pinfm_jax.serve.scorer import Scorer
 
-  rows = None if settings.rows is None else RemoteRows.connect(path, settings.rows.split(','))
-  return Scorer.load(path, rows, sizes=Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
+  rows = RemoteRows.connect(path, settings.rows.split(',')) if settings.rows else None
+  try:
+    scorer = Scorer.load(path, rows, Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
+  except BaseException:
+    if rows is not None:
+      rows.close()
+    raise
+  if rows is not None:  # with the scorer, which after a reload lives until its last request is answered
+    weakref.finalize(scorer, rows.close)
+  return scorer
 
 
 def limits(settings: ServerSettings) -> Any:

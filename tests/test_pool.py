@@ -225,7 +225,7 @@ def test_groups_of_tiles_have_the_sizes_that_are_compiled():
         for user, places, mask in zip(group.user_M, group.places, group.mask, strict=True):
           np.add.at(seen[user], places[mask], 1)
       assert all((count == 1).all() for count in seen)
-  assert len(set(Sizes().tiles())) <= 16
+  assert len(set(Sizes().tiles())) <= 22
 
 
 def test_lengths_of_the_context_pass():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,7 +16,7 @@ _APPENDED_EVENTS = (4, MOST_APPENDED)
 APPENDED_USERS = (2, 8)
 CONTEXT_USERS = (1, 4, 16)
 ITEMS = (64, 4096)
-_WIDTHS = (1, 16, 256)
+_WIDTHS = (1, 4, 32, 256)
 _MOST_TILES = 32
 
 
@@ -69,17 +70,24 @@ class Sizes:
         yield count, width
         count *= 2
 
-  def tile_groups(self, counts: Sequence[int]) -> Iterator[TileGroup]:
-    """Cuts each user's candidates into tiles; see `plan_tiles`."""
-    for group in plan_tiles(counts, self.widths, self.max_rows):
-      most = self.most_tiles(group.width)
-      for start in range(0, len(group.user_M), most):
-        part = slice(start, start + most)
-        if group.count_M[part].any():
-          yield TileGroup(group.width, group.user_M[part], group.start_M[part], group.count_M[part])
+  def tile_groups(self, counts: Sequence[int]) -> tuple[TileGroup, ...]:
+    """Cuts each user's candidates into tiles; see `plan_tiles`. Clients tend to ask for the same numbers again."""
+    return _tile_groups(self, tuple(map(int, counts)))
 
 
 DEFAULT_SIZES = Sizes()
+
+
+@lru_cache(maxsize=256)
+def _tile_groups(sizes: Sizes, counts: tuple[int, ...]) -> tuple[TileGroup, ...]:
+  groups = []
+  for group in plan_tiles(counts, sizes.widths, sizes.max_rows):
+    most = sizes.most_tiles(group.width)
+    for start in range(0, len(group.user_M), most):
+      part = slice(start, start + most)
+      if group.count_M[part].any():
+        groups.append(TileGroup(group.width, group.user_M[part], group.start_M[part], group.count_M[part]))
+  return tuple(groups)
 
 
 def event_sizes(history_length: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ APPENDED_USERS = (2, 8)
 CONTEXT_USERS = (1, 4, 16)
 ITEMS = (64, 4096)
 _WIDTHS = (1, 4, 32, 256)
-_MOST_TILES = 32
+_TILES = (1, 2, 8, 32)  # of a call
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Sizes:
     """Widths of tiles."""
     return tuple(width for width in _WIDTHS if width <= self.max_rows)
 
-  def most_tiles(self, width: int) -> int:
-    """Of one call."""
-    return max(1, min(_MOST_TILES, self.max_rows // width))
+  def tile_counts(self, width: int) -> tuple[int, ...]:
+    """M of the calls with tiles of a width."""
+    return tuple(count for count in _TILES if count * width <= self.max_rows)
 
   @property
   def batch_rows(self) -> int:
@@ -65,10 +65,8 @@ class Sizes:
   def tiles(self) -> Iterator[tuple[int, int]]:
     """Every (M, T) that `tile_groups` makes."""
     for width in self.widths:
-      count = 1
-      while count <= self.most_tiles(width):
+      for count in self.tile_counts(width):
         yield count, width
-        count *= 2
 
   def tile_groups(self, counts: Sequence[int]) -> tuple[TileGroup, ...]:
     """Cuts each user's candidates into tiles; see `plan_tiles`. Clients tend to ask for the same numbers again."""
@@ -82,9 +80,10 @@ DEFAULT_SIZES = Sizes()
 def _tile_groups(sizes: Sizes, counts: tuple[int, ...]) -> tuple[TileGroup, ...]:
   groups = []
   for group in plan_tiles(counts, sizes.widths, sizes.max_rows):
-    most = sizes.most_tiles(group.width)
-    for start in range(0, len(group.user_M), most):
-      part = slice(start, start + most)
+    tiles = len(group.user_M)  # a power of two, and so are the counts: the parts fill it
+    size = max(count for count in sizes.tile_counts(group.width) if count <= tiles)
+    for start in range(0, tiles, size):
+      part = slice(start, start + size)
       if group.count_M[part].any():
         groups.append(TileGroup(group.width, group.user_M[part], group.start_M[part], group.count_M[part]))
   return tuple(groups)

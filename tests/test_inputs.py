@@ -181,7 +181,7 @@ def test_the_candidates_gap_changes_its_output_and_not_its_neighbours(params, ve
   def cross(gap_UC):
     items = model.apply(weights, vectors, events.content_ULW, method='items')
     _, kv = model.apply(weights, items, events, method='encode')
-    return model.apply(weights, items[:, :3], kv, events.mask_UL, gap_UC=gap_UC, method='cross')
+    return model.apply(weights, items[:, :3], kv, events.mask_UL, gap_MC=gap_UC, method='cross')
 
   a = np.asarray(cross(np.zeros((USERS, 3), np.int32)))
   b = np.asarray(cross(np.array([[0, 2, 0]] * USERS, np.int32)))

@@ -216,8 +216,9 @@ def test_groups_of_tiles_have_the_sizes_that_are_compiled():
   rng = np.random.default_rng(5)
   for sizes in (Sizes(), Sizes(max_rows=4), Sizes(max_rows=1)):
     known = set(sizes.tiles())
-    for _ in range(60):
-      counts = rng.integers(0, rng.choice([2, 20, 300, 3000]), rng.integers(1, sizes.max_users + 1))
+    for _ in range(20):
+      most = rng.choice([2, 20, 300, 3000][: 4 if sizes.max_rows > 4 else 2])
+      counts = rng.integers(0, most, rng.integers(1, sizes.max_users + 1))
       groups = list(sizes.tile_groups(counts))
       assert {(len(group.user_M), group.width) for group in groups} <= known
       seen = [np.zeros(count, int) for count in counts]
@@ -225,7 +226,7 @@ def test_groups_of_tiles_have_the_sizes_that_are_compiled():
         for user, places, mask in zip(group.user_M, group.places, group.mask, strict=True):
           np.add.at(seen[user], places[mask], 1)
       assert all((count == 1).all() for count in seen)
-  assert len(set(Sizes().tiles())) <= 16
+  assert len(set(Sizes().tiles())) <= 15
 
 
 def test_lengths_of_the_context_pass():

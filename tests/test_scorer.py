@@ -277,3 +277,11 @@ def test_nothing_compiles_after_the_warm_up(bundle, requests):
     assert compiled
   finally:
     jax.monitoring.clear_event_listeners()
+
+
+def test_ten_thousand_candidates(scorer, requests):
+  document = requests[3]
+  expected = scores_of(scorer, document)
+  document['candidates'] = document['candidates'] * 2000
+  found = scores_of(scorer, document).reshape(2000, *expected.shape)
+  np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), atol=1e-6)

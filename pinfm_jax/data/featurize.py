@@ -4,7 +4,8 @@ What a model sees must not depend on who asks, so the window of the history, the
 the columns are decided here alone.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -143,31 +144,87 @@ def candidate_inputs(
     item [C, 2], mask [C], age_hours [C], dense [C, F], sparse [C, F], embedding [C, F], labels [C, T]; with time gaps
     also gap [C], with content also content [C, W] and maybe new [C].
   """
-  item, surface = request.item[rows], request.surface[rows]
-  age = item_age_hours(request.timestamp[rows], request.created_at[rows])
-  events = np.full(len(item), min(request.history_end, schema.history_length), np.float32)
-  dense = np.concatenate([request.dense[rows], age[:, None], events[:, None]], axis=1)
-  sparse = [request.sparse[rows], surface[:, None].astype(np.int32) + 1]
+  names = ('timestamp', 'created_at', 'item', 'surface', 'dense', 'sparse', 'embedding')
+  some = replace(request, **{name: getattr(request, name)[rows] for name in names})
+  content, own_content = (None if given is None else given[rows] for given in (content, own_content))
+  gap = request_gap(request.timestamp, last_event_ms, tokens.gap_buckets) if tokens.gap_buckets else 0
+  columns = _candidate_columns(some, request.history_end, gap, schema, content, tokens, own_content)
+  columns['labels'] = request.labels[rows].astype(np.float32)
+  return {name: _pad(column, candidates) for name, column in columns.items()}
+
+
+def joined_candidates(
+  requests: Sequence[Request],
+  schema: FeatureSchema,
+  content: np.ndarray | None,
+  tokens: TokenInputs = PLAIN,
+  last_event_ms: Sequence[int | None] = (),
+  own_content: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+  """All candidates of several requests, one request's after another's: at once, since a call costs more than a row.
+
+  Args:
+    requests: the requests.
+    schema: column order.
+    content: [all candidates, content_width], or None if the schema has none.
+    tokens: what the model reads besides.
+    last_event_ms: of each request, see `candidate_inputs`; read only with time gaps.
+    own_content: like `content`, see `candidate_inputs`.
+
+  Returns:
+    What `candidate_inputs` makes of each, without mask, labels and padding.
+  """
+  counts = [len(request) for request in requests]
+  names = ('timestamp', 'created_at', 'item', 'surface', 'dense', 'sparse', 'embedding')
+  joined = replace(
+    requests[0], **{name: np.concatenate([getattr(request, name) for request in requests]) for name in names}
+  )
+  ends = np.repeat([request.history_end for request in requests], counts)
+  gaps = 0
+  if tokens.gap_buckets:
+    pairs = zip(requests, last_event_ms, strict=True)
+    gaps = np.repeat([request_gap(r.timestamp, last, tokens.gap_buckets) for r, last in pairs], counts)
+  columns = _candidate_columns(joined, ends, gaps, schema, content, tokens, own_content)
+  del columns['mask']
+  return columns
+
+
+def _candidate_columns(
+  request: Request,
+  history_end: int | np.ndarray,
+  gap: int | np.ndarray,
+  schema: FeatureSchema,
+  content: np.ndarray | None,
+  tokens: TokenInputs,
+  own_content: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+  """The inputs of a request's n candidates; `history_end` and `gap` may be of each, [n]. Labels are not read."""
+  item, surface = request.item, request.surface
+  words, count = key_words(item), len(item)
+  age = item_age_hours(request.timestamp, request.created_at)
+  events = np.empty(count, np.float32)
+  events[:] = np.minimum(history_end, schema.history_length)
+  dense = np.concatenate([request.dense, age[:, None], events[:, None]], axis=1)
+  sparse = [request.sparse, surface[:, None].astype(np.int32) + 1]
   if schema.item_buckets:
-    sparse.append(hash_rows(key_words(item), 1, schema.item_buckets, seed=1) + 1)
-  embedding = [request.embedding[rows]]
+    sparse.append(hash_rows(words, 1, schema.item_buckets, seed=1) + 1)
+  embedding = [request.embedding]
   if schema.content_width:
-    embedding.append(content[rows])
+    embedding.append(content)
   columns = {
-    'item': key_words(item),
-    'mask': np.ones(len(item), bool),
+    'item': words,
+    'mask': np.ones(count, bool),
     'age_hours': age,
     'dense': dense.astype(np.float32),
     'sparse': np.concatenate(sparse, axis=1).astype(np.int32),
     'embedding': np.concatenate(embedding, axis=1).astype(np.float32),
-    'labels': request.labels[rows].astype(np.float32),
   }
   if tokens.gap_buckets:
-    gap = request_gap(request.timestamp, last_event_ms, tokens.gap_buckets)
-    columns['gap'] = np.full(len(item), gap, np.int32)
+    columns['gap'] = np.empty(count, np.int32)
+    columns['gap'][:] = gap
   if tokens.items:
-    columns |= tokens.items.inputs(item, None if own_content is None else own_content[rows])
-  return {name: _pad(column, candidates) for name, column in columns.items()}
+    columns |= tokens.items.inputs(item, own_content)
+  return columns
 
 
 def item_age_hours(timestamp: np.ndarray, created_at: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,8 +16,8 @@ _APPENDED_EVENTS = (4, MOST_APPENDED)
 APPENDED_USERS = (2, 8)
 CONTEXT_USERS = (1, 4, 16)
 ITEMS = (64, 4096)
-_WIDTHS = (1, 16, 256)
-_MOST_TILES = 32
+_WIDTHS = (1, 4, 32, 256)
+_TILES = (1, 2, 8, 32)  # of a call
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Sizes:
     """Widths of tiles."""
     return tuple(width for width in _WIDTHS if width <= self.max_rows)
 
-  def most_tiles(self, width: int) -> int:
-    """Of one call."""
-    return max(1, min(_MOST_TILES, self.max_rows // width))
+  def tile_counts(self, width: int) -> tuple[int, ...]:
+    """M of the calls with tiles of a width."""
+    return tuple(count for count in _TILES if count * width <= self.max_rows)
 
   @property
   def batch_rows(self) -> int:
@@ -64,22 +65,28 @@ class Sizes:
   def tiles(self) -> Iterator[tuple[int, int]]:
     """Every (M, T) that `tile_groups` makes."""
     for width in self.widths:
-      count = 1
-      while count <= self.most_tiles(width):
+      for count in self.tile_counts(width):
         yield count, width
-        count *= 2
 
-  def tile_groups(self, counts: Sequence[int]) -> Iterator[TileGroup]:
-    """Cuts each user's candidates into tiles; see `plan_tiles`."""
-    for group in plan_tiles(counts, self.widths, self.max_rows):
-      most = self.most_tiles(group.width)
-      for start in range(0, len(group.user_M), most):
-        part = slice(start, start + most)
-        if group.count_M[part].any():
-          yield TileGroup(group.width, group.user_M[part], group.start_M[part], group.count_M[part])
+  def tile_groups(self, counts: Sequence[int]) -> tuple[TileGroup, ...]:
+    """Cuts each user's candidates into tiles; see `plan_tiles`. Clients tend to ask for the same numbers again."""
+    return _tile_groups(self, tuple(map(int, counts)))
 
 
 DEFAULT_SIZES = Sizes()
+
+
+@lru_cache(maxsize=256)
+def _tile_groups(sizes: Sizes, counts: tuple[int, ...]) -> tuple[TileGroup, ...]:
+  groups = []
+  for group in plan_tiles(counts, sizes.widths, sizes.max_rows):
+    tiles = len(group.user_M)  # a power of two, and so are the counts: the parts fill it
+    size = max(count for count in sizes.tile_counts(group.width) if count <= tiles)
+    for start in range(0, tiles, size):
+      part = slice(start, start + size)
+      if group.count_M[part].any():
+        groups.append(TileGroup(group.width, group.user_M[part], group.start_M[part], group.count_M[part]))
+  return tuple(groups)
 
 
 def event_sizes(history_length: int) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ def content_key(values: Any) -> bytes | None:
   """
   try:
     # Version 2 writes no references, which would tell an object that occurs twice from two equal ones.
-    return hashlib.blake2b(marshal.dumps(values, 2), digest_size=16).digest()
+    # SHA-256: processors have instructions for it, so it takes half the time of BLAKE2b.
+    return hashlib.sha256(marshal.dumps(values, 2)).digest()
   except ValueError:
     return None
 

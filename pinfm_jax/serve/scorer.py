@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pinfm_jax.data.featurize import candidate_inputs
+from pinfm_jax.data.featurize import joined_candidates
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import key_words
@@ -246,14 +246,17 @@ class Scorer:
 
   def _candidates(self, requests: Sequence[ScoringRequest]) -> Arrays:
     """Inputs of all the requests' candidates, one after another."""
-    schema, parts = self.bundle.manifest.schema, []
-    for r in requests:
-      count = len(r.item_ids)
-      content = self._content(r)
-      arguments = (slice(0, count), count, schema, content, self._tokens, r.last_event_ms, r.content)
-      parts.append(candidate_inputs(r.candidates, *arguments))
-    flat = batches.joined(parts)
-    del flat['labels'], flat['mask']
+    schema = self.bundle.manifest.schema
+    content = [self._content(r) for r in requests] if schema.content_width else None
+    own = [r.content for r in requests] if content and self._tokens.items else None
+    flat = joined_candidates(
+      [r.candidates for r in requests],
+      schema,
+      np.concatenate(content) if content else None,
+      self._tokens,
+      [r.last_event_ms for r in requests],
+      np.concatenate(own) if own else None,
+    )
     if self.bundle.rows is not None:
       flat['rows'] = self.bundle.rows.rows(flat['item'])
     return flat

@@ -24,6 +24,9 @@ def claim(directory: Path, settings: Mapping[str, Any], started: bool = True) ->
     settings: everything that the stage's result depends on.
     started: whether anything made with the settings found there may stand; if not, they are replaced.
 
+  An option that is off ('', 0, false, none) and that the settings found there do not name is not a difference: it is
+  newer than they are.
+
   Raises:
     OtherSettingsError: it was made with other settings; the first differing one is named.
   """
@@ -32,7 +35,8 @@ def claim(directory: Path, settings: Mapping[str, Any], started: bool = True) ->
   if started and path.exists():
     found, expected = _flat(_read(path)), _flat(settings)
     for name in (*expected, *found):  # a setting that is no longer there differs too
-      if found.get(name) != expected.get(name):
+      newer = name not in found and not expected[name]
+      if not newer and found.get(name) != expected.get(name):
         raise OtherSettingsError(
           f'{directory} was made with {name}={found.get(name)!r}, now it is {expected.get(name)!r}; '
           f'use another --workdir, the old setting, or delete {directory}'

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import polars as pl
 import pytest
 import toy_bundle
 from test_bundle import change_manifest
@@ -34,7 +35,9 @@ def toy():
 
 @pytest.fixture(scope='module')
 def bundle(toy, tmp_path_factory):
-  return toy.export(tmp_path_factory.mktemp('bundles') / 'bundle')
+  keys = toy.tokens.items.keys_V
+  catalogue = pl.DataFrame({'item_key': keys, 'item_id': [f'name/{i}' for i in range(len(keys))]})
+  return toy.export(tmp_path_factory.mktemp('bundles') / 'bundle', catalogue=catalogue, card='# A toy\n')
 
 
 @pytest.fixture(scope='module')
@@ -57,6 +60,8 @@ def without(manifest, *names):
 def test_a_bundle_survives_the_round_trip(toy, bundle, tmp_path):
   """Byte for byte, the codes of int4 included, but for the time of export."""
   again = export_bundle(tmp_path / 'again', ranker_of_bundle(bundle))
+  names = [entry.name for entry in Manifest.read(bundle).files]
+  assert {'items/catalogue.parquet', 'MODEL_CARD.md', 'items/known.bin', 'tables.bin'} <= set(names)
   for entry in Manifest.read(bundle).files:
     assert (again / entry.name).read_bytes() == (bundle / entry.name).read_bytes(), entry.name
   assert without(again, 'created', 'checksum') == without(bundle, 'created', 'checksum')

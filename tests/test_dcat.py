@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pinfm_jax.config import PinFMConfig, TableConfig, TowerConfig
+from pinfm_jax.model.dcat import LayerKV, attend_blocks, attend_context, own_part
 from pinfm_jax.model.pinfm import EventBatch, PinFM
 
 USERS, LENGTH, CANDIDATES = 4, 9, 5
@@ -119,3 +120,63 @@ def test_history_longer_than_the_positions_is_refused():
   longer = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1) if x.ndim > 1 else x, events)
   with pytest.raises(ValueError, match='max_positions'):
     model.apply(params, jnp.zeros((USERS, 2 * LENGTH, 16)), longer, method='encode')
+
+
+def _attention(query, key, value, mask, own_key, own_value):
+  """Softmax attention of each candidate over its user's visible keys and itself, one at a time in float64."""
+  output = np.zeros(query.shape)
+  for u, c, h in np.ndindex(query.shape[:3]):
+    keys = np.concatenate([key[u, mask[u], h], own_key[u, c, h][None]]).astype(np.float64)
+    values = np.concatenate([value[u, mask[u], h], own_value[u, c, h][None]]).astype(np.float64)
+    scores = keys @ query[u, c, h] / np.sqrt(query.shape[-1])
+    weights = np.exp(scores - scores.max())
+    output[u, c, h] = weights @ values / weights.sum()
+  return output
+
+
+def _attention_inputs(scale):
+  rng = np.random.default_rng(3)
+  normal = lambda *shape: (scale * rng.normal(size=shape)).astype(np.float32)
+  mask = rng.random((4, 11)) < 0.6
+  mask[0], mask[1, :8], mask[2] = False, False, True  # no key at all; none in the first blocks; all
+  return normal(4, 5, 2, 8), normal(4, 11, 2, 8), normal(4, 11, 2, 8), mask, normal(4, 5, 2, 8), normal(4, 5, 2, 8)
+
+
+@pytest.mark.parametrize('block', [None, 1, 4, 11])
+@pytest.mark.parametrize('scale', [1.0, 30.0])  # scores of thousands: far beyond what exp can hold
+def test_merged_parts_equal_one_softmax(block, scale):
+  query, key, value, mask, own_key, own_value = inputs = _attention_inputs(scale)
+  if block is None:
+    got = attend_context(query, LayerKV(key, value), mask, LayerKV(own_key, own_value))
+  else:
+    own = own_part(query, LayerKV(own_key, own_value), causal=False)
+    got = attend_blocks(query, LayerKV(key, value), mask, own, block).output_UCHK
+  np.testing.assert_allclose(got, _attention(*inputs), rtol=2e-5, atol=2e-5 * scale)
+
+
+def test_blocks_of_keys_have_the_gradients_of_the_plain_form():
+  query, key, value, mask, own_key, own_value = _attention_inputs(1.0)
+  weight = np.random.default_rng(4).normal(size=query.shape)
+
+  def plain(query, context, own):
+    return jnp.sum(weight * attend_context(query, context, mask, own))
+
+  def blocks(query, context, own):
+    return jnp.sum(weight * attend_blocks(query, context, mask, own_part(query, own, False), 4).output_UCHK)
+
+  arguments = query, LayerKV(key, value), LayerKV(own_key, own_value)
+  got, expected = (jax.jit(jax.grad(form, argnums=(0, 1, 2)))(*arguments) for form in (blocks, plain))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert np.abs(b).max() > 0.1
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('length', 'candidates', 'blocks'), [(256, 100, False), (512, 100, True), (513, 100, True), (2048, 1, False)]
+)
+def test_many_candidates_read_a_long_history_in_blocks(length, candidates, blocks):
+  tokens = lambda count: jax.ShapeDtypeStruct((2, count, 2, 8), jnp.float32)
+  context, own = (LayerKV(tokens(count), tokens(count)) for count in (length, candidates))
+  mask = jax.ShapeDtypeStruct((2, length), bool)
+  program = jax.make_jaxpr(attend_context)(tokens(candidates), context, mask, own)
+  assert ('scan' in str(program)) == blocks

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ def make(kind):
 
 
 def scores(client, path, documents, **sizes):
-  inputs = StackedInputs(path, client.portable.bundle)
+  inputs = StackedInputs.load(path)
   requests = [inputs.parse(document) for document in documents]
   given = inputs.candidates(requests, sizes.get('count'))
   if client.portable.bundle.tables:
@@ -102,6 +103,10 @@ def test_onnx_scores_equal_the_training_path(onnx, dataset, documents):
   np.testing.assert_allclose(scores(client, path, documents), expected, atol=1e-5)
   padded = scores(client, path, documents, length=20, count=9)[:, :5]
   np.testing.assert_allclose(padded, expected, atol=1e-5)
+  inputs = StackedInputs.load(path)
+  for length in (1, 21):
+    with pytest.raises(ValueError, match=f'got length {length}, expected 20 .the longest window. to 20 events'):
+      inputs.context([inputs.parse(document) for document in documents], length)
   for i in (0, 2):  # one user at a time, as many events and candidates as there are
     one = scores(client, path, [documents[i] | {'candidates': documents[i]['candidates'][:2]}])
     np.testing.assert_allclose(one[0], expected[i, :2], atol=1e-5)
@@ -126,7 +131,7 @@ def test_the_manifest_says_what_the_models_take(onnx):
     assert 'surface int32[U, L]' in text
 
 
-@pytest.mark.parametrize('storage', ['int4', 'int8'])
+@pytest.mark.parametrize('storage', ['int4', pytest.param('int8', marks=pytest.mark.slow)])
 def test_onnx_equals_the_bundle_with_packed_tables(storage, dataset, documents, tmp_path):
   """Rows are unpacked inside the model: no tolerance for the quantisation is needed."""
   pytest.importorskip('onnx')
@@ -144,14 +149,14 @@ def test_items_and_pairs_equal_the_module(dataset, documents, tmp_path):
   pytest.importorskip('onnx')
   toy = make('inputs')
   path = export_portable(tmp_path / 'onnx', toy.trained(), 'onnx', storage='float32')
-  client, inputs = Onnx(path), StackedInputs(path, PortableManifest.read(path).bundle)
+  client, inputs = Onnx(path), StackedInputs.load(path)
   requests = [inputs.parse(document) for document in documents]
   given = inputs.candidates(requests) | client('context', inputs.context(requests))
   examples = [(dataset.history(i), dataset.request(i), None) for i in range(len(LENGTHS))]
   examples = [(h, r, toy_bundle.content_of(r.item)) for h, r, _ in examples]
   batch = toy_bundle.ranking_batch(examples, toy.tokens)
   vectors_ULV, vectors_UCV = toy_bundle.vectors(toy.rows_GE, batch)
-  apply = lambda method, *arguments: toy.module.apply({'params': toy.params}, *arguments, method=method)
+  apply = lambda method, *given: jax.jit(partial(toy.module.apply, method=method))({'params': toy.params}, *given)
   kept = apply('context', vectors_ULV, batch.events)
   np.testing.assert_allclose(
     client('pairs', given)['output'], apply('pairs', vectors_UCV, kept, batch.candidates), atol=1e-5
@@ -187,6 +192,14 @@ def test_damage_and_other_versions_are_refused(onnx, tmp_path):
     (copy / MANIFEST).write_text(text.replace(before, after, 1))
     with pytest.raises(UserError, match=message):
       PortableManifest.read(copy)
+  (copy / MANIFEST).write_text(text)
+  model = copy / 'models' / 'crossing' / '1' / 'model.onnx'
+  octets = bytearray(model.read_bytes())
+  octets[len(octets) // 2] ^= 1
+  model.write_bytes(octets)
+  with pytest.raises(UserError, match=r'model.onnx is damaged'):
+    StackedInputs.load(copy)
+  assert list(damaged_files(copy, inspect(copy).files)) == ['models/crossing/1/model.onnx']
   (copy / MANIFEST).unlink()
   with pytest.raises(UserError, match='has no manifest.json; make it with'):
     PortableManifest.read(copy)

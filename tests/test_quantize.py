@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.quantize import dequantise, dequantise_on_device, quantise, quantise_parts, row_bytes
+from pinfm_jax.serve.quantize import PackedRows, dequantise, dequantise_on_device, quantise, quantise_parts, row_bytes
 
 
 @pytest.fixture(scope='module')
@@ -122,8 +122,10 @@ def test_parts_equal_the_whole(clip):
 
 def test_packed_parts_pass_as_they_are():
   packed = quantise(np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32), 'int4')
-  for part in quantise_parts([packed, packed[:2]], 'int4'):
+  for part in quantise_parts(PackedRows([packed, packed[:2]], 'int4'), 'int4', clip=True):
     np.testing.assert_array_equal(part, packed[: len(part)])
+  [other] = quantise_parts(PackedRows([packed], 'int4'), 'int8')
+  np.testing.assert_array_equal(other, quantise(dequantise(packed, 'int4'), 'int8'))
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 1e5])

@@ -29,7 +29,7 @@ with socket.create_server(('127.0.0.1', 0)) as free:
   port = free.getsockname()[1]
 ray.init(num_cpus=2, include_dashboard=False, logging_level='ERROR')
 serve.start(http_options={'host': '127.0.0.1', 'port': port})
-serve.run(application({'bundle': bundle, 'replicas': '2', 'cpus': '0.5', 'max_batch': '4'}))
+serve.run(application({'bundle': bundle, 'replicas': '2', 'cpus': '0.5', 'max_batch': '4', 'cache_users': '8'}))
 replicas = serve.status().applications['default'].deployments['pinfm'].replica_states
 answers = [None] * len(documents)
 

@@ -1,39 +1,24 @@
-"""Row servers and their client: the rows of the file bit for bit, whatever fails, and nothing of another bundle."""
+"""The client of row servers: the rows of the file bit for bit, whatever fails, and nothing of another bundle."""
 
-import http.client
-import json
+import gc
 import re
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import toy_bundle
+from row_servers import ALL, FAST, Running, broken, client, export_tables, ids, servers, until
 
-from pinfm_jax.cli import main
 from pinfm_jax.errors import UserError
-from pinfm_jax.model.hashing import hash_rows, key_words
-from pinfm_jax.serve.bundle import load_bundle
-from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.model.hashing import hash_rows
+from pinfm_jax.serve.manifest import Manifest
 from pinfm_jax.serve.remote_rows import RemoteRows, RowLimits, RowsUnavailableError
-from pinfm_jax.serve.row_wire import LAYOUT, ROWS, TABLES_HEADER
+from pinfm_jax.serve.row_server import Part
 from pinfm_jax.serve.rows import MappedRows
-from pinfm_jax.serve.scorer import Scorer
-
-pytest.importorskip('uvicorn')
-pytest.importorskip('starlette')
-from pinfm_jax.serve.row_server import Part, RowService, row_server
-
-ALL = Part()
-FAST = RowLimits(timeout_s=0.5, attempts=2, recheck_s=0.1)
 
 
 @pytest.fixture(scope='module')
@@ -43,95 +28,18 @@ def toy():
 
 @pytest.fixture(scope='module')
 def bundle(toy, tmp_path_factory):
-  return toy.export(tmp_path_factory.mktemp('bundles') / 'bundle')
+  return export_tables(toy, tmp_path_factory.mktemp('bundles') / 'bundle')
 
 
 @pytest.fixture(scope='module')
 def local(bundle):
-  return load_bundle(bundle).rows
+  return MappedRows(bundle / 'tables.bin', Manifest.read(bundle).tables)
 
 
 @pytest.fixture(scope='module')
 def other(toy, tmp_path_factory):
   """A bundle of the same layout with other rows."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {'context': b'c', 'crossing': b'x'})
-    return toy.export(tmp_path_factory.mktemp('others') / 'bundle', rows_GE=toy.rows_GE + 1)
-
-
-def ids(count: int, seed: int = 0, distinct: int = 2**63) -> np.ndarray:
-  return key_words(np.random.default_rng(seed).integers(0, distinct, count).astype(np.uint64))
-
-
-class Running:
-  """A row server in a thread."""
-
-  def __init__(self, bundle, part=ALL, port=0, **options):
-    self.service = RowService(bundle, part, **options)
-    self._server = row_server(self.service)
-    listening = socket.create_server(('127.0.0.1', port))
-    self.port = listening.getsockname()[1]
-    self.url = f'http://127.0.0.1:{self.port}'
-    self._thread = threading.Thread(target=self._server.run, kwargs={'sockets': [listening]}, daemon=True)
-    self._thread.start()
-
-  def stop(self):
-    self._server.should_exit = True
-    self._thread.join(10)
-    assert not self._thread.is_alive()
-
-
-@contextmanager
-def servers(bundle, *parts, **options):
-  running = [Running(bundle, part, **options) for part in parts]
-  try:
-    yield running
-  finally:
-    for server in running:
-      server.stop()
-
-
-def client(urls, bundle, limits=FAST):
-  return RemoteRows.connect(bundle, urls, limits)
-
-
-@contextmanager
-def broken(running, answer):
-  """A server that describes itself as `running` does and answers requests for rows with `answer(handler)`."""
-  description = running.service.served.text().encode()
-
-  class Handler(BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-
-    def do_GET(self):
-      self.send_response(200)
-      self.send_header('Content-Length', str(len(description)))
-      self.end_headers()
-      self.wfile.write(description)
-
-    def do_POST(self):
-      self.rfile.read(int(self.headers['Content-Length']))
-      asked.append(self.path)
-      answer(self)
-
-    def log_message(self, *_):
-      pass
-
-  asked: list[str] = []
-  server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.02}, daemon=True).start()
-  try:
-    yield f'http://127.0.0.1:{server.server_address[1]}', asked
-  finally:
-    server.shutdown()
-    server.server_close()
-
-
-def until(true, seconds=10.0):
-  end = time.monotonic() + seconds
-  while not true():
-    assert time.monotonic() < end, 'it did not come to pass'
-    time.sleep(0.02)
+  return export_tables(toy, tmp_path_factory.mktemp('others') / 'bundle', rows_GE=toy.rows_GE + 1)
 
 
 @pytest.mark.parametrize('parts', [1, 3])
@@ -307,6 +215,17 @@ def test_a_server_that_is_down_at_the_start_joins_later(bundle, local):
       late.stop()
 
 
+def test_a_client_that_nobody_holds_stops_looking(bundle):
+  with servers(bundle, ALL) as [server]:
+    rows = client(['http://127.0.0.1:9', server.url], bundle)
+    watch = rows._watch
+    assert watch.is_alive()
+    del rows
+    gc.collect()
+    watch.join(5)
+    assert not watch.is_alive()
+
+
 def test_rows_that_no_server_has_are_named(bundle):
   with (
     servers(bundle, Part(1, 4), Part(3, 4)) as running,
@@ -339,69 +258,6 @@ def test_a_server_that_comes_back_with_another_bundle_is_not_believed(bundle, ot
       assert not rows._replicas[0].up
     finally:
       changed.stop()
-
-
-def post(url, body, sha256, path=ROWS):
-  connection = http.client.HTTPConnection(url.removeprefix('http://'), timeout=5)
-  connection.request('POST', path, body, {TABLES_HEADER: sha256})
-  response = connection.getresponse()
-  answer = response.status, response.read()
-  connection.close()
-  return answer
-
-
-def test_the_server_refuses_what_it_cannot_answer(bundle):
-  with servers(bundle, Part(2, 2), most_rows=10) as [server]:
-    sha256 = server.service.served.sha256
-    numbers = lambda *values: np.array(values, '<u4').tobytes()
-    assert post(server.url, numbers(50, 99), sha256)[0] == 200
-    assert post(server.url, b'', sha256) == (200, b'')
-    assert post(server.url, numbers(*[50] * 11), sha256) == (413, b'at most 10 rows a request')
-    chunks = (numbers(50) for _ in range(11))  # no length is stated beforehand
-    assert post(server.url, chunks, sha256)[0] == 413
-    assert post(server.url, b'12345', sha256)[0] == 400
-    for outside in (49, 100, 2**32 - 1):
-      assert post(server.url, numbers(50, outside), sha256) == (400, b'this server has the rows 50 to 99')
-    assert post(server.url, numbers(50), 'f' * 64)[0] == 409
-    assert post(server.url, b'', sha256, path=LAYOUT)[0] == 405
-
-
-def test_a_body_that_does_not_come_is_not_waited_for(bundle, monkeypatch):
-  monkeypatch.setattr('pinfm_jax.serve.row_server._BODY_S', 0.2)
-  with servers(bundle, ALL) as [server], socket.create_connection(('127.0.0.1', server.port), timeout=5) as slow:
-    headers = f'Host: a\r\n{TABLES_HEADER}: {server.service.served.sha256}\r\nContent-Length: 8'
-    head = f'POST {ROWS} HTTP/1.1\r\n{headers}\r\n'
-    slow.sendall(head.encode() + b'\r\n1234')
-    assert slow.recv(1000).startswith(b'HTTP/1.1 408')
-
-
-def test_a_request_under_way_is_answered_before_the_server_ends(bundle, local):
-  server = Running(bundle)
-  begun, go_on, look_up = threading.Event(), threading.Event(), server.service.look_up
-
-  def slowly(body):
-    begun.set()
-    go_on.wait(10)
-    return look_up(body)
-
-  server.service.look_up = slowly
-  with client([server.url], bundle, RowLimits(timeout_s=10, attempts=1)) as rows, ThreadPoolExecutor(2) as pool:
-    answer = pool.submit(rows.rows, ids(5))
-    assert begun.wait(10)
-    end = pool.submit(server.stop)
-    until(lambda: refused(server.port))  # no new connection is taken
-    assert not answer.done()
-    go_on.set()
-    np.testing.assert_array_equal(answer.result(), local.rows(ids(5)))
-    end.result()
-
-
-def refused(port):
-  try:
-    socket.create_connection(('127.0.0.1', port), timeout=1).close()
-  except OSError:
-    return True
-  return False
 
 
 def test_several_threads_share_a_client(bundle, local):
@@ -441,67 +297,7 @@ def test_something_that_is_no_row_server_is_named(bundle):
     server.server_close()
 
 
-def test_damaged_tables_are_not_served(bundle, tmp_path):
-  copy = shutil.copytree(bundle, tmp_path / 'copy')
-  content = bytearray((copy / 'tables.bin').read_bytes())
-  content[7] ^= 1
-  (copy / 'tables.bin').write_bytes(content)
-  with pytest.raises(UserError, match='tables.bin is damaged'):
-    RowService(copy)
-
-
-@pytest.mark.parametrize('text', ['0/3', '4/3', '1', 'a/b', '-1/2', '1/0'])
-def test_parts_are_checked(text):
-  with pytest.raises(UserError, match='expected I/N'):
-    Part.parse(text)
-
-
-def test_parts_cover_all_rows_once():
-  edges = [Part(i, 7).rows(100) for i in range(1, 8)]
-  assert [first for first, _ in edges] == [0, *[last for _, last in edges[:-1]]]
-  assert edges[-1][1] == 100
-  with pytest.raises(UserError, match='give fewer'):
-    Part(1, 101).rows(100)
-
-
 @pytest.mark.parametrize('url', ['localhost:80', 'ftp://a', 'http://', 'http://a:b', 'http://a?x=1'])
 def test_urls_are_checked(bundle, url):
   with pytest.raises(UserError, match='expected http://HOST:PORT'):
     RemoteRows.connect(bundle, [url])
-
-
-def test_a_bundle_without_its_tables_scores_with_remote_rows(bundle, toy, tmp_path):
-  """The command of the server and of the scorer, and the server's end: SIGTERM is no error."""
-  thin = shutil.copytree(bundle, tmp_path / 'thin')
-  (thin / 'tables.bin').unlink()
-  with pytest.raises(UserError, match=r'tables.bin is missing'):
-    load_bundle(thin)
-  command = [sys.executable, '-m', 'pinfm_jax.cli', 'serve-rows', str(bundle), '--port', '0']
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-  try:
-    line = process.stdout.readline()
-    url = re.search(r'rows 0 to 99 of 100 on (http://\S+)', line)[1]
-    dataset = toy_bundle.ToyDataset([3, 0, 20])
-    documents = list(dataset_requests(dataset, range(3), toy_bundle.LENGTH))
-    with client([url], thin, RowLimits(timeout_s=10)) as rows:
-      remote = list(Scorer.load(thin, rows=rows).score(documents))
-      assert remote == list(Scorer.load(bundle).score(documents))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
-    assert process.stdout.read() == ''
-  finally:
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
-def test_the_command_scores_with_row_servers(bundle, toy, tmp_path, capsys):
-  dataset = toy_bundle.ToyDataset([3])
-  requests, out = tmp_path / 'requests.jsonl', tmp_path / 'scores.jsonl'
-  requests.write_text(''.join(json.dumps(d) + '\n' for d in dataset_requests(dataset, range(1), toy_bundle.LENGTH)))
-  with servers(bundle, Part(1, 2), Part(2, 2)) as running:
-    rows = ','.join(server.url for server in running)
-    assert main(['score', str(bundle), str(requests), '--out', str(out), '--rows', rows]) == 0
-  assert len(out.read_text().splitlines()) == 1
-  assert main(['score', str(bundle), str(requests), '--out', str(out), '--rows', 'http://127.0.0.1:9']) == 2
-  assert 'no row server has the rows 0 to 99' in capsys.readouterr().err

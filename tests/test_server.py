@@ -18,12 +18,14 @@ pytest.importorskip('prometheus_client')
 from serving import ask, infer, probabilities, results, running, whole
 
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.batches import Sizes
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.http.app import Limits
 from pinfm_jax.serve.http.batching import BatchLimits
 from pinfm_jax.serve.scorer import Scorer
 
 LENGTHS = [0, 1, 7, 20, 33]
+SIZES = Sizes(cache_users=8, max_users=4, max_rows=16)  # few programs to compile
 NAMES = ('click', 'hide', 'utility')
 SMALL = Limits(BatchLimits(max_queue=8), timeout_s=120, max_body=200_000, max_candidates=6, max_events=30)
 
@@ -44,7 +46,7 @@ def documents():
 
 @pytest.fixture(scope='module')
 def scorer(bundle):
-  return Scorer.load(bundle)
+  return Scorer.load(bundle, sizes=SIZES)
 
 
 @pytest.fixture(scope='module')
@@ -373,9 +375,9 @@ def test_reload_under_traffic_loses_nothing_and_mixes_nothing(bundle, documents,
   shutil.copytree(bundle, place)
   toy = toy_bundle.make_toy()
   other = toy.export(tmp_path / 'other', storage='float32', rows_GE=toy.rows_GE[::-1].copy())
-  wanted = {'1': expected, '2': list(Scorer.load(other).score(documents))}
+  wanted = {'1': expected, '2': list(Scorer.load(other, sizes=SIZES).score(documents))}
   assert np.abs(probabilities(wanted['2'][2]) - probabilities(expected[2])).max() > 1e-3
-  with running(lambda: Scorer.load(place)) as (port, service):
+  with running(lambda: Scorer.load(place, sizes=SIZES)) as (port, service):
     infer(port, whole(documents))  # compiled
     stop, answers = threading.Event(), []
 

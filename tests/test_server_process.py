@@ -47,8 +47,9 @@ def expected(bundle, documents):
 @contextmanager
 def process(bundle, *options):
   """A `pinfm serve` process; yields it, its port and the lines of its log as they come."""
-  command = [sys.executable, '-m', 'pinfm_jax.cli', 'serve', str(bundle), '--port', '0', *options]
-  child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+  command = [sys.executable, '-m', 'pinfm_jax.cli', 'serve', str(bundle), '--port', '0', '--max-batch', '2', *options]
+  environment = {**os.environ, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
   log = []
   reader = threading.Thread(target=lambda: log.extend(iter(child.stderr.readline, '')), daemon=True)
   reader.start()
@@ -81,13 +82,13 @@ def test_signals_under_traffic(bundle, documents, expected):
         while not stop.is_set():
           sent = loop.time()
           answers.append((sent, number % 3, *await client.post(*posts[number % 3])))
-          await asyncio.sleep(0.002)
+          await asyncio.sleep(0.01)
 
       async def until(version):
         while not any(code == 200 and json.loads(text)['model_version'] == version for *_, code, _, text in answers):
           await asyncio.sleep(0.05)
 
-      callers = [asyncio.create_task(caller(i)) for i in range(6)]
+      callers = [asyncio.create_task(caller(i)) for i in range(3)]
       await until('1')
       child.send_signal(signal.SIGHUP)
       await until('2')

@@ -45,6 +45,15 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path, change
   assert (tmp_path / 'settings.json').read_text() == before
 
 
+def test_an_option_that_is_newer_than_the_run_and_off_is_no_difference(tmp_path):
+  claim(tmp_path, SETTINGS)
+  claim(tmp_path, {**SETTINGS, 'start_from': '', 'data': {**SETTINGS['data'], 'flag': False, 'count': 0}})
+  with pytest.raises(UserError, match="start_from='', now it is 'a'"):
+    claim(tmp_path, {**SETTINGS, 'start_from': 'a', 'data': {**SETTINGS['data'], 'flag': False, 'count': 0}})
+  with pytest.raises(UserError, match='data.count=0, now it is None'):  # an option that was there is missing
+    claim(tmp_path, {**SETTINGS, 'start_from': '', 'data': {**SETTINGS['data'], 'flag': False}})
+
+
 def test_the_first_difference_is_the_one_that_is_named(tmp_path):
   claim(tmp_path, {'a': 1, 'b': 2, 'c': 3})
   with pytest.raises(UserError, match='b=2, now it is 5'):

@@ -11,6 +11,8 @@ def add_bench(commands) -> None:
   _add_tables(kinds)
   _add_pretrain(kinds)
   _add_scaling(kinds)
+  _add_dcat(kinds)
+  _add_serving(kinds)
 
 
 def _add_tables(kinds) -> None:
@@ -81,6 +83,48 @@ def _scaling(arguments: argparse.Namespace) -> None:
   from pinfm_jax.bench.scaling import bench_scaling
 
   bench_scaling(arguments.file, arguments.out, arguments.quick)
+
+
+def _add_dcat(kinds) -> None:
+  command = kinds.add_parser(
+    'dcat',
+    help="candidates/s of DCAT, of the paper's forms and of the history re-run per candidate",
+    description='Times the forms of the candidate pass, serving and training, and the cost against candidates and '
+    'length, in one process, interleaved.',
+  )
+  _add_common(command, 'dcat')
+  command.add_argument('--parts', metavar='A,B', help='only these: serving, training, curve (default: all)')
+  command.set_defaults(function=_dcat)
+
+
+def _dcat(arguments: argparse.Namespace) -> None:
+  _threads(arguments)
+  from pinfm_jax.bench.dcat import FULL, PARTS, QUICK, bench_dcat
+
+  bench_dcat(arguments.out, _parts(arguments, PARTS), QUICK if arguments.quick else FULL)
+
+
+def _add_serving(kinds) -> None:
+  command = kinds.add_parser(
+    'serving',
+    help="requests/s with kept users, a server under load, huge tables, int4's quality",
+    description='Measures serving. cache: requests/s with the keys and values of users kept, against none. load: a '
+    'server process at half and at twice the rate that it can answer. rows: a bundle of 20.48 B parameters, 13 GB of '
+    'disk. int4: the change of AUC of a finished run (--workdir).',
+  )
+  _add_common(command, 'serving')
+  command.add_argument('--parts', metavar='A,B', help='some of: cache, load, rows, int4 (default: cache, load)')
+  command.add_argument('--workdir', metavar='DIR', help='of a finished run, for the part int4')
+  command.add_argument('--keep', action='store_true', help='leave the bundle of the part rows in --out')
+  command.set_defaults(function=_serving)
+
+
+def _serving(arguments: argparse.Namespace) -> None:
+  _threads(arguments)
+  from pinfm_jax.bench.serving import bench_serving
+
+  parts = None if arguments.parts is None else tuple(arguments.parts.split(','))
+  bench_serving(arguments.out, parts, arguments.quick, arguments.workdir, arguments.keep)
 
 
 def _add_common(command: argparse.ArgumentParser, name: str) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pinfm_jax.config import TowerConfig
-from pinfm_jax.model.dcat import LayerKV, View, mix_own, own_scores, visible_keys
+from pinfm_jax.model.dcat import LayerKV, RowKeys, View, heads_first, own_score, visible_keys
 from pinfm_jax.model.layers import dense
 
 Array = jax.Array
@@ -55,6 +55,9 @@ class HSTUBlock(nn.Module):
     if context is None:
       bias_HLM = relative_bias(self.position_bias_PH, x.shape[1])
       mixed, kept = mix_causal(query, own, view.mask_UL, view.segment_UL, bias_HLM, self.config.max_positions), own
+    elif view.layout is not None:
+      rows, kept = view.layout(view, context, own), None
+      mixed = mix_rows(query, rows, self.position_bias_PH, self.config.max_positions)
     else:
       bias_PH, normaliser = self.position_bias_PH, self.config.max_positions
       mixed = mix_context(query, *view.rows(context), own, bias_PH, normaliser, view.causal)
@@ -103,11 +106,7 @@ def mix_causal(
   Returns:
     float32 [U, L, H, K]: the norm that follows takes out a mean much larger than the differences.
   """
-  scores_UHLM = jnp.einsum('ulhk,umhk->uhlm', query_ULHK, kv.key, preferred_element_type=jnp.float32)
-  weights_UHLM = jax.nn.silu(scores_UHLM + bias_HLM) * (1 / normaliser)
-  weights_UHLM = jnp.where(visible_keys(mask_UL, segment_UL), weights_UHLM, 0.0)
-  weights_UHLM = weights_UHLM.astype(kv.value.dtype)
-  return jnp.einsum('uhlm,umhk->ulhk', weights_UHLM, kv.value, preferred_element_type=jnp.float32)
+  return mix_part(query_ULHK, kv, visible_keys(mask_UL, segment_UL), bias_HLM, normaliser)
 
 
 def mix_context(
@@ -140,12 +139,42 @@ def mix_context(
   first_U = jnp.sum(mask_UL, axis=1)
   distance_UXL = (first_U[:, None] + place_X)[..., None] - jnp.arange(mask_UL.shape[1])
   bias_UHXL = bias_PH[jnp.maximum(distance_UXL, 0)].transpose(0, 3, 1, 2)
-  scores_UHCL = jnp.einsum('uchk,ulhk->uhcl', query_UCHK, context.key, preferred_element_type=jnp.float32)
-  weights_UHCL = jax.nn.silu(scores_UHCL + bias_UHXL) * (1 / normaliser)
-  weights_UHCL = jnp.where(mask_UL[:, None, None, :], weights_UHCL, 0.0).astype(context.value.dtype)
-  mixed_UCHK = jnp.einsum('uhcl,ulhk->uchk', weights_UHCL, context.value, preferred_element_type=jnp.float32)
-  own_bias = relative_bias(bias_PH, query_UCHK.shape[1]) if causal else bias_PH[0][:, None, None]
-  own_UHCX = jax.nn.silu(own_scores(query_UCHK, own.key, causal, 0.0) + own_bias) * (1 / normaliser)
+  mixed_UCHK = mix_part(query_UCHK, context, mask_UL[:, None, None], bias_UHXL, normaliser)
   if causal:
-    own_UHCX = jnp.tril(own_UHCX)
-  return mixed_UCHK + mix_own(own_UHCX, own.value, causal)
+    real_UC = jnp.ones(query_UCHK.shape[:2], bool)
+    own_bias_HCC = relative_bias(bias_PH, query_UCHK.shape[1])
+    return mixed_UCHK + mix_causal(query_UCHK, own, real_UC, None, own_bias_HCC, normaliser)
+  weight_UCH1 = jax.nn.silu(own_score(query_UCHK, own.key) + bias_PH[0][:, None]) * (1 / normaliser)
+  return mixed_UCHK + weight_UCH1 * own.value
+
+
+def mix_part(query_UCHK: Array, kv: LayerKV, visible: Array, bias: Array, normaliser: int) -> Array:
+  """Pointwise attention over the keys [U, L, H, K] that are visible; this and the bias broadcast to [U, H, C, L].
+
+  Returns:
+    float32 [U, C, H, K].
+  """
+  users, candidates, heads, width = query_UCHK.shape
+  query, key, value = (heads_first(x) for x in (query_UCHK, kv.key, kv.value))
+  mixed = mix_heads(query, key, value, visible, bias, normaliser, heads)
+  return mixed.reshape(users, heads, candidates, width).swapaxes(1, 2)
+
+
+def mix_heads(
+  query: Array, key: Array, value: Array, visible: Array, bias: Array, normaliser: int, heads: int
+) -> Array:
+  """`mix_part` for arrays [U * H, C or L, K] (see `dcat.attend_heads`): float32 [U * H, C, K]."""
+  scores = jnp.einsum('bck,blk->bcl', query, key, preferred_element_type=jnp.float32)
+  scores_UHCL = scores.reshape(query.shape[0] // heads, heads, *scores.shape[1:])
+  weights_UHCL = jnp.where(visible, jax.nn.silu(scores_UHCL + bias) * (1 / normaliser), 0.0)
+  weights = weights_UHCL.astype(value.dtype).reshape(scores.shape)
+  return jnp.einsum('bcl,blk->bck', weights, value, preferred_element_type=jnp.float32)
+
+
+def mix_rows(query_B1HK: Array, rows: RowKeys, bias_PH: Array, normaliser: int) -> Array:
+  """Pointwise attention of single candidates over the keys of their rows, float32 [B, 1, H, K]."""
+  bias_BH1X = bias_PH[jnp.maximum(rows.distance_BX, 0)].swapaxes(1, 2)[:, :, None]
+  visible_B11X = rows.visible_BX[:, None, None]
+  query, key, value = heads_first(query_B1HK), rows.kv.key, rows.kv.value
+  mixed = mix_heads(query, key, value, visible_B11X, bias_BH1X, normaliser, query_B1HK.shape[2])
+  return mixed.reshape(query_B1HK.shape)

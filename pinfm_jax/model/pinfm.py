@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pinfm_jax.config import PinFMConfig
-from pinfm_jax.model.dcat import LayerKV, View
+from pinfm_jax.model.dcat import LayerKV, Layout, View
 from pinfm_jax.model.transformer import Decoder, dense, last_event
 
 Array = jax.Array
@@ -152,15 +152,29 @@ class PinFM(nn.Module):
     length = events.mask_UL.shape[1]
     if isinstance(length, int) and length > self.config.tower.max_positions:
       raise ValueError(f'histories of {length} events exceed tower.max_positions {self.config.tower.max_positions}')
-    token_ULV = vectors_ULV + self._event_terms(events, hidden_actions_UL)
-    x_ULD, mask_UL = self.phi_in(token_ULV) + self._positions(events), events.mask_UL
-    if token_V is not None:
-      count_U = jnp.sum(mask_UL, axis=1)
-      x_ULD, mask_UL = self._insert(x_ULD, token_V, count_U, count_U), key_mask(count_U, length + 1, 1)
+    x_ULD, mask_UL = self.embed_history(vectors_ULV, events, hidden_actions_UL, token_V)
     output_at_U = None if every_output else last_event(events.mask_UL)
     x_ULD = x_ULD.astype(self.config.tower.dtype)
     output_ULD, kv = self.decoder.context(x_ULD, mask_UL, train, output_at_U, events.segment_UL)
     return self.phi_out(output_ULD[:, :length] if every_output else output_ULD), kv
+
+  def embed_history(
+    self, vectors_ULV: Array, events: EventBatch, hidden_actions_UL: Array | None = None, token_V: Array | None = None
+  ) -> tuple[Array, Array]:
+    """phi_in and positions of the events and the token behind them: [U, L, D] (L + 1), and which places count."""
+    x_ULD = self.phi_in(vectors_ULV + self._event_terms(events, hidden_actions_UL)) + self._positions(events)
+    if token_V is None:
+      return x_ULD, events.mask_UL
+    count_U = jnp.sum(events.mask_UL, axis=1)
+    token_UD = self.phi_in(token_V) + self.position_embedding[count_U]
+    return insert(x_ULD, token_UD, count_U), key_mask(count_U, x_ULD.shape[1] + 1, 1)
+
+  def embed_candidates(self, vectors_MCV: Array, position_M: Array, gap_MC: Array | None = None) -> Array:
+    """phi_in and position of the candidates, which all stand at their user's position: [M, C, D]."""
+    token_MCV = vectors_MCV + self.action_embedding[-1]
+    if self.config.tower.time_gap_buckets:
+      token_MCV += self._gaps(gap_MC)
+    return self.phi_in(token_MCV) + self.position_embedding[position_M][:, None, :]
 
   def extend(
     self,
@@ -191,7 +205,8 @@ class PinFM(nn.Module):
     x_UKD = self.phi_in(vectors_UKV + self._event_terms(events, None)) + self.position_embedding[position_UK]
     if token_V is not None:
       count_U = jnp.sum(events.mask_UL, axis=1)
-      x_UKD = self._insert(x_UKD, token_V, count_U, first_U + count_U)
+      token_UD = self.phi_in(token_V) + self.position_embedding[first_U + count_U]
+      x_UKD = insert(x_UKD, token_UD, count_U)
     output_UKD, kv = self.decoder.extend(x_UKD.astype(self.config.tower.dtype), context, view)
     last_U11 = last_event(events.mask_UL)[:, None, None]
     return self.phi_out(jnp.take_along_axis(output_UKD, last_U11, axis=1)), kv
@@ -204,6 +219,7 @@ class PinFM(nn.Module):
     train: bool = False,
     gap_MC: Array | None = None,
     user_M: Array | None = None,
+    layout: Layout | None = None,
   ) -> Array:
     """The crossing pass: each candidate as the token that follows its user's history (PinFM section 3.2).
 
@@ -214,24 +230,16 @@ class PinFM(nn.Module):
       train: dropout on.
       gap_MC: bucket of the time from the last event to the request, for a model with time gaps.
       user_M: the history that each row (tile) of candidates belongs to; None = row u belongs to history u.
+      layout: one of `dcat_forms`, for rows of one candidate; None = tiles.
 
     Returns:
       Unit-length output at each candidate's position, [M, C, O].
     """
     position_U = jnp.sum(mask_UL, axis=1)  # the candidate's place is right behind the last real event
     position_M = position_U if user_M is None else position_U[user_M]
-    token_MCV = vectors_MCV + self.action_embedding[-1]
-    if self.config.tower.time_gap_buckets:
-      token_MCV += self._gaps(gap_MC)
-    x_MCD = self.phi_in(token_MCV) + self.position_embedding[position_M][:, None, :]
-    x_MCD = x_MCD.astype(self.config.tower.dtype)
-    return self.phi_out(self.decoder.crossing(x_MCD, context, View(mask_UL, user_M=user_M), train))
-
-  def _insert(self, x_UXD: Array, token_V: Array, place_U: Array, position_U: Array) -> Array:
-    """Puts a token at a place of each row, which grows by one: [U, X + 1, D]."""
-    token_UD = self.phi_in(token_V) + self.position_embedding[position_U]
-    here_UX1 = (jnp.arange(x_UXD.shape[1] + 1) == place_U[:, None])[..., None]
-    return jnp.where(here_UX1, token_UD[:, None], jnp.pad(x_UXD, ((0, 0), (0, 1), (0, 0))))
+    x_MCD = self.embed_candidates(vectors_MCV, position_M, gap_MC).astype(self.config.tower.dtype)
+    view = View(mask_UL, user_M=user_M, layout=layout)
+    return self.phi_out(self.decoder.crossing(x_MCD, context, view, train))
 
   def _positions(self, events: EventBatch) -> Array:
     """Position embeddings of the events, counted from the start of each segment: [L, D], or [U, L, D] if packed."""
@@ -256,6 +264,12 @@ class PinFM(nn.Module):
     if gap is None:
       raise ValueError('the model reads time gaps, but the batch has none')
     return self.gap_embedding[gap]
+
+
+def insert(x_UXD: Array, token_UD: Array, place_U: Array) -> Array:
+  """Puts a token at a place of each row, which grows by one, over what stands there: [U, X + 1, D]."""
+  here_UX1 = (jnp.arange(x_UXD.shape[1] + 1) == place_U[:, None])[..., None]
+  return jnp.where(here_UX1, token_UD[:, None], jnp.pad(x_UXD, ((0, 0), (0, 1), (0, 0))))
 
 
 def key_mask(events_U: Array, keys: int, more: int = 0) -> Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pinfm_jax.config import TowerConfig
 from pinfm_jax.model.attention import causal_attention
-from pinfm_jax.model.dcat import LayerKV, View, attend_context
+from pinfm_jax.model.dcat import LayerKV, View, attend_context, attend_rows
 from pinfm_jax.model.hstu import HSTUBlock
 from pinfm_jax.model.layers import dense
 
@@ -47,6 +47,8 @@ class Block(nn.Module):
       # `init` runs on tiny shapes that flash kernels refuse, and any form makes the same parameters.
       kind = 'xla' if self.is_initializing() else self.config.attention
       attended, kept = causal_attention(query, own, view.mask_UL, view.segment_UL, kind), own
+    elif view.layout is not None:
+      attended, kept = attend_rows(query, view.layout(view, context, own)).astype(query.dtype), None
     else:
       attended = attend_context(query, *view.rows(context), own, view.causal)
       kept = own if view.causal else None

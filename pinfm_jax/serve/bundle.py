@@ -289,7 +289,7 @@ def _programs(path: Path, manifest: Manifest, arrays: Mapping[str, Any]) -> dict
 def _write_files(directory: Path, content: Content, rows_GE: Any) -> tuple[FileEntry, ...]:
   names = write_content(directory, content)
   tables = write_tables(directory, rows_GE, content.layout)
-  return (*tables, *(checksums.describe(directory, name)[0] for name in names))
+  return (*tables[:1], *(checksums.describe(directory, name)[0] for name in names), *tables[1:])
 
 
 def write_tables(directory: Path, rows_GE: Any, layout: TableLayout | None) -> list[FileEntry]:

@@ -13,7 +13,7 @@ from pinfm_jax.data.preparation.features import encode_sparse
 from pinfm_jax.errors import UserError
 
 _DIGITS = re.compile(r'-?[0-9]{1,19}')
-_LARGEST_FLOAT = 3.4e38
+LARGEST_FLOAT = 3.4e38
 
 
 def check_names(value: Any, known: Iterable[str], what: str) -> None:
@@ -76,7 +76,7 @@ def read_number(value: Any, name: str) -> float:
   """A dense feature; None (or NaN) is a missing value, NaN."""
   if value is None or value != value:
     return math.nan
-  if not isinstance(value, int | float) or abs(value) > _LARGEST_FLOAT:
+  if not isinstance(value, int | float) or abs(value) > LARGEST_FLOAT:
     raise UserError(f'got {name} {show(value)}, expected a finite number')
   return float(value)
 
@@ -99,7 +99,7 @@ def read_vector(value: Any, name: str, width: int) -> list[float]:
     return [0.0] * width
   if not isinstance(value, list) or len(value) != width or not all(type(x) in (int, float) for x in value):
     raise UserError(f'got {name} {show(value)}, expected a list of {width} numbers')
-  if not all(abs(x) <= _LARGEST_FLOAT for x in value):  # NaN compares false
+  if not all(abs(x) <= LARGEST_FLOAT for x in value):  # NaN compares false
     raise UserError(f'got {name} with a value that is not finite, expected {width} finite numbers')
   return value
 

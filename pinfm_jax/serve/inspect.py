@@ -193,8 +193,9 @@ def _tables_text(manifest: Manifest) -> str:
     return 'none'
   total = tables.sub_tables * tables.rows * tables.row_bytes
   share = 100 * tables.row_bytes / (2 * tables.width)
+  kind = f'{tables.storage}{" (clipped)" if tables.clip else ""}'
   return (
-    f'{tables.sub_tables} x {tables.rows:,} rows x {tables.width}, {tables.storage}: {total:,} bytes, '
+    f'{tables.sub_tables} x {tables.rows:,} rows x {tables.width}, {kind}: {total:,} bytes, '
     f'{share:.2f} % of float16; hash seed {tables.hash_seed}'
   )
 

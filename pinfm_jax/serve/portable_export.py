@@ -22,13 +22,13 @@ from pinfm_jax.serve.bundle import (
   STATS,
   Content,
   TrainedRanker,
-  complete_directory,
   manifest_of,
   table_layout,
   write_items_of,
   write_tables,
 )
-from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, parse_manifest
+from pinfm_jax.serve.files import complete_directory
+from pinfm_jax.serve.manifest import MANIFEST, Manifest, parse_manifest
 
 FORMS = ('onnx', 'savedmodel')
 VERSION = 1
@@ -115,7 +115,7 @@ def export_portable(
     programs = write_programs(directory / 'models', model, weights, ranker.schema.history_length)
     files = [path for path in (directory / 'models').rglob('*') if path.is_file()]
     names = [path.relative_to(directory).as_posix() for path in sorted(files)]
-    content = Content(layout, weights, {}, ranker.items, ranker.model_config)
+    content = Content(layout, weights, {}, ranker.items, ranker.model_config, ranker.catalogue, ranker.card)
     names += write_items_of(directory, content)
     tables = write_tables(directory, ranker.rows_GE, layout)
     entries = (*tables, *(checksums.describe(directory, name)[0] for name in names))
@@ -150,12 +150,6 @@ def _onnx_writer() -> Any:
     return described
 
   return write
-
-
-def check_portable(directory: Path, entry: FileEntry) -> None:
-  """Raises UserError unless the file is there, whole."""
-  checksums.check_size(directory, entry)
-  checksums.check_whole(directory, entry)
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -18,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve.batches import Sizes
 from pinfm_jax.serve.scorer import Scorer
 
 
@@ -32,6 +32,7 @@ class RaySettings:
     gpus: the same; may be a fraction.
     max_batch: requests scored at once.
     max_delay_ms: longest that a request waits for others.
+    cache_users: users whose keys and values each replica keeps; 0 = what fits in 1 GiB, at most 1,024.
     max_queue: requests that may wait for the replicas; Ray answers more with 503.
   """
 
@@ -42,6 +43,7 @@ class RaySettings:
   max_batch: int = 32
   max_delay_ms: float = 2.0
   max_queue: int = 256
+  cache_users: int = 0
 
   @classmethod
   def parse(cls, arguments: Mapping[str, Any]) -> 'RaySettings':
@@ -72,7 +74,7 @@ class BundleReplica:
 
   def __init__(self, settings: RaySettings):
     """Opens the bundle and compiles its programs; Ray sends no request before that is done."""
-    self._scorer = Scorer.load(Path(settings.bundle))
+    self._scorer = Scorer.load(settings.bundle, sizes=Sizes(settings.cache_users or None, settings.max_batch))
     self._scorer.warm_up()
     self.results.set_max_batch_size(settings.max_batch)
     self.results.set_batch_wait_timeout_s(settings.max_delay_ms / 1e3)

@@ -6,6 +6,7 @@ in the background until it answers again; its requests go to the other replicas.
 """
 
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -211,18 +212,29 @@ class RemoteRows:
     """Starts to look after the servers that failed, unless that goes on already."""
     with self._lock:
       if (self._watch is None or not self._watch.is_alive()) and not self._closed.is_set():
-        self._watch = threading.Thread(target=self._watch_failed, name='rows-watch', daemon=True)
+        arguments = (weakref.ref(self), self._closed, self._limits.recheck_s)
+        self._watch = threading.Thread(target=_watch_failed, args=arguments, name='rows-watch', daemon=True)
         self._watch.start()
 
-  def _watch_failed(self) -> None:
-    while not self._closed.wait(self._limits.recheck_s):
-      for replica in self._replicas:
-        if not replica.up:
-          try:
-            self._greet(replica)
-          except UserError:
-            replica.up = False  # it came back with other tables, which its requests would be told as well
-      with self._lock:
-        if all(replica.up for replica in self._replicas):
-          self._watch = None
-          return
+  def _recheck(self) -> bool:
+    """Asks the servers that failed; returns whether all answer now, in which case the watch ends."""
+    for replica in self._replicas:
+      if not replica.up:
+        try:
+          self._greet(replica)
+        except UserError:
+          replica.up = False  # it came back with other tables, which its requests would be told as well
+    with self._lock:
+      well = all(replica.up for replica in self._replicas)
+      if well:
+        self._watch = None
+      return well
+
+
+def _watch_failed(client: weakref.ref, closed: threading.Event, recheck_s: float) -> None:
+  """Rechecks until all is well; a client that nobody holds any more (its bundle was replaced) is not kept by this."""
+  while not closed.wait(recheck_s):
+    rows = client()
+    if rows is None or rows._recheck():
+      return
+    del rows

@@ -15,6 +15,7 @@ knows the content of the items it was exported with; an event or a candidate may
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from pinfm_jax.data.featurize import event_inputs, window_start
 from pinfm_jax.data.records import History, Request
 from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
+from pinfm_jax.serve import columns
 from pinfm_jax.serve.cache import Window
 from pinfm_jax.serve.fields import (
   check_names,
@@ -76,8 +78,8 @@ class ScoringRequest:
     first = self.window.start
     if first not in self.windows:
       count = self.window.stop - first
-      columns = event_inputs(self.history, self.window, count, tokens, self.history_content)
-      self.windows[first] = Window.of({name: column for name, column in columns.items() if name != 'mask'})
+      inputs = event_inputs(self.history, self.window, count, tokens, self.history_content)
+      self.windows[first] = Window.of({name: column for name, column in inputs.items() if name != 'mask'})
     return self.windows[first]
 
   @property
@@ -98,8 +100,8 @@ class _Events:
   @property
   def bytes(self) -> int:
     """About what it takes, with a window."""
-    columns = (self.history.timestamp, self.history.item, self.history.surface, self.history.actions)
-    return 512 + 3 * sum(c.nbytes for c in columns) + (0 if self.content is None else 2 * self.content.nbytes)
+    arrays = (self.history.timestamp, self.history.item, self.history.surface, self.history.actions)
+    return 512 + 3 * sum(array.nbytes for array in arrays) + (0 if self.content is None else 2 * self.content.nbytes)
 
 
 class RequestParser:
@@ -123,7 +125,11 @@ class RequestParser:
     model = manifest.pinfm
     self._needs_times = model is not None and model.tower.time_gap_buckets > 0
     self._event_content = model.content_width if model is not None and model.content else 0
-    self._event_fields = (*_EVENT_FIELDS, *(['content'] if self._event_content else []))
+    self._event_fields = dict.fromkeys((*_EVENT_FIELDS, *(['content'] if self._event_content else [])))
+    self._memo = Memo(_REMEMBERED_BYTES)
+
+  def forget(self) -> None:
+    """Forgets the histories that were checked."""
     self._memo = Memo(_REMEMBERED_BYTES)
 
   def parse(self, document: Any) -> ScoringRequest:
@@ -166,7 +172,10 @@ class RequestParser:
     key = content_key(listed)
     events = None if key is None else self._memo.get(key)
     if events is None:
-      events = self._history(listed)
+      try:
+        events = self._plain_history(listed)
+      except columns.UnusualError:
+        events = self._history(listed)
       if key is not None:
         self._memo.put(key, events, events.bytes)
     last = int(events.history.timestamp[-1]) if events.timed and len(events.history) else None
@@ -176,6 +185,30 @@ class RequestParser:
         'leave out what came after, as in training'
       )
     return events
+
+  def _plain_history(self, listed: list) -> _Events:
+    """`_history` of events that are spelled plainly and need not be merged."""
+    columns.plain_objects(listed, self._event_fields)
+    if not listed or self._event_content and any('content' in event for event in listed):
+      raise columns.UnusualError
+    time = columns.times([event.get('timestamp') for event in listed], missing=-1)
+    timed = bool(time[0] >= 0)
+    if not timed:
+      if self._needs_times or time.max() >= 0:
+        raise columns.UnusualError
+      time = np.arange(len(listed))
+    order = np.argsort(time, kind='stable')
+    time = time[order]
+    if time[0] < 0 or (np.diff(time) == 0).any():
+      raise columns.UnusualError
+    surface = columns.names([event.get('surface') for event in listed], self._surfaces, self._surfaces.get(NO_SURFACE))
+    history = History(
+      time,
+      columns.keys([event.get('item_id') for event in listed], self._id_type)[order],
+      surface.astype(np.uint16)[order],
+      columns.name_sets([event.get('actions', []) for event in listed], self._actions)[order],
+    )
+    return _Events(history, None, timed)
 
   def _history(self, listed: list) -> _Events:
     """Events sorted by time, stably; those that agree in time, item and surface are one event, as in preparation."""
@@ -226,21 +259,44 @@ class RequestParser:
   def _candidates(self, document: Mapping, listed: list, history_events: int) -> Request:
     time = read_time(document.get('timestamp'), 'timestamp')
     surface = self._surface(document.get('surface'))
-    rows = [_at('candidate', i, self._candidate, c, time, surface) for i, c in enumerate(listed)]
-    times, items, created, surfaces, dense, sparse, embedding = zip(*rows, strict=True) if rows else [()] * 7
-    features, count = self._schema.features, len(rows)
+    try:
+      times, items, created, surfaces, dense, sparse, embedding = self._plain_candidates(listed, time, surface)
+    except columns.UnusualError:
+      rows = [_at('candidate', i, self._candidate, c, time, surface) for i, c in enumerate(listed)]
+      times, items, created, surfaces, dense, sparse, embedding = zip(*rows, strict=True) if rows else [()] * 7
+    features, count = self._schema.features, len(listed)
     return Request(
       user_row=0,
       history_end=history_events,
-      timestamp=np.array(times, np.int64),
-      item=np.array(items, np.uint64),
-      created_at=np.array(created, np.int64),
-      surface=np.array(surfaces, np.int32),
+      timestamp=np.asarray(times, np.int64),
+      item=np.asarray(items, np.uint64),
+      created_at=np.asarray(created, np.int64),
+      surface=np.asarray(surfaces, np.int32),
       labels=np.zeros((count, len(self._schema.labels)), np.uint8),
-      dense=np.array(dense, np.float32).reshape(count, len(features.dense)),
-      sparse=np.array(sparse, np.int32).reshape(count, len(features.sparse)),
-      embedding=np.array(embedding, np.float32).reshape(count, features.embedding_width),
+      dense=np.asarray(dense, np.float32).reshape(count, len(features.dense)),
+      sparse=np.asarray(sparse, np.int32).reshape(count, len(features.sparse)),
+      embedding=np.asarray(embedding, np.float32).reshape(count, features.embedding_width),
       reference=None,
+    )
+
+  def _plain_candidates(self, listed: list, time: int | None, surface: int) -> tuple[np.ndarray, ...]:
+    """The columns of `_candidate`, of candidates that are spelled plainly."""
+    columns.plain_objects(listed, self._candidate_fields)
+    times = columns.times([c.get('timestamp', time) for c in listed], missing=-1)
+    created = columns.times([c.get('item_created_at') for c in listed], missing=-1)
+    if (times < 0).any() and (self._needs_times or (created >= 0).any()):
+      raise columns.UnusualError
+    features, count = self._schema.features, len(listed)
+    sparse = (columns.encoded([c.get(f.name) for c in listed], partial(read_sparse, f)) for f in features.sparse)
+    embedding = (columns.vectors([c.get(name) for c in listed], width, 0) for name, width in self._vectors)
+    return (
+      np.maximum(times, 0),
+      columns.keys([c.get('item_id') for c in listed], self._id_type),
+      created,
+      columns.names([c.get('surface') for c in listed], self._surfaces, surface),
+      columns.numbers(listed, features.dense),
+      columns.side_by_side(sparse, count, np.int32),
+      columns.side_by_side(embedding, count, np.float32),
     )
 
   def _candidate(self, candidate: Any, time: int | None, surface: int) -> tuple:
@@ -269,6 +325,10 @@ class RequestParser:
     width = self._schema.content_width
     if not width:
       return None
+    try:
+      return columns.vectors([c.get('content') for c in listed], width, np.nan)
+    except columns.UnusualError:
+      pass
     rows = [
       [np.nan] * width if c.get('content') is None else _at('candidate', i, read_vector, c['content'], 'content', width)
       for i, c in enumerate(listed)

@@ -25,6 +25,8 @@ class Replica:
     Raises:
       UserError: it is no http or https URL.
     """
+    self._idle: list[http.client.HTTPConnection] = []
+    self._lock = threading.Lock()
     try:
       parts = urlsplit(url.strip())
       self._host, self._port = parts.hostname, parts.port
@@ -34,8 +36,6 @@ class Replica:
       raise UserError(f'got the row server {url!r}, expected http://HOST:PORT')
     self.url, self._prefix = url.strip(), parts.path.rstrip('/')
     self._kind = http.client.HTTPSConnection if parts.scheme == 'https' else http.client.HTTPConnection
-    self._idle: list[http.client.HTTPConnection] = []
-    self._lock = threading.Lock()
     self.served: ServedRows | None = None
     self.up = False
 
@@ -66,6 +66,9 @@ class Replica:
       idle, self._idle = self._idle, []
     for connection in idle:
       connection.close()
+
+  def __del__(self):
+    self.close()  # the client of a bundle that was replaced is let go, while its last lookup may still run
 
   def _request(
     self, method: str, path: str, body: bytes, headers: dict[str, str], size: int | None, timeout_s: float

@@ -171,10 +171,12 @@ def serve_rows(bundle: str | Path, host: str, port: int, part: Part = Part()) ->
     import uvicorn  # noqa: F401
   except ModuleNotFoundError as error:
     raise UserError(f"{error.name} is not installed: pip install 'pinfm_jax[serve]'") from None
+  if not 0 <= port <= 65_535:
+    raise UserError(f'--port is {port}, expected 0 to 65535')
   service = RowService(bundle, part)
   try:
     listening = socket.create_server((host, port), backlog=1024)
-  except (OSError, OverflowError) as error:
+  except OSError as error:
     raise UserError(f'cannot listen on {host}:{port} ({error}): give another --host or --port') from None
   signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once it has drained
   served = service.served

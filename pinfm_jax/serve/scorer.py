@@ -155,6 +155,11 @@ class Scorer:
         out[name][start : start + len(some)] = np.asarray(rows)[: len(some)]
     return out
 
+  def forget(self) -> None:
+    """Forgets all users: the next request of each is computed from its events."""
+    self.cache.clear()
+    self._parser.forget()
+
   def warm_up(self, progress: Callable[[int, int], Any] | None = None) -> int:
     """Compiles every program in every size that scoring and `users` call, so that no request waits for it.
 

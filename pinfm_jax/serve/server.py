@@ -2,7 +2,11 @@
 
 import argparse
 import logging
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,14 @@ _HELP = {
   'max_delay_ms': 'longest that a request waits for others to be scored with',
   'max_batch': 'ranking requests scored at once',
   'max_rows': 'candidates scored at once',
+  'cache_users': 'users whose keys and values are kept on the device (default: what fits in 1 GiB, at most 1024)',
   'max_queue': 'ranking requests taken in and not yet answered; more are refused with 429',
   'timeout_ms': 'longest from arrival to the start of scoring; then the answer is 504',
   'max_body_mb': 'MiB of a request body, after decompression too',
   'max_candidates': 'of a ranking request',
   'max_events': "of a ranking request's history",
+  'rows': 'URLs of row servers (`pinfm serve-rows`), with commas between; no tables are needed here',
+  'compiled': 'directory that keeps compiled programs for the next start (default: JAX_COMPILATION_CACHE_DIR, or none)',
   'linger_s': 'after SIGTERM, seconds of answering "not ready" before the port is closed',
 }
 
@@ -35,11 +42,14 @@ class ServerSettings:
   max_delay_ms: float = 2.0
   max_batch: int = 32
   max_rows: int = 8192
+  cache_users: int | None = None
   max_queue: int = 256
   timeout_ms: float = 10_000.0
   max_body_mb: int = 64
   max_candidates: int = 10_000
   max_events: int = 10_000
+  rows: str | None = None
+  compiled: str | None = None
   linger_s: float = 0.0
 
   def check(self) -> None:
@@ -78,7 +88,8 @@ def serve(bundle: str | Path, settings: ServerSettings) -> None:
   # The event loop and the scoring thread wait for the interpreter while another thread decodes; at Python's 5 ms each
   # such wait costs more than a small request. 1.2 to 2 times the requests/s with a scorer that costs nothing.
   sys.setswitchinterval(0.0005)
-  with bind(settings.host, settings.port) as bound:  # before the minutes that compiling may take
+  # The address first: compiling may take minutes.
+  with bind(settings.host, settings.port) as bound, compilation_cache(settings.compiled):
     path = Path(bundle)
     name = settings.name or path.resolve().name
     metrics = Metrics()
@@ -90,15 +101,31 @@ def serve(bundle: str | Path, settings: ServerSettings) -> None:
     Server(service, settings.linger_s, greeting).run(sockets=[bound])
 
 
+@contextmanager
+def compilation_cache(directory: str | None) -> Iterator[None]:
+  """Keeps compiled programs in a directory, or else while the block lasts: a reload mostly has the old programs."""
+  import jax
+
+  with tempfile.TemporaryDirectory(prefix='pinfm-serve-') as temporary:
+    if directory is not None or jax.config.jax_compilation_cache_dir is None:
+      jax.config.update('jax_compilation_cache_dir', directory or temporary)
+    if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    yield
+
+
 def open_scorer(path: Path, settings: ServerSettings) -> Any:
   """Opens the bundle that is at the path now.
 
   Raises:
-    UserError: there is none, or it is damaged.
+    UserError: there is none, it is damaged, or its row servers do not answer.
   """
+  from pinfm_jax.serve.batches import Sizes
+  from pinfm_jax.serve.remote_rows import RemoteRows
   from pinfm_jax.serve.scorer import Scorer
 
-  return Scorer.load(path)
+  rows = None if settings.rows is None else RemoteRows.connect(path, settings.rows.split(','))
+  return Scorer.load(path, rows, sizes=Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
 
 
 def limits(settings: ServerSettings) -> Any:
@@ -126,7 +153,7 @@ def add_serve(commands) -> None:
   )
   command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
   for field in fields(ServerSettings):
-    kind = float if isinstance(field.default, float) else int if isinstance(field.default, int) else str
+    kind = str if field.type in (str, str | None) else int if field.type in (int, int | None) else float
     option, default = f'--{field.name.replace("_", "-")}', '' if field.default is None else ' (default: %(default)s)'
     command.add_argument(option, type=kind, default=field.default, metavar='X', help=_HELP[field.name] + default)
   command.set_defaults(function=_serve)

@@ -8,9 +8,10 @@ import numpy as np
 
 from pinfm_jax.data.featurize import candidate_inputs, event_inputs
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
-from pinfm_jax.serve.bundle import TABLES
+from pinfm_jax.serve.bundle import TABLES, check_files
 from pinfm_jax.serve.items import map_items
 from pinfm_jax.serve.manifest import Manifest
+from pinfm_jax.serve.portable_export import PortableManifest
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
 from pinfm_jax.serve.rows import MappedRows, RowSource
 
@@ -36,19 +37,37 @@ class StackedInputs:
     items = map_items(Path(directory), model) if model is not None and model.content else None
     self._tokens = PLAIN if model is None else TokenInputs(model.tower.time_gap_buckets, items)
 
+  @classmethod
+  def load(cls, directory: str | Path, rows: RowSource | None = None) -> 'StackedInputs':
+    """Opens what `pinfm export --format onnx` (or savedmodel) wrote, and checks its files as a bundle's are.
+
+    Raises:
+      UserError: no such directory, or a damaged file.
+    """
+    manifest = PortableManifest.read(directory).bundle
+    check_files(Path(directory), manifest.files)
+    return cls(directory, manifest, rows)
+
   def parse(self, document: Any) -> ScoringRequest:
     """Checks a request (a decoded JSON object); raises UserError."""
     return self._parser.parse(document)
 
   def context(self, requests: Sequence[ScoringRequest], length: int | None = None) -> Arrays:
-    """Inputs of `context`: the requests' histories, padded to `length` events or to the longest."""
-    length = length or max(1, *(r.window.stop - r.window.start for r in requests))
+    """Inputs of `context`: the requests' histories, padded to `length` events or to the longest.
+
+    Raises:
+      ValueError: `length` is less than the longest history's window, or more than the model reads.
+    """
+    longest = max([1, *(r.window.stop - r.window.start for r in requests)])
+    length, most = length or longest, self.manifest.schema.history_length
+    if not longest <= length <= most:
+      raise ValueError(f'got length {length}, expected {longest} (the longest window) to {most} events')
     inputs = [event_inputs(r.history, r.window, length, self._tokens, r.history_content) for r in requests]
     return self._stacked(inputs, _EVENTS)
 
   def candidates(self, requests: Sequence[ScoringRequest], count: int | None = None) -> Arrays:
-    """Inputs of `crossing` but for what `context` gives: candidates, padded to `count` or to the most of a request."""
-    count = count or max(1, *(len(r.item_ids) for r in requests))
+    """Inputs of `crossing` but for what `context` gives: the first `count`, or all."""
+    count = count or max([1, *(len(r.item_ids) for r in requests)])
     schema = self.manifest.schema
     inputs = [
       candidate_inputs(

@@ -36,10 +36,10 @@ def export_stage(run: Run) -> None:
   The comparison runs the evaluation's requests through the bundle's own JSON interface, once with float32 tables
   (nothing but rounding may differ) and once as it is served.
   """
-  if not _pinfm_arms(run):
+  if not pinfm_arms(run):
     print('no arm has PinFM: nothing to export')
     return
-  arm, seed, state = _pinfm_arms(run)[-1], run.experiment.seeds[0], run.workdir / 'export'
+  arm, seed, state = pinfm_arms(run)[-1], run.experiment.seeds[0], run.workdir / 'export'
   settings = run.finetune_settings(run.arm_experiment(arm), seed)
   settings |= {**to_dict(run.experiment.serve), 'utility': dict(run.experiment.evaluate.utility)}
   try:
@@ -63,7 +63,7 @@ def _export_and_check(run: Run, arm: Arm, seed: int) -> dict[str, float]:
     shutil.rmtree(leftover)
   with tempfile.TemporaryDirectory(dir=run.workdir, prefix='.check-') as scratch:
     exact = export_arm(run, Path(scratch) / 'bundle_float32', storage='float32')
-    served = {'float32': _served(run, arm, exact), storage: _served(run, arm, bundle)}
+    served = {'float32': served_predictions(run, arm, exact), storage: served_predictions(run, arm, bundle)}
   table, figures = _comparison(run, evaluated, served)
   print(table.text())
   write_text(run.workdir / 'bundle_check.md', table.markdown())
@@ -101,7 +101,7 @@ def export_arm(
   names = [arm.name for arm in run.experiment.arms]
   if arm_name is not None and arm_name not in names:
     raise UserError(f"no arm '{arm_name}'; expected one of: {', '.join(names)}")
-  chosen = [arm for arm in run.experiment.arms if arm.name == arm_name] or _pinfm_arms(run) or run.experiment.arms
+  chosen = [arm for arm in run.experiment.arms if arm.name == arm_name] or pinfm_arms(run) or run.experiment.arms
   arm, seed = chosen[-1], run.experiment.seeds[0] if seed is None else seed
   storage = storage or run.experiment.serve.storage
   ranker = _trained_ranker(run, arm, seed, storage, run.experiment.serve.clip if clip is None else clip)
@@ -156,11 +156,12 @@ def _catalogue(run: Run, experiment: Experiment) -> pl.DataFrame | None:
   return items if run.model.id_mask else items.filter(pl.col('first_seen') < run.split.finetune[1])
 
 
-def _pinfm_arms(run: Run) -> list[Arm]:
+def pinfm_arms(run: Run) -> list[Arm]:
+  """The arms whose ranker has PinFM."""
   return [arm for arm in run.experiment.arms if run.arm_experiment(arm).ranker.sequence == 'pinfm']
 
 
-def _served(run: Run, arm: Arm, bundle: Path) -> RankingPredictions:
+def served_predictions(run: Run, arm: Arm, bundle: Path) -> RankingPredictions:
   """The evaluation's requests scored through the bundle."""
   experiment = run.arm_experiment(arm)
   requests = run.requests(experiment, experiment.evaluate.split)

@@ -1,6 +1,7 @@
 """The arguments of `pinfm export`: from a finished run, or from a bundle."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from pinfm_jax.errors import UserError
@@ -58,13 +59,15 @@ def _export_bundle(arguments: argparse.Namespace) -> None:
 
   bundle, out, storage, overwrite = arguments.source, arguments.out, arguments.storage, arguments.overwrite
   if arguments.refresh:
-    if storage or arguments.form != 'bundle':
-      raise UserError('--refresh keeps tables and form as they are: drop --storage and --format, or --refresh')
+    if storage or arguments.clip is not None or arguments.form != 'bundle':
+      raise UserError('--refresh keeps tables and form as they are: drop --storage, --clip and --format, or --refresh')
     print(refresh_bundle(bundle, out, overwrite))
     return
   if arguments.form == 'bundle' and storage is None:
     raise UserError(f'{bundle} is a bundle already; expected --refresh, --storage or --format to make another of it')
   ranker = ranker_of_bundle(bundle)
+  if arguments.clip is not None:
+    ranker = replace(ranker, clip=arguments.clip)
   storage = storage or (ranker.rows_GE.storage if ranker.rows_GE else 'int4')
   if arguments.form == 'bundle':
     print(export_bundle(out, ranker, storage, overwrite))

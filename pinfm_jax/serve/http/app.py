@@ -28,6 +28,7 @@ from pinfm_jax.serve.http.models import Models, Served
 from pinfm_jax.serve.http.protocol import HEADER_LENGTH, HttpError
 
 _LOG = logging.getLogger('pinfm.serve')
+_ENCODED_AT_ONCE = 256  # candidates: less work than handing it to a thread and back
 _EXTENSIONS = ['binary_tensor_data', 'model_repository']
 
 
@@ -62,8 +63,8 @@ class Service:
     self.draining = False
     self._buffered = 0
     self._codec = Codec(name, limits.max_body, limits.max_candidates, limits.max_events)
-    # Two, so that decoding what arrives does not hold up encoding what is done.
-    self._workers = ThreadPoolExecutor(2, 'codec')
+    # One thread each: more would wait for the interpreter, and encoding what is done must not wait for what arrives.
+    self._decoding, self._encoding = ThreadPoolExecutor(1, 'decoding'), ThreadPoolExecutor(1, 'encoding')
     metrics.watch(lambda: self.batcher.pending, lambda: self.models.current.scorer)
 
   def app(self) -> Starlette:
@@ -93,7 +94,8 @@ class Service:
     self.batcher.start()
     yield
     await self.batcher.close()
-    self._workers.shutdown()
+    self._decoding.shutdown()
+    self._encoding.shutdown()
     self.models.close()
 
   def _route(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], methods: list[str]) -> Route:
@@ -184,7 +186,8 @@ class Service:
   async def _answer(self, request: Request, served: Served, body: bytes, seat: Any, begin: float) -> Response:
     encoding, header_length = request.headers.get('content-encoding', ''), request.headers.get(HEADER_LENGTH)
     with self.metrics.part('parse'):
-      call = await self._work(self._codec.decode, served, body, encoding, header_length)
+      decode = partial(self._codec.decode, served, body, encoding, header_length)
+      call = await asyncio.get_running_loop().run_in_executor(self._decoding, decode)
     scores: list[np.ndarray] = []
     if call.requests:
       most = self.limits.batch.max_queue
@@ -198,11 +201,12 @@ class Service:
         _LOG.warning('scoring failed: %s', error)
         raise HttpError(503, f'scoring failed: {error}', {'Retry-After': '1'}) from None
     with self.metrics.part('encode'):
-      content, headers = await self._work(self._codec.encode, served, call, scores)
+      encode = partial(self._codec.encode, served, call, scores)
+      if sum(map(len, scores)) <= _ENCODED_AT_ONCE:
+        content, headers = encode()
+      else:
+        content, headers = await asyncio.get_running_loop().run_in_executor(self._encoding, encode)
     return Response(content, headers=headers)
-
-  async def _work(self, function: Callable, *arguments: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
 
   async def _read(self, request: Request) -> bytes:
     """The body, counted in `_buffered` until the caller takes it off.

@@ -75,6 +75,6 @@ class Codec:
       if isinstance(listed, list) and len(listed) > most:
         raise HttpError(413, f'request {i}: got {len(listed)} {name}, at most {most} are allowed')
     try:
-      return served.parse(document)
+      return served.scorer.parse(document)
     except UserError as error:
       raise HttpError(400, f'request {i}: {error}') from None

@@ -5,15 +5,13 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
 from typing import Any
 
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.http.inputs import InputReader
 from pinfm_jax.serve.http.metrics import Metrics
 from pinfm_jax.serve.http.outputs import OutputWriter
-from pinfm_jax.serve.requests import ScoringRequest
 
 _LOG = logging.getLogger('pinfm.serve')
 
@@ -28,7 +26,6 @@ class Served:
     inputs: reads tensors.
     outputs: writes tensors.
     programs: compiled before it was ready.
-    parsing: held while the scorer parses: one thread at a time may.
   """
 
   version: str
@@ -36,12 +33,6 @@ class Served:
   inputs: InputReader
   outputs: OutputWriter
   programs: int
-  parsing: Lock = field(default_factory=Lock, repr=False)
-
-  def parse(self, document: Any) -> ScoringRequest:
-    """Checks a ranking request; raises UserError."""
-    with self.parsing:
-      return self.scorer.parse(document)
 
   def metadata(self, name: str) -> dict[str, Any]:
     """The model's metadata, as the protocol has it."""

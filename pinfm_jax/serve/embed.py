@@ -70,7 +70,8 @@ def embed_items(scorer: Any, file: Path, out: Path, kind: str = 'target') -> int
     scorer: of the bundle.
     file: items (`ItemFile`).
     out: the Parquet file; it appears only when it is complete.
-    kind: 'target' (z = psi(E), which H is compared with) or 'id' (E, what the tables say of the id).
+    kind: 'target' (z = psi(E), which H is compared with) or 'id' (E: the id vector of the tables, to which a model with
+      content adds the projected content).
 
   Returns:
     The number of rows.

@@ -52,7 +52,7 @@ def add_embed(commands) -> None:
   what.add_argument('--users', metavar='FILE', help='users with their histories, one JSON object a line')
   what.add_argument('--items', metavar='FILE', help=f'items: {_ITEMS}')
   what.add_argument('--pairs', metavar='FILE', help='ranking requests: a vector for each candidate')
-  kind_help = 'of --items: target = z, which users are compared with (default); id = E, what the tables say of an id'
+  kind_help = 'of --items: target = z, which users are compared with (default); id = E, what the towers read of an item'
   command.add_argument('--kind', choices=('target', 'id'), help=kind_help)
   command.add_argument('--out', metavar='FILE', required=True, help='the Parquet file to make')
   command.set_defaults(function=_embed)

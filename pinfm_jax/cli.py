@@ -13,8 +13,8 @@ from pinfm_jax.bench.command import add_bench
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.import_command import add_import_tables
 from pinfm_jax.serve.inspect_command import add_inspect
-from pinfm_jax.serve.offline_command import add_demo, add_embed, add_recommend
-from pinfm_jax.serve.row_command import add_serve_rows
+from pinfm_jax.serve.offline.command import add_demo, add_embed, add_recommend
+from pinfm_jax.serve.rows.command import add_serve_rows
 from pinfm_jax.serve.server import add_serve
 from pinfm_jax.stages.export_command import add_export
 
@@ -301,7 +301,7 @@ def _add_score(commands) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-  from pinfm_jax.serve.remote_rows import RemoteRows
+  from pinfm_jax.serve.rows.remote import RemoteRows
   from pinfm_jax.serve.scorer import score_file
 
   a = arguments

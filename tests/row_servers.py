@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pinfm_jax.model.hashing import key_words
-from pinfm_jax.serve.remote_rows import RemoteRows, RowLimits
+from pinfm_jax.serve.rows.remote import RemoteRows, RowLimits
 
 pytest.importorskip('uvicorn')
 pytest.importorskip('starlette')
-from pinfm_jax.serve.row_server import Part, RowService, row_server
+from pinfm_jax.serve.rows.server import Part, RowService, row_server
 
 ALL = Part()
 FAST = RowLimits(timeout_s=0.5, attempts=2, recheck_s=0.1)

@@ -9,9 +9,9 @@ import toy_bundle
 
 from pinfm_jax.cli import main
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve import demo as module
-from pinfm_jax.serve.demo import demo, demo_folder
 from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.offline import demo as module
+from pinfm_jax.serve.offline.demo import demo, demo_folder
 from pinfm_jax.serve.scorer import Scorer
 
 LENGTHS = [0, 5, 20]

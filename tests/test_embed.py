@@ -15,9 +15,9 @@ from pinfm_jax.data.events import id_keys
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve import embed as module
 from pinfm_jax.serve.bundle import load_bundle
-from pinfm_jax.serve.embed import embed_items, embed_pairs, embed_users
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.manifest import Manifest
+from pinfm_jax.serve.offline.embed import embed_items, embed_pairs, embed_users
 from pinfm_jax.serve.scorer import Scorer
 
 LENGTHS = [0, 1, 7, 20, 40]
@@ -154,7 +154,7 @@ def test_the_command(scorer, bundle, file, tmp_path, monkeypatch, capsys):
 
 def test_rows_may_come_from_servers(scorer, bundle, file, tmp_path, monkeypatch):
   opened = []
-  monkeypatch.setattr('pinfm_jax.serve.remote_rows.RemoteRows.connect', lambda *a: nullcontext(('remote', *a)))
+  monkeypatch.setattr('pinfm_jax.serve.rows.remote.RemoteRows.connect', lambda *a: nullcontext(('remote', *a)))
   monkeypatch.setattr('pinfm_jax.serve.scorer.Scorer.load', lambda *a: opened.append(a) or scorer)
   arguments = ['embed', str(bundle), '--users', str(file), '--out', str(tmp_path / 'out.parquet')]
   assert main([*arguments, '--rows', 'http://a:1,http://b:2']) == 0

@@ -11,7 +11,7 @@ from pinfm_jax.errors import UserError
 pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')
 
-from pinfm_jax.serve.onnx.convert import to_onnx  # noqa: E402
+from pinfm_jax.serve.portable.onnx.convert import to_onnx  # noqa: E402
 
 
 def run(function, inputs, symbolic=None, params=()):

@@ -16,9 +16,9 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.inspect import damaged_files, inspect
 from pinfm_jax.serve.manifest import MANIFEST
-from pinfm_jax.serve.portable_export import PortableManifest, export_portable
+from pinfm_jax.serve.portable.export import PortableManifest, export_portable
+from pinfm_jax.serve.portable.inputs import StackedInputs
 from pinfm_jax.serve.scorer import Scorer
-from pinfm_jax.serve.stacked_inputs import StackedInputs
 
 LENGTHS = [0, 1, 7, 20, 21, 33]
 PLAIN = toy_bundle.MODEL
@@ -212,7 +212,9 @@ def test_without_the_package_one_line_says_what_to_install(form, module, tmp_pat
   bundle = tmp_path / 'bundle'
   monkeypatch.setattr('pinfm_jax.serve.programs.export_programs', lambda *_: {})
   make('none').export(bundle)
-  for name in [n for n in sys.modules if n.startswith(('pinfm_jax.serve.onnx', 'pinfm_jax.serve.savedmodel'))]:
+  for name in [
+    n for n in sys.modules if n.startswith(('pinfm_jax.serve.portable.onnx', 'pinfm_jax.serve.portable.savedmodel'))
+  ]:
     monkeypatch.delitem(sys.modules, name)
   monkeypatch.setitem(sys.modules, module, None)
   assert main(['export', str(bundle), '--format', form, '--out', str(tmp_path / 'out')]) == 2
@@ -239,7 +241,7 @@ def test_savedmodel_scores_equal_the_training_path(kind, dataset, documents, tmp
 def test_symbolic_sizes_do_not_enter_the_weights():
   """The 20 B configuration is described without a table or a parameter in memory."""
   from pinfm_jax.serve.manifest import TableLayout
-  from pinfm_jax.serve.portable import PortableModel
+  from pinfm_jax.serve.portable.programs import PortableModel
 
   model = replace(PLAIN, tower=TowerConfig(), tables=replace(PLAIN.tables, sub_tables=8, rows=80_000_000, width=32))
   layout = TableLayout('int4', 8, 80_000_000, 32, 20, 0)

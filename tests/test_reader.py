@@ -17,7 +17,7 @@ from pinfm_jax.serve import reader as reader_module
 from pinfm_jax.serve.manifest import Manifest, golden_ids
 from pinfm_jax.serve.quantize import dequantise
 from pinfm_jax.serve.reader import TableReader, hash_rows, id_key
-from pinfm_jax.serve.rows import MappedRows
+from pinfm_jax.serve.rows.mapped import MappedRows
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,7 @@ from pinfm_jax.serve import recommend as module
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.catalogue import CATALOGUE, ItemFile
 from pinfm_jax.serve.from_dataset import dataset_requests
-from pinfm_jax.serve.recommend import Best, best_items, recommend_file
+from pinfm_jax.serve.offline.recommend import Best, best_items, recommend_file
 from pinfm_jax.serve.scorer import Scorer
 
 LENGTHS = [0, 1, 7, 20, 40]

@@ -16,9 +16,9 @@ from row_servers import ALL, FAST, Running, broken, client, export_tables, ids, 
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows
 from pinfm_jax.serve.manifest import Manifest
-from pinfm_jax.serve.remote_rows import RemoteRows, RowLimits, RowsUnavailableError
-from pinfm_jax.serve.row_server import Part
-from pinfm_jax.serve.rows import MappedRows
+from pinfm_jax.serve.rows.mapped import MappedRows
+from pinfm_jax.serve.rows.remote import RemoteRows, RowLimits, RowsUnavailableError
+from pinfm_jax.serve.rows.server import Part
 
 
 @pytest.fixture(scope='module')

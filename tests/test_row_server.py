@@ -20,9 +20,9 @@ from pinfm_jax.cli import main
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.from_dataset import dataset_requests
-from pinfm_jax.serve.remote_rows import RemoteRows, RowLimits
-from pinfm_jax.serve.row_server import Part, RowService
-from pinfm_jax.serve.row_wire import LAYOUT, ROWS, TABLES_HEADER
+from pinfm_jax.serve.rows.remote import RemoteRows, RowLimits
+from pinfm_jax.serve.rows.server import Part, RowService
+from pinfm_jax.serve.rows.wire import LAYOUT, ROWS, TABLES_HEADER
 from pinfm_jax.serve.scorer import Scorer
 from pinfm_jax.serve.server import ServerSettings, open_scorer
 
@@ -63,7 +63,7 @@ def test_the_server_refuses_what_it_cannot_answer(bundle):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(bundle, monkeypatch):
-  monkeypatch.setattr('pinfm_jax.serve.row_server._BODY_S', 0.2)
+  monkeypatch.setattr('pinfm_jax.serve.rows.server._BODY_S', 0.2)
   with servers(bundle, ALL) as [server], socket.create_connection(('127.0.0.1', server.port), timeout=5) as slow:
     headers = f'Host: a\r\n{TABLES_HEADER}: {server.service.served.sha256}\r\nContent-Length: 8'
     head = f'POST {ROWS} HTTP/1.1\r\n{headers}\r\n'

@@ -17,7 +17,7 @@ from pinfm_jax.bench.timing import interleave, peak_memory_gb
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.serve.bundle import TABLES, load_bundle
 from pinfm_jax.serve.manifest import TableLayout
-from pinfm_jax.serve.rows import MappedRows
+from pinfm_jax.serve.rows.mapped import MappedRows
 from pinfm_jax.serve.scorer import Scorer
 
 

@@ -43,7 +43,7 @@ from pinfm_jax.serve.manifest import (
   golden_ids,
 )
 from pinfm_jax.serve.quantize import PackedRows, quantise_parts, row_bytes
-from pinfm_jax.serve.rows import MappedRows, RowSource
+from pinfm_jax.serve.rows.mapped import MappedRows, RowSource
 
 if TYPE_CHECKING:
   import polars as pl

@@ -19,7 +19,7 @@ from pinfm_jax.serve.bundle import DIGESTS, PARAMETERS
 from pinfm_jax.serve.delta import DELTA, DeltaManifest
 from pinfm_jax.serve.jax_range import runs_here
 from pinfm_jax.serve.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest
-from pinfm_jax.serve.portable_export import FORMS, PortableManifest
+from pinfm_jax.serve.portable.export import FORMS, PortableManifest
 
 
 @dataclass(frozen=True)

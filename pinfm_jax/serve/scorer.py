@@ -20,7 +20,7 @@ from pinfm_jax.serve.bundle import Bundle, load_bundle
 from pinfm_jax.serve.cache import Arrays, SlotCache, Window
 from pinfm_jax.serve.pool import Pool, empty_pool, slot_bytes
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
-from pinfm_jax.serve.rows import RowSource
+from pinfm_jax.serve.rows.mapped import RowSource
 
 
 class Scorer:

@@ -123,7 +123,7 @@ def open_scorer(path: Path, settings: ServerSettings) -> Any:
     UserError: there is none, it is damaged, or its row servers do not answer.
   """
   from pinfm_jax.serve.batches import Sizes
-  from pinfm_jax.serve.remote_rows import RemoteRows
+  from pinfm_jax.serve.rows.remote import RemoteRows
   from pinfm_jax.serve.scorer import Scorer
 
   rows = RemoteRows.connect(path, settings.rows.split(',')) if settings.rows else None

@@ -1,4 +1,4 @@
-"""Makes a demo folder (`serve.demo`) of a finished run on the simulated feed."""
+"""Makes a demo folder (`serve.offline.demo`) of a finished run on the simulated feed."""
 
 import json
 import shutil
@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.demo import BUNDLE, REQUESTS, TRUTH
 from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.manifest import MANIFEST, Manifest
+from pinfm_jax.serve.offline.demo import BUNDLE, REQUESTS, TRUTH
 from pinfm_jax.stages.context import Run
 
 _LEAST_EVENTS, _LEAST_CANDIDATES = 12, 8

@@ -19,7 +19,7 @@ from pinfm_jax.progress import Progress
 from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 from pinfm_jax.serve.delta import export_delta
 from pinfm_jax.serve.from_dataset import dataset_requests
-from pinfm_jax.serve.portable_export import export_portable
+from pinfm_jax.serve.portable.export import export_portable
 from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.card import run_card
 from pinfm_jax.stages.context import Run
@@ -93,7 +93,7 @@ def export_arm(
     overwrite: replace what stands at `out`.
     base: a bundle; what is written is then a delta against it.
     clip: how table rows are rounded (`serve.clip`); None = as the experiment says.
-    form: 'bundle', or 'onnx' or 'savedmodel' (`serve.portable_export`).
+    form: 'bundle', or 'onnx' or 'savedmodel' (`serve.portable.export`).
 
   Raises:
     UserError: no such arm, or it is not fine-tuned.

@@ -55,7 +55,7 @@ def _export_bundle(arguments: argparse.Namespace) -> None:
       raise UserError(f'--{name} belongs to a run, and {arguments.source} is a bundle: drop it, or give a workdir')
   from pinfm_jax.serve.bundle import export_bundle
   from pinfm_jax.serve.convert import ranker_of_bundle, refresh_bundle
-  from pinfm_jax.serve.portable_export import export_portable
+  from pinfm_jax.serve.portable.export import export_portable
 
   bundle, out, storage, overwrite = arguments.source, arguments.out, arguments.storage, arguments.overwrite
   if arguments.refresh:

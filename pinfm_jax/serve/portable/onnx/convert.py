@@ -10,8 +10,8 @@ import onnx
 from jax.extend.core import Literal
 from onnx import helper
 
-from pinfm_jax.serve.onnx.graph import Graph, Value, constant, element_type, inner_type, tensor_info
-from pinfm_jax.serve.onnx.rules import RULES, item, unsupported
+from pinfm_jax.serve.portable.onnx.graph import Graph, Value, constant, element_type, inner_type, tensor_info
+from pinfm_jax.serve.portable.onnx.rules import RULES, item, unsupported
 
 # Opset 18 and IR 8 are read by ONNX Runtime 1.14 (2023) and later.
 OPSET, IR_VERSION = 18, 8

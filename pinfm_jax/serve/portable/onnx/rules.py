@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.onnx.graph import Graph, Value, broadcast_dims, constant, inner_type
+from pinfm_jax.serve.portable.onnx.graph import Graph, Value, broadcast_dims, constant, inner_type
 
 Rule = Callable[[Graph, Any, list[Value]], list[Value]]
 RULES: dict[str, Rule] = {}

@@ -1,9 +1,9 @@
 """Directories for runtimes that are not JAX: an ONNX model for each program, or one TensorFlow SavedModel.
 
 manifest.json                 `PortableManifest`: form, programs with their inputs and outputs, the bundle's manifest
-models/NAME/1/model.onnx      a program (`serve.portable`), parameters inside; the layout of Triton's model repository
+models/NAME/1/model.onnx      a program (`serve.portable.programs`), parameters inside; as in Triton's model repository
 models/pinfm/1/               or the SavedModel with a signature for each program; the layout of TensorFlow Serving
-tables.bin, checksums.bin, items/   as in a bundle (`serve.bundle`): a client looks rows up (`serve.stacked_inputs`)
+tables.bin, checksums.bin, items/   as in a bundle (`serve.bundle`): a client looks rows up (`serve.portable.inputs`)
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def export_portable(
   # Here, so that reading a manifest loads neither Flax nor the model's source.
   from flax.core import meta
 
-  from pinfm_jax.serve.portable import PortableModel
+  from pinfm_jax.serve.portable.programs import PortableModel
 
   layout = table_layout(ranker, storage)
   model = PortableModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
@@ -130,7 +130,7 @@ def _writer(form: str) -> Any:
   try:
     if form == 'onnx':
       return _onnx_writer()
-    from pinfm_jax.serve.savedmodel import write_saved_model
+    from pinfm_jax.serve.portable.savedmodel import write_saved_model
   except ModuleNotFoundError as error:
     if error.name is None or error.name.partition('.')[0] != module:
       raise
@@ -139,7 +139,7 @@ def _writer(form: str) -> Any:
 
 
 def _onnx_writer() -> Any:
-  from pinfm_jax.serve.onnx.convert import described_model, to_onnx, write_model
+  from pinfm_jax.serve.portable.onnx.convert import described_model, to_onnx, write_model
 
   def write(directory: Path, model: Any, weights: Any, history_length: int) -> dict[str, Any]:
     programs, described = model.programs(), {}

@@ -6,7 +6,7 @@ import time
 from urllib.parse import urlsplit
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.row_wire import LAYOUT, ROWS, TABLES_HEADER, ServedRows
+from pinfm_jax.serve.rows.wire import LAYOUT, ROWS, TABLES_HEADER, ServedRows
 
 _MOST_TEXT = 1 << 16  # bytes of an answer that is text
 _STALE = (ConnectionError, http.client.BadStatusLine)

@@ -11,9 +11,9 @@ from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.serve.bundle import TABLES, check_files
 from pinfm_jax.serve.items import map_items
 from pinfm_jax.serve.manifest import Manifest
-from pinfm_jax.serve.portable_export import PortableManifest
+from pinfm_jax.serve.portable.export import PortableManifest
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
-from pinfm_jax.serve.rows import MappedRows, RowSource
+from pinfm_jax.serve.rows.mapped import MappedRows, RowSource
 
 Arrays = dict[str, np.ndarray]
 _EVENTS = ('surface', 'actions', 'mask', 'gap', 'content', 'new')

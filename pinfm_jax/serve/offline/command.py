@@ -30,7 +30,7 @@ def add_recommend(commands) -> None:
 
 
 def _recommend(arguments: argparse.Namespace) -> None:
-  from pinfm_jax.serve.recommend import recommend_file
+  from pinfm_jax.serve.offline.recommend import recommend_file
 
   a = arguments
   catalogue, out = (None if name is None else Path(name) for name in (a.catalogue, a.out))
@@ -60,7 +60,7 @@ def add_embed(commands) -> None:
 
 def _embed(arguments: argparse.Namespace) -> None:
   from pinfm_jax.errors import UserError
-  from pinfm_jax.serve.embed import embed_items, embed_pairs, embed_users
+  from pinfm_jax.serve.offline.embed import embed_items, embed_pairs, embed_users
 
   a = arguments
   if a.kind and not a.items:
@@ -82,7 +82,7 @@ def _add_bundle(command: argparse.ArgumentParser) -> None:
 @contextmanager
 def _scorer(arguments: argparse.Namespace) -> 'Iterator[Scorer]':
   """The bundle's scorer, over its own tables or row servers."""
-  from pinfm_jax.serve.remote_rows import RemoteRows
+  from pinfm_jax.serve.rows.remote import RemoteRows
   from pinfm_jax.serve.scorer import Scorer
 
   a = arguments
@@ -110,7 +110,7 @@ def _demo(arguments: argparse.Namespace) -> None:
   import tempfile
 
   from pinfm_jax.errors import UserError
-  from pinfm_jax.serve.demo import demo, demo_folder
+  from pinfm_jax.serve.offline.demo import demo, demo_folder
 
   a = arguments
   if a.save and not a.run:

@@ -1,4 +1,4 @@
-"""`pinfm serve-rows`: serves a bundle's table rows to scorers on other hosts (`serve.row_wire`, `serve.remote_rows`).
+"""`pinfm serve-rows`: serves a bundle's table rows to scorers on other hosts (`serve.rows.wire`, `serve.rows.remote`).
 
 The tables stay memory-mapped, so a server holds the pages that are asked for. It can serve one of N contiguous parts of
 the rows; several servers of the same part are replicas.
@@ -18,8 +18,8 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.bundle import CHECKSUMS, TABLES
 from pinfm_jax.serve.manifest import Manifest
-from pinfm_jax.serve.row_wire import HEALTH, LAYOUT, ROWS, TABLES_HEADER, ServedRows
-from pinfm_jax.serve.rows import MappedRows
+from pinfm_jax.serve.rows.mapped import MappedRows
+from pinfm_jax.serve.rows.wire import HEALTH, LAYOUT, ROWS, TABLES_HEADER, ServedRows
 
 MOST_ROWS = 1 << 16
 _WHOLE_BELOW = 2 << 30

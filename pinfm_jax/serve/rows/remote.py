@@ -18,8 +18,8 @@ import numpy as np
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows
 from pinfm_jax.serve.manifest import Manifest, TableLayout
-from pinfm_jax.serve.row_connection import Replica, RequestError
-from pinfm_jax.serve.row_wire import ServedRows
+from pinfm_jax.serve.rows.connection import Replica, RequestError
+from pinfm_jax.serve.rows.wire import ServedRows
 
 _TABLES = 'tables.bin'
 _BACKOFF_S = 0.02  # before a server is asked a second time, doubled each time

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from jax.experimental import jax2tf
 
-from pinfm_jax.serve.portable import PortableModel, Program
+from pinfm_jax.serve.portable.programs import PortableModel, Program
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 

@@ -19,6 +19,6 @@ def add_serve_rows(commands) -> None:
 
 
 def _serve_rows(arguments: argparse.Namespace) -> None:
-  from pinfm_jax.serve.row_server import Part, serve_rows
+  from pinfm_jax.serve.rows.server import Part, serve_rows
 
   serve_rows(arguments.bundle, arguments.host, arguments.port, Part.parse(arguments.part))

@@ -1,6 +1,6 @@
 """Where the packed table rows of a bundle come from at serving time: one interface, and memory-mapped local files.
 
-`serve.remote_rows` is the other implementation: row servers on other hosts.
+`serve.rows.remote` is the other implementation: row servers on other hosts.
 """
 
 import mmap

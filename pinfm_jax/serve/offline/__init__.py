@@ -1,0 +1,1 @@
+"""What a bundle does without a server: recommendations, vectors, the demo."""

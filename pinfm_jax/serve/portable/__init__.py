@@ -1,0 +1,1 @@
+"""A ranker for runtimes that are not JAX: ONNX and TensorFlow SavedModel."""

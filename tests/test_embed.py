@@ -13,10 +13,10 @@ from oracle_scorer import OpenedBundle, OracleScorer
 from pinfm_jax.cli import main
 from pinfm_jax.data.events import id_keys
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve import embed as module
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.manifest import Manifest
+from pinfm_jax.serve.offline import embed as module
 from pinfm_jax.serve.offline.embed import embed_items, embed_pairs, embed_users
 from pinfm_jax.serve.scorer import Scorer
 

@@ -11,10 +11,10 @@ from oracle_scorer import OracleScorer
 from pinfm_jax.cli import main
 from pinfm_jax.data.events import id_key, id_keys
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve import recommend as module
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.catalogue import CATALOGUE, ItemFile
 from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.offline import recommend as module
 from pinfm_jax.serve.offline.recommend import Best, best_items, recommend_file
 from pinfm_jax.serve.scorer import Scorer
 

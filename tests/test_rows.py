@@ -7,8 +7,8 @@ import pytest
 
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows, key_words
-from pinfm_jax.serve import rows as rows_module
 from pinfm_jax.serve.manifest import TableLayout
+from pinfm_jax.serve.rows import mapped as rows_module
 from pinfm_jax.serve.rows.mapped import MappedRows
 
 LAYOUT = TableLayout('int4', 3, 10_000, 32, 20, 5)

@@ -56,24 +56,12 @@ class ServingModel:
     tower = replace(self.model.tower, attention='xla', remat='none')
     return RankingModel(replace(self.model, tower=tower), self.ranker, self.spec)
 
-  def context(self, params: Tree, events: dict[str, Array]) -> dict[str, Array]:
-    """The context pass without a pool, for portable forms: keys and values [N, U, L, H, K], and the user [U, O]."""
-    kept = self._context(params, events)
-    return {'key': kept.kv.key, 'value': kept.kv.value, 'user': kept.user_UO}
-
-  def crossing(
-    self, params: Tree, stats: dict[str, Array], context: dict[str, Array], mask_UL: Array, candidates: dict[str, Array]
-  ) -> Array:
-    """The crossing pass over what `context` gives, and the ranker: probabilities [U, C, T]."""
-    kept = UserContext(LayerKV(context['key'], context['value']), context['user'], jnp.sum(mask_UL, axis=1))
-    return self._score(params, stats, kept, candidates)
-
-  def pool_context(self, params: Tree, pool: Pool, slot_U: Array, events: dict[str, Array]) -> Pool:
+  def context(self, params: Tree, pool: Pool, slot_U: Array, events: dict[str, Array]) -> Pool:
     """The context pass of whole windows: each user's keys, values and representation, written to its slot."""
     new = self._context(params, events)
     return _written(pool, slot_U, (slot_U, slice(new.kv.key.shape[2])), new)
 
-  def pool_extend(self, params: Tree, pool: Pool, slot_U: Array, events: dict[str, Array]) -> Pool:
+  def extend(self, params: Tree, pool: Pool, slot_U: Array, events: dict[str, Array]) -> Pool:
     """The context pass of events that follow what the slots hold; a learnable token moves behind them."""
     kept = _users_of(pool, slot_U)
     vectors, batch = self._vectors(events['rows']), _events(events)
@@ -84,13 +72,13 @@ class ServingModel:
     place_UK = jnp.where(place_K < written_U1, kept.events_U[:, None] + place_K, pool['key'].shape[2])
     return _written(pool, slot_U, (slot_U[:, None], place_UK), new.replace(events_U=kept.events_U + new.events_U))
 
-  def pool_crossing(
+  def crossing(
     self, params: Tree, stats: dict[str, Array], pool: Pool, slot_M: Array, candidates: dict[str, Array]
   ) -> Array:
     """The crossing pass of tiles over their users' slots, and the ranker: probabilities [M, T, labels]."""
     return self._score(params, stats, _users_of(pool, slot_M), candidates)
 
-  def pool_pairs(self, params: Tree, pool: Pool, slot_M: Array, candidates: dict[str, Array]) -> Array:
+  def pairs(self, params: Tree, pool: Pool, slot_M: Array, candidates: dict[str, Array]) -> Array:
     """The crossing pass alone: the output at the candidates' positions, [M, T, O]."""
     arguments = (self._vectors(candidates['rows']), _users_of(pool, slot_M), _candidates(candidates))
     return self.module.apply({'params': params}, *arguments, method='pairs')
@@ -160,10 +148,10 @@ def lower_programs(
   slots, *shape = export.symbolic_shape('P, U, K', constraints=[f'K <= {history_length}'])
   new = (params, pool(slots), jax.ShapeDtypeStruct(shape[:1], jnp.int32), _event_shapes(model, tuple(shape)))
   return {
-    'context': lower(model.pool_context, *new),
-    'extend': lower(model.pool_extend, *new),
-    'crossing': lower(model.pool_crossing, params, stats, kept, slot_M, inputs),
-    'pairs': lower(model.pool_pairs, params, kept, slot_M, inputs),
+    'context': lower(model.context, *new),
+    'extend': lower(model.extend, *new),
+    'crossing': lower(model.crossing, params, stats, kept, slot_M, inputs),
+    'pairs': lower(model.pairs, params, kept, slot_M, inputs),
     'items': lower(model.items, params, rows),
   }
 

@@ -122,13 +122,22 @@ def test_string_keys_are_blake2b():
 
 @pytest.mark.parametrize(
   ('value', 'kind'),
-  [('x', 'integer'), (2**63, 'integer'), (1.5, 'integer'), ('', 'string'), ('x' * 513, 'string'), (1, 'int')],
+  [
+    ('x', 'integer'),
+    (2**63, 'integer'),
+    (1.5, 'integer'),
+    ('', 'string'),
+    ('x' * 513, 'string'),
+    ('\ud800', 'string'),
+    (1, 'int'),
+  ],
 )
 def test_bad_ids(value, kind):
   with pytest.raises(UserError):
     id_key(value, kind)
-  with pytest.raises(UserError):
-    id_keys(pl.Series([value]), kind)
+  if value != '\ud800':  # half of a surrogate pair does not fit into a series at all
+    with pytest.raises(UserError):
+      id_keys(pl.Series([value]), kind)
 
 
 def test_missing_ids_are_refused():

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import toy_bundle
 
-from pinfm_jax.data.info import IdTypes
+from pinfm_jax.data.info import IdTypes, SparseFeature
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.batches import Sizes
 from pinfm_jax.serve.bundle import load_bundle
+from pinfm_jax.serve.fields import read_sparse
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.requests import RequestParser
 from pinfm_jax.serve.scorer import Scorer, score_file
@@ -176,6 +177,8 @@ BAD_CANDIDATE = [
   ({'picture': [1, 2]}, r'candidate 1: got picture \[1, 2\], expected a list of 3 numbers'),
   ({'content': [1, float('inf')]}, 'candidate 1: got content with a value that is not finite'),
   ({'item_id': ''}, 'candidate 1: got an id of 0 bytes'),
+  ({'item_id': '\ud800'}, 'candidate 1: got the id .*no valid Unicode'),
+  ({'campaign': '\ud800'}, 'candidate 1: got campaign .*no valid Unicode'),
 ]
 
 
@@ -218,6 +221,12 @@ def test_bad_candidates_are_refused(scorer, requests, change, message):
   one_line_error(scorer, requests[2], message)
 
 
+def test_a_whole_number_as_a_float_is_the_same_category():
+  numbers = SparseFeature('size', 'vocabulary', 4, ('4', '5', '4.5'))
+  assert [read_sparse(numbers, value) for value in (4, 4.0, '4', 4.5, 5.0, 6.0)] == [1, 1, 1, 3, 2, 0]
+  assert read_sparse(SparseFeature('size', 'vocabulary', 2, ('4.0',)), 4.0) == 1
+
+
 def test_ages_need_a_time(scorer, requests):
   document = requests[2]
   del document['timestamp'], document['candidates'][1]['timestamp']
@@ -247,7 +256,7 @@ def test_a_bad_line_stops_the_file_and_leaves_nothing(bundle, requests, tmp_path
   assert list(tmp_path.iterdir()) == [source]
   with pytest.raises(UserError, match='no such file'):
     score_file(bundle, tmp_path / 'nothing.jsonl', out)
-  with pytest.raises(UserError, match='holds the requests'):
+  with pytest.raises(UserError, match='holds the input'):
     score_file(bundle, source, source)
 
 

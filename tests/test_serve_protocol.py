@@ -206,7 +206,7 @@ FULL = {
   'candidate_price': np.array([[1.5], [2]], np.float32),
   'candidate_country': [['de'], ['']],
   'candidate_campaign': [[3], [4]],
-  'candidate_picture': np.zeros((2, 1, 3), np.float32),
+  'candidate_picture': np.array([[[1, 2, 3]], [[0, np.nan, 0]]], np.float32),
   'candidate_content': np.array([[[1, 2]], [[np.nan, 0]]], np.float32),
 }
 
@@ -218,13 +218,13 @@ def test_a_tensor_a_field_is_the_same_as_a_document(manifest):
     'history': [{'item_id': 'a', 'timestamp': 1, 'surface': 'feed', 'actions': ['click', 'hide']},
                 {'item_id': 'b', 'timestamp': 2, 'surface': 'search', 'actions': []}],
     'candidates': [{'item_id': 'x', 'item_created_at': 5, 'price': 1.5, 'country': 'de', 'campaign': 3,
-                    'picture': [0, 0, 0], 'content': [1, 2]}],
+                    'picture': [1, 2, 3], 'content': [1, 2]}],
   }  # fmt: skip
   assert got[1] == {
     'request_id': 'q/1', 'timestamp': 20, 'history_events': 1,
     'history': [{'item_id': 'c', 'timestamp': 3, 'surface': 'search', 'actions': ['save']}],
     'candidates': [{'item_id': 'y', 'item_created_at': None, 'price': 2, 'country': None, 'campaign': 4,
-                    'picture': [0, 0, 0], 'content': None}],
+                    'picture': None, 'content': None}],
   }  # fmt: skip
 
 

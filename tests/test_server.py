@@ -215,6 +215,10 @@ def test_plain_json(port, documents, expected):
 
 def test_what_is_malformed_or_too_large_is_refused(port, documents):
   document = documents[2]
+  nothing_of_many = [
+    {'name': name, 'datatype': 'BYTES', 'shape': [2**31 - 1, 0], 'data': []}
+    for name in ('history_item_id', 'candidate_item_id')
+  ]
   for body, status, message in (
     (b'{', 400, 'not valid JSON'),
     (json.dumps({'inputs': []}), 400, "expected the input 'request'"),
@@ -225,6 +229,7 @@ def test_what_is_malformed_or_too_large_is_refused(port, documents):
     (json.dumps(whole([document | {'history': document['history'] * 9}])), 413, 'got 63 history, at most 30'),
     (json.dumps(whole([{'request_id': 1, 'history': [], 'candidates': []}] * 9)), 413, 'got 9 requests at once'),
     (b' ' * 200_001, 413, 'more than 200000 bytes'),
+    (json.dumps({'inputs': nothing_of_many}), 413, f'got {2**31 - 1} requests at once'),
   ):
     got, _, content = ask(port, 'POST', '/v2/models/toy/infer', body)
     assert (got, message in json.loads(content)['error']) == (status, True), content
@@ -233,6 +238,7 @@ def test_what_is_malformed_or_too_large_is_refused(port, documents):
     (b'junk', {'Content-Encoding': 'gzip'}, 400),
     (b'junk', {'Content-Encoding': 'br'}, 415),
     (b'{}', {'Inference-Header-Content-Length': '9'}, 400),
+    (b'{}', {'Inference-Header-Content-Length': '9' * 5000}, 400),
   ):
     assert ask(port, 'POST', '/v2/models/toy/infer', packed, headers)[0] == status
   chunks = (b' ' * 50_000 for _ in range(5))  # without Content-Length

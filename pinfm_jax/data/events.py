@@ -38,8 +38,12 @@ def id_key(value: int | str, id_type: str) -> int:
   if id_type == 'integer':
     return _integer_id(value) % (1 << 64)
   text = str(value)
-  if not text or len(text.encode()) > MAX_ID_BYTES:
-    raise UserError(f'got an id of {len(text.encode())} bytes, expected 1 to {MAX_ID_BYTES}')
+  try:
+    size = len(text.encode())
+  except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+    raise UserError(f'got the id {value!r}, which is no valid Unicode: spell it in UTF-8') from None
+  if not 0 < size <= MAX_ID_BYTES:
+    raise UserError(f'got an id of {size} bytes, expected 1 to {MAX_ID_BYTES}')
   return _string_key(text)
 
 

@@ -22,7 +22,7 @@ LEAST = 1e-30  # of a softmax sum, which without a key (L = 0) is 0
 
 @flax.struct.dataclass
 class LayerKV:
-  """Keys and values [U, L, H, K] of one layer (or [N, U, L, H, K] of all), mask_UL True on real events."""
+  """Keys and values, [U, L, H, K] of one layer or [N, U, L, H, K] of all."""
 
   key: Array
   value: Array

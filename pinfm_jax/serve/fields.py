@@ -90,7 +90,12 @@ def read_sparse(feature: SparseFeature, value: Any) -> int:
     raise UserError(f'got {feature.name} index {show(index)}, expected an integer from 0 to {feature.size - 1}')
   if value is not None and not isinstance(value, str | int | float):
     raise UserError(f'got {feature.name} {show(value)}, expected a string, a number or {{"index": i}}')
-  return encode_sparse(feature, value)
+  if isinstance(value, float) and value.is_integer() and str(value) not in feature.codes:
+    value = int(value)  # many clients write 4 as 4.0
+  try:
+    return encode_sparse(feature, value)
+  except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+    raise UserError(f'got {feature.name} {show(value)}, which is no valid Unicode: spell it in UTF-8') from None
 
 
 def read_vector(value: Any, name: str, width: int) -> list[float]:
@@ -106,5 +111,8 @@ def read_vector(value: Any, name: str, width: int) -> list[float]:
 
 def show(value: Any) -> str:
   """The value as one short piece of text."""
-  text = repr(value)
+  try:
+    text = repr(value)
+  except RecursionError:
+    return 'a deeply nested value'
   return text if len(text) <= 60 else text[:57] + '...'

@@ -45,3 +45,34 @@ def complete_directory(
     shutil.rmtree(partial, ignore_errors=True)
     raise
   shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def complete_file(out: Path, source: Path) -> Iterator[Path]:
+  """A path beside `out` whose file takes its place when the block ends without an error.
+
+  A link's target is replaced, not the link; what is no plain file (a pipe, /dev/null) is written to as it is.
+
+  Args:
+    out: the file to make.
+    source: what is read meanwhile, and so must be another file.
+
+  Raises:
+    UserError: `out` cannot be written.
+  """
+  if out.is_dir() or not out.absolute().parent.is_dir():
+    raise UserError(f'{out} cannot be written: expected the name of a file in a directory that exists')
+  if out.exists() and source.exists() and out.samefile(source):
+    raise UserError(f'{out} holds the input; give another --out')
+  out = out.resolve()
+  plain = out.is_file() or not out.exists()
+  partial = out.with_name(f'{out.name}.partial-{os.getpid()}') if plain else out
+  try:
+    yield partial
+    if plain:
+      os.replace(partial, out)
+  except OSError as error:
+    raise UserError(f'{out} cannot be written ({error.strerror}); give another --out') from error
+  finally:
+    if plain:
+      partial.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Scores ranking requests with a bundle: exported programs, mapped rows, and the featurizing code of training."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pinfm_jax.serve import batches
 from pinfm_jax.serve.batches import DEFAULT_SIZES, Sizes
 from pinfm_jax.serve.bundle import Bundle, load_bundle
 from pinfm_jax.serve.cache import Arrays, SlotCache, Window
+from pinfm_jax.serve.files import complete_file
 from pinfm_jax.serve.pool import Pool, empty_pool, slot_bytes
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
 from pinfm_jax.serve.rows.mapped import RowSource
@@ -350,24 +350,13 @@ def score_file(bundle: str | Path, requests: str | Path, out: str | Path, rows: 
   requests, out = Path(requests), Path(out)
   if not requests.is_file():
     raise UserError(f'{requests}: no such file; expected ranking requests, one JSON object a line')
-  if out.is_dir() or not out.absolute().parent.is_dir():
-    raise UserError(f'{out} cannot be written: expected the name of a file in a directory that exists')
-  if out.exists() and out.samefile(requests):
-    raise UserError(f'{out} holds the requests; give another --out')
-  scorer = Scorer.load(bundle, rows)
-  with open(requests, 'rb') as file:
-    progress = Progress('score', sum(1 for line in file if line.strip()), 'requests')
-  partial, count = out.with_name(f'{out.name}.partial-{os.getpid()}'), 0
-  try:
-    with open(partial, 'w', encoding='utf-8') as file:
-      for count, result in enumerate(scorer._score(_lines(requests)), 1):
-        file.write(json.dumps(result) + '\n')
-        progress.update(count)
-    os.replace(partial, out)
-  except OSError as error:
-    raise UserError(f'{out} cannot be written ({error.strerror}); give another --out') from error
-  finally:
-    partial.unlink(missing_ok=True)
+  with complete_file(out, requests) as partial, open(partial, 'w', encoding='utf-8') as file:
+    scorer, count = Scorer.load(bundle, rows), 0
+    with open(requests, 'rb') as lines:
+      progress = Progress('score', sum(1 for line in lines if line.strip()), 'requests')
+    for count, result in enumerate(scorer._score(_lines(requests)), 1):
+      file.write(json.dumps(result) + '\n')
+      progress.update(count)
   progress.close()
   return count
 

@@ -62,7 +62,7 @@ class Service:
     self.batcher = Batcher(limits.batch, metrics)
     self.draining = False
     self._buffered = 0
-    self._codec = Codec(name, limits.max_body, limits.max_candidates, limits.max_events)
+    self._codec = Codec(name, limits.max_body, limits.batch.max_queue, limits.max_candidates, limits.max_events)
     # One thread each: more would wait for the interpreter, and encoding what is done must not wait for what arrives.
     self._decoding, self._encoding = ThreadPoolExecutor(1, 'decoding'), ThreadPoolExecutor(1, 'encoding')
     metrics.watch(lambda: self.batcher.pending, lambda: self.models.current.scorer)
@@ -190,9 +190,6 @@ class Service:
       call = await asyncio.get_running_loop().run_in_executor(self._decoding, decode)
     scores: list[np.ndarray] = []
     if call.requests:
-      most = self.limits.batch.max_queue
-      if len(call.requests) > most:
-        raise HttpError(413, f'got {len(call.requests)} requests at once, at most {most} are allowed')
       seat.take(len(call.requests) - 1)
       timeout = min(call.timeout_s or self.limits.timeout_s, self.limits.timeout_s)
       try:

@@ -34,9 +34,9 @@ class Call:
 class Codec:
   """Decodes and encodes; its methods run on worker threads."""
 
-  def __init__(self, name: str, max_body: int, max_candidates: int, max_events: int):
+  def __init__(self, name: str, max_body: int, max_requests: int, max_candidates: int, max_events: int):
     """Takes the model's name, and what a call may ask for (see `app.Limits`)."""
-    self._name, self._max_body = name, max_body
+    self._name, self._max_body, self._max_requests = name, max_body, max_requests
     self._most = {'candidates': max_candidates, 'history': max_events}
 
   def decode(self, served: Served, body: bytes, encoding: str, header_length: str | None) -> Call:
@@ -52,6 +52,9 @@ class Codec:
       HttpError: anything wrong with it.
     """
     request = decode_request(inflate(body, encoding.strip().lower(), self._max_body), header_length)
+    for tensor in request.inputs.values():  # before a document is made of each: an empty tensor may claim any shape
+      if tensor.array.ndim and len(tensor.array) > self._max_requests:
+        raise HttpError(413, f'got {len(tensor.array)} requests at once, at most {self._max_requests} are allowed')
     whole = REQUEST in request.inputs
     outputs = served.outputs.wanted(request, whole)
     documents = served.inputs.documents(request.inputs, request.id)

@@ -82,7 +82,8 @@ class InputReader:
     readers: dict[str, Callable[[np.ndarray], list]] = dict.fromkeys(sparse, _optional_text)
     readers |= {'history_actions': self._action_names, 'candidate_item_created_at': _optional_time}
     readers |= dict.fromkeys(('surface', 'history_surface', 'candidate_surface'), self._surface_names)
-    readers |= dict.fromkeys(('candidate_content', 'history_content'), _optional_vectors)
+    vectors = (f'candidate_{feature.name}' for feature in manifest.schema.features.embedding)
+    readers |= dict.fromkeys((*vectors, 'candidate_content', 'history_content'), _optional_vectors)
     self._readers = readers
 
   def documents(self, inputs: Mapping[str, Tensor], request_id: str) -> list[Any]:

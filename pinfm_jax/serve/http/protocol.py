@@ -98,7 +98,8 @@ def decode_request(body: bytes, header_length: str | None) -> InferRequest:
   """
   length = len(body)
   if header_length is not None:
-    length = int(header_length) if header_length.isascii() and header_length.isdigit() else -1
+    sane = header_length.isascii() and header_length.isdigit() and len(header_length) < 20
+    length = int(header_length) if sane else -1
     if not 0 <= length <= len(body):
       raise HttpError(
         400, f'got {HEADER_LENGTH} {show(header_length)}, expected 0 to the {len(body)} bytes of the body'

@@ -1,9 +1,7 @@
 """Files of JSON requests, and files that appear only when they are complete: what the commands on a bundle share."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,31 +74,6 @@ def in_batches(values: Iterable[T], size: int) -> Iterator[list[T]]:
       batch = []
   if batch:
     yield batch
-
-
-@contextmanager
-def complete_file(out: Path, source: Path) -> Iterator[Path]:
-  """A path beside `out` whose file takes its place when the block ends without an error.
-
-  Args:
-    out: the file to make.
-    source: what is read meanwhile, and so must be another file.
-
-  Raises:
-    UserError: `out` cannot be written.
-  """
-  if out.is_dir() or not out.absolute().parent.is_dir():
-    raise UserError(f'{out} cannot be written: expected the name of a file in a directory that exists')
-  if out.exists() and source.exists() and out.samefile(source):
-    raise UserError(f'{out} holds the input; give another --out')
-  partial = out.with_name(f'{out.name}.partial-{os.getpid()}')
-  try:
-    yield partial
-    os.replace(partial, out)
-  except OSError as error:
-    raise UserError(f'{out} cannot be written ({error.strerror}); give another --out') from error
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def _whole(path: Path) -> list[Any] | None:

@@ -1,0 +1,64 @@
+"""Files that appear whole: what stands at the name beforehand is replaced as a user expects, or not at all."""
+
+import os
+import threading
+
+import pytest
+
+from pinfm_jax.errors import UserError
+from pinfm_jax.serve.files import complete_file
+
+
+def write(out, source):
+  with complete_file(out, source) as partial:
+    partial.write_text('new')
+
+
+def fail(out, source):
+  with complete_file(out, source) as partial:
+    partial.write_text('half')
+    raise ZeroDivisionError
+
+
+def test_the_file_appears_at_the_end_or_not_at_all(tmp_path):
+  out, source = tmp_path / 'out', tmp_path / 'source'
+  write(out, source)
+  assert out.read_text() == 'new'
+  out.write_text('old')
+  with pytest.raises(ZeroDivisionError):
+    fail(out, source)
+  assert out.read_text() == 'old'
+  assert os.listdir(tmp_path) == ['out']
+
+
+def test_a_link_stays_a_link(tmp_path):
+  target, link = tmp_path / 'target', tmp_path / 'link'
+  target.write_text('old')
+  link.symlink_to(target)
+  write(link, tmp_path / 'source')
+  assert link.is_symlink()
+  assert target.read_text() == 'new'
+
+
+def test_what_is_no_plain_file_is_written_to(tmp_path):
+  pipe, read = tmp_path / 'pipe', []
+  os.mkfifo(pipe)
+  reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+  reader.start()
+  write(pipe, tmp_path / 'source')
+  reader.join(10)
+  assert read == ['new']
+  assert pipe.is_fifo()
+
+
+def test_the_input_and_directories_are_no_outputs(tmp_path):
+  source = tmp_path / 'source'
+  source.write_text('kept')
+  for out, message in (
+    (source, 'holds the input'),
+    (tmp_path, 'a directory that exists'),
+    (tmp_path / 'a' / 'b', 'exists'),
+  ):
+    with pytest.raises(UserError, match=message):
+      write(out, source)
+  assert source.read_text() == 'kept'

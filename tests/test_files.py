@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.files import complete_file
+from pinfm_jax.serve.files import complete_directory, complete_file
 
 
 def write(out, source):
@@ -62,3 +62,36 @@ def test_the_input_and_directories_are_no_outputs(tmp_path):
     with pytest.raises(UserError, match=message):
       write(out, source)
   assert source.read_text() == 'kept'
+
+
+def make(out, overwrite=True):
+  with complete_directory(out, overwrite) as directory:
+    (directory / 'manifest.json').write_text('new')
+
+
+def test_a_link_to_a_bundle_leads_to_the_new_one(tmp_path):
+  make(tmp_path / 'old')
+  (tmp_path / 'link').symlink_to(tmp_path / 'old')
+  (tmp_path / 'old' / 'extra').write_text('')
+  make(tmp_path / 'link')
+  assert (tmp_path / 'link').is_symlink()
+  assert sorted(os.listdir(tmp_path)) == ['link', 'old']
+  assert os.listdir(tmp_path / 'old') == ['manifest.json']
+
+
+def test_what_cannot_be_replaced_stays(tmp_path, monkeypatch):
+  out = tmp_path / 'bundle'
+  make(out)
+  (out / 'extra').write_text('')
+  rename = os.rename
+
+  def broken(source, target):
+    if '.partial-' in str(source):
+      raise OSError('no')
+    rename(source, target)
+
+  monkeypatch.setattr(os, 'rename', broken)
+  with pytest.raises(OSError, match='no'):
+    make(out)
+  assert os.listdir(tmp_path) == ['bundle']
+  assert sorted(os.listdir(out)) == ['extra', 'manifest.json']

@@ -77,7 +77,7 @@ def test_integer_ids(toy, tmp_path, monkeypatch):
   np.testing.assert_array_equal(reader.keys(ids), id_keys(np.array(ids), 'integer'))
   for same in (np.array(ids), [str(i) for i in ids], [np.int64(i) for i in ids]):
     np.testing.assert_array_equal(reader.keys(same), reader.keys(ids))
-  for wrong in (1.5, 'a', 2**63, None):
+  for wrong in (1.5, 'a', 2**63, None, True, '1_000', ' 5', '٣'):
     with pytest.raises(ValueError):
       reader.keys([wrong])
 

@@ -188,7 +188,8 @@ def test_bad_input_is_refused_in_one_line(scorer, documents, tmp_path):
     assert not out.exists()
   users_file(history, documents)
   for arguments, message in (
-    ({'top': 0}, 'got --top 0, expected 1 or more'),
+    ({'top': 0}, 'got --top 0, expected 1 to 10000'),
+    ({'top': 10_001}, 'got --top 10001, expected 1 to 10000'),
     ({'catalogue': tmp_path / 'none.csv'}, 'does not exist'),
     ({'out': history}, 'holds the input'),
     ({'out': tmp_path / 'no' / 'out'}, 'cannot be written'),

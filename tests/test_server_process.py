@@ -135,6 +135,7 @@ def test_a_second_sigterm_ends_at_once_and_a_bad_reload_is_told(bundle, tmp_path
     (['--port', '-1'], '--port is -1; expected at least 0'),
     (['--port', '70000'], '--port is 70000; expected at most 65535'),
     (['--max-queue', '0'], '--max-queue is 0; expected at least 1'),
+    (['--timeout-ms', 'inf'], '--timeout-ms is inf; expected at least 1, and a finite number'),
     (['--max-delay-ms', 'nan'], '--max-delay-ms is nan'),
     (['--name', 'a/b'], "--name is 'a/b'"),
     (['--host', 'no host'], 'no host port 8000 cannot be used'),

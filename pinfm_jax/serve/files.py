@@ -24,7 +24,7 @@ def complete_directory(
   Raises:
     UserError: `out` exists and may not be replaced, or it cannot be made.
   """
-  out = out.absolute()
+  out = out.resolve()  # a link stays, and what it leads to is replaced
   occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
   if occupied and not overwrite:
     raise UserError(f'{out} exists already; give another --out, or remove it first')
@@ -43,6 +43,8 @@ def complete_directory(
     os.rename(partial, out)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
+    if replaced.exists() and not out.exists():
+      os.rename(replaced, out)
     raise
   shutil.rmtree(replaced, ignore_errors=True)
 

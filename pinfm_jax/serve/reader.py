@@ -47,6 +47,7 @@ and a packed int4 row of four values with the codes 0, 3, 15, 0, the scale 1 and
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -188,7 +189,11 @@ def unpack(packed: np.ndarray, storage: str) -> np.ndarray:
 
 
 def _integer(value: object) -> int:
-  return int(value) if isinstance(value, str) else operator.index(value)  # which refuses 1.5
+  if isinstance(value, str) and re.fullmatch('-?[0-9]{1,19}', value):
+    return int(value)
+  if isinstance(value, str | bool):
+    raise ValueError(f'got the id {value!r}, expected an integer')
+  return operator.index(value)  # which refuses 1.5
 
 
 def _mix(h: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -57,8 +58,8 @@ class ServerSettings:
     """Raises UserError for a value that cannot work."""
     for field in fields(self):
       value, least = getattr(self, field.name), 0 if field.name in ('port', 'max_delay_ms', 'linger_s') else 1
-      if not isinstance(value, str | None) and not value >= least:
-        raise UserError(f'--{field.name.replace("_", "-")} is {value}; expected at least {least}')
+      if not isinstance(value, str | None) and not least <= value < math.inf:
+        raise UserError(f'--{field.name.replace("_", "-")} is {value}; expected at least {least}, and a finite number')
     if self.port > 65_535:
       raise UserError(f'--port is {self.port}; expected at most 65535')
     if self.name is not None and (not self.name or '/' in self.name):

@@ -25,9 +25,11 @@ from pinfm_jax.serve.offline.documents import in_batches, user_requests
 from pinfm_jax.serve.requests import ScoringRequest
 
 Array = jax.Array
+MOST_TOP = 10_000
 _CHUNK = 1 << 14  # items whose vectors are on the device at a time
 _TILE = 256  # users that are scored at a time: 16 MiB of scores
-_USERS = 1 << 14  # users of a pass over the catalogue
+_USERS = 1 << 14  # users of a pass over the catalogue, fewer if each gets many items
+_PLACES = 1 << 22  # items of all users of a pass: 20 bytes each
 _ENCODE = 256  # users that the context pass reads at a time
 
 
@@ -172,8 +174,8 @@ def recommend_file(
   Raises:
     UserError: a file that cannot be read or written, a malformed user, or a bundle that cannot recommend.
   """
-  if top < 1:
-    raise UserError(f'got --top {top}, expected 1 or more')
+  if not 1 <= top <= MOST_TOP:
+    raise UserError(f'got --top {top}, expected 1 to {MOST_TOP}; `pinfm embed` writes the vectors to rank more with')
   items = catalogue_of(scorer.bundle, catalogue)
   if out is None:
     return _write(scorer, history, items, top, exclude_seen, sys.stdout)
@@ -200,8 +202,8 @@ def catalogue_of(bundle: Any, file: Path | None) -> ItemFile:
 
 
 def _write(scorer: Any, history: Path, items: ItemFile, top: int, exclude_seen: bool, file: TextIO) -> int:
-  users = 0
-  for part in in_batches(user_requests(scorer, history), _USERS):
+  users, at_once = 0, max(1, min(_USERS, _PLACES // top))
+  for part in in_batches(user_requests(scorer, history), at_once):
     label = f'recommend to users {users + 1} to {users + len(part)}'
     progress = Progress(label, items.count(), 'items')
     for result in recommend(scorer, part, items, top, exclude_seen, progress.update):

@@ -18,6 +18,8 @@ from pinfm_jax.serve.rows.command import add_serve_rows
 from pinfm_jax.serve.server import add_serve
 from pinfm_jax.stages.export_command import add_export
 
+_RESUMED = ('run', 'download')
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code (0 good, 2 the user's mistake, 130 interrupted)."""
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'pinfm: error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print('\npinfm: interrupted; the same command resumes', file=sys.stderr)
+    again = '; the same command resumes' if arguments.command in _RESUMED else ''
+    print(f'\npinfm: interrupted{again}', file=sys.stderr)
     return 130
   except BrokenPipeError:
     return 0
@@ -305,7 +308,7 @@ def _score(arguments: argparse.Namespace) -> None:
   from pinfm_jax.serve.scorer import score_file
 
   a = arguments
-  with RemoteRows.connect(a.bundle, a.rows.split(',')) if a.rows else nullcontext() as rows:
+  with RemoteRows.connect(a.bundle, a.rows.split(',')) if a.rows is not None else nullcontext() as rows:
     print(f'{a.out}: {score_file(a.bundle, a.requests, a.out, rows)} requests scored')
 
 

@@ -186,7 +186,7 @@ def tensors(**arrays):
   for name, array in arrays.items():
     array = np.asarray(array)
     if array.dtype.kind in 'UO':
-      array = bytes_array([text.encode() for text in array.ravel()], array.shape)
+      array = bytes_array([t if isinstance(t, bytes) else t.encode() for t in array.ravel()], array.shape)
     names = {'O': 'BYTES', 'f': f'FP{array.dtype.itemsize * 8}', 'i': 'INT64', 'u': 'UINT32', 'b': 'BOOL'}
     made[name] = Tensor(name, names[array.dtype.kind], array)
   return made
@@ -238,6 +238,21 @@ def test_names_of_actions_and_padding_of_candidates(manifest):
   assert [event['actions'] for event in got[0]['history']] == [['click', 'save'], []]
   assert got[0]['candidates'] == [{'item_id': 'x'}]
   assert got[0]['request_id'] == 'mine'
+
+
+def test_padding_may_be_anything(manifest):
+  """What stands behind `history_length` and `num_candidates` is never looked at."""
+  padded = dict(FULL) | {
+    'history_surface': [[0, 1], [1, -7]],
+    'history_actions': np.array([[5, 0], [2, 2**32 - 1]], np.uint32),
+    'num_candidates': [1, 0],
+    'candidate_item_id': np.array([[b'x'], [b'\xff']], object),
+    'candidate_surface': [[0], [99]],
+  }
+  got = InputReader(manifest).documents(tensors(**padded), 'q')
+  plain = InputReader(manifest).documents(tensors(**FULL), 'q')
+  assert got[0] == plain[0] | {'candidates': [plain[0]['candidates'][0] | {'surface': 'feed'}]}
+  assert got[1] == plain[1] | {'candidates': []}
 
 
 def test_empty_tensors(manifest):

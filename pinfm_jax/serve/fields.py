@@ -92,10 +92,17 @@ def read_sparse(feature: SparseFeature, value: Any) -> int:
     raise UserError(f'got {feature.name} {show(value)}, expected a string, a number or {{"index": i}}')
   if isinstance(value, float) and value.is_integer() and str(value) not in feature.codes:
     value = int(value)  # many clients write 4 as 4.0
+  if not is_unicode(value):
+    raise UserError(f'got {feature.name} {show(value)}, which is no valid Unicode: spell it in UTF-8')
+  return encode_sparse(feature, value)
+
+
+def is_unicode(value: Any) -> bool:
+  """False for text with half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
   try:
-    return encode_sparse(feature, value)
-  except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-    raise UserError(f'got {feature.name} {show(value)}, which is no valid Unicode: spell it in UTF-8') from None
+    return not isinstance(value, str) or value.encode() is not None
+  except UnicodeEncodeError:
+    return False
 
 
 def read_vector(value: Any, name: str, width: int) -> list[float]:

@@ -27,7 +27,7 @@ def complete_directory(
   out = out.resolve()  # a link stays, and what it leads to is replaced
   occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
   if occupied and not overwrite:
-    raise UserError(f'{out} exists already; give another --out, or remove it first')
+    raise UserError(f'{out} exists already; give another --out, or --overwrite')
   if occupied and not (out / marker).is_file():
     raise UserError(f'{out} exists and is no {kind}, so it is not replaced; give another --out')
   partial, replaced = (out.with_name(f'{out.name}.{word}-{os.getpid()}') for word in ('partial', 'replaced'))

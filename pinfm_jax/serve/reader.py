@@ -125,7 +125,7 @@ class TableReader:
     if isinstance(ids, np.ndarray) and not text and ids.dtype.kind == 'i':
       return ids.astype(np.int64).view(np.uint64)
     try:
-      return np.array([id_key(str(value) if text else _integer(value)) for value in ids], np.uint64)
+      return np.array([id_key(_text(value) if text else _integer(value)) for value in ids], np.uint64)
     except TypeError as error:
       raise ValueError(f'got an id that is no {self.id_type} ({error})') from None
 
@@ -186,6 +186,12 @@ def unpack(packed: np.ndarray, storage: str) -> np.ndarray:
   if storage == 'int4':
     codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
   return constants[..., 1:] + constants[..., :1] * codes.astype(np.float32)
+
+
+def _text(value: object) -> str:
+  if not isinstance(value, str):
+    raise ValueError(f'got the id {value!r}, expected a string')
+  return str(value)
 
 
 def _integer(value: object) -> int:

@@ -29,6 +29,7 @@ from pinfm_jax.serve import columns
 from pinfm_jax.serve.cache import Window
 from pinfm_jax.serve.fields import (
   check_names,
+  is_unicode,
   read_key,
   read_list,
   read_name,
@@ -145,6 +146,8 @@ class RequestParser:
     request_id = document.get('request_id')
     if isinstance(request_id, bool) or not isinstance(request_id, int | str):
       raise UserError(f'got request_id {show(request_id)}, expected a string or an integer')
+    if not is_unicode(request_id):
+      raise UserError(f'got request_id {show(request_id)}, which is no valid Unicode: spell it in UTF-8')
     time = read_time(document.get('timestamp'), 'timestamp')
     events = self._known_history(read_list(document, 'history'), time)
     history = events.history
@@ -154,13 +157,19 @@ class RequestParser:
         f'got history_events {show(total)}, expected the number of all events of the user, '
         f'at least the {len(history)} distinct ones given'
       )
+    first, sent = window_start(total, self._length, self._block), len(document['history'])
+    if sent < total - first:
+      raise UserError(
+        f'got {sent} events in history, of {total} of the user (history_events): the model reads the newest '
+        f'{total - first}, so send at least those, best the newest {self._length}'
+      )
     listed = read_list(document, 'candidates')
     skipped = total - len(history)  # older events that the client did not send
     return ScoringRequest(
       request_id=request_id,
       item_ids=tuple(c.get('item_id') if isinstance(c, Mapping) else None for c in listed),
       history=history,
-      window=slice(max(window_start(total, self._length, self._block) - skipped, 0), len(history)),
+      window=slice(max(first - skipped, 0), len(history)),
       candidates=self._candidates(document, listed, total),
       content=self._content(listed),
       history_content=events.content,

@@ -17,6 +17,7 @@ from pinfm_jax.serve import batches
 from pinfm_jax.serve.batches import DEFAULT_SIZES, Sizes
 from pinfm_jax.serve.bundle import Bundle, load_bundle
 from pinfm_jax.serve.cache import Arrays, SlotCache, Window
+from pinfm_jax.serve.fields import show
 from pinfm_jax.serve.files import complete_file
 from pinfm_jax.serve.pool import Pool, empty_pool, slot_bytes
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
@@ -194,7 +195,7 @@ class Scorer:
         request = self.parse(document)
       except UserError as error:
         name = document.get('request_id') if isinstance(document, dict) else None
-        raise UserError(f'{where}{f" ({name!r})" if name is not None else ""}: {error}') from None
+        raise UserError(f'{where}{f" ({show(name)})" if name is not None else ""}: {error}') from None
       if batch and not self._fits(batch, request):
         yield from self.results(batch)
         batch = []
@@ -324,7 +325,13 @@ class Scorer:
     if self.cache.slots:
       self._pool = None  # before the new one takes its memory
       manifest = self.bundle.manifest
-      self._pool = empty_pool(manifest.pinfm, manifest.ranking, manifest.schema.history_length, self.cache.slots)
+      try:
+        self._pool = empty_pool(manifest.pinfm, manifest.ranking, manifest.schema.history_length, self.cache.slots)
+      except (jax.errors.JaxRuntimeError, MemoryError, OverflowError) as error:
+        raise UserError(
+          f'the keys and values of {self.cache.slots} users do not fit in memory ({str(error)[:80]}): set fewer '
+          'cache_users'
+        ) from error
 
   def _output_width(self) -> int:
     if self._pool is None:

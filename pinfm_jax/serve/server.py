@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
 import weakref
@@ -91,6 +92,9 @@ def serve(bundle: str | Path, settings: ServerSettings) -> None:
   # The event loop and the scoring thread wait for the interpreter while another thread decodes; at Python's 5 ms each
   # such wait costs more than a small request. 1.2 to 2 times the requests/s with a scorer that costs nothing.
   sys.setswitchinterval(0.0005)
+  # While it compiles there is nothing to open anew; SIGTERM ends it by an exception, which cleans up (see `_serve`).
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   # The address first: compiling may take minutes.
   with bind(settings.host, settings.port) as bound, compilation_cache(settings.compiled):
     path = Path(bundle)
@@ -127,7 +131,7 @@ def open_scorer(path: Path, settings: ServerSettings) -> Any:
   from pinfm_jax.serve.rows.remote import RemoteRows
   from pinfm_jax.serve.scorer import Scorer
 
-  rows = RemoteRows.connect(path, settings.rows.split(',')) if settings.rows else None
+  rows = RemoteRows.connect(path, settings.rows.split(',')) if settings.rows is not None else None
   try:
     scorer = Scorer.load(path, rows, Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
   except BaseException:
@@ -171,6 +175,10 @@ def add_serve(commands) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-  serve(
-    arguments.bundle, ServerSettings(**{field.name: getattr(arguments, field.name) for field in fields(ServerSettings)})
-  )
+  try:
+    serve(
+      arguments.bundle,
+      ServerSettings(**{field.name: getattr(arguments, field.name) for field in fields(ServerSettings)}),
+    )
+  except SystemExit as end:  # SIGTERM while it compiled: at an ordinary exit, compiling threads would crash
+    os._exit(end.code)

@@ -170,12 +170,14 @@ class Service:
       raise HttpError(503, 'the server is shutting down', {'Retry-After': '1'})
     served = self._served(request)
     try:
-      with self.batcher.seat() as seat:  # before the body is looked at: refusing is cheap
-        body = await self._read(request)
-        try:
+      with self.batcher.seat():  # is there one? Refused before the body is read, which is cheap
+        pass
+      body = await self._read(request)
+      try:
+        with self.batcher.seat() as seat:  # not earlier: slow clients would hold seats while they send
           response = await self._answer(request, served, body, seat, begin)
-        finally:
-          self._buffered -= len(body)
+      finally:
+        self._buffered -= len(body)
     except OverloadedError as error:
       raise HttpError(429, str(error), {'Retry-After': str(error.retry_after_s)}) from None
     except ExpiredError:

@@ -11,6 +11,8 @@ from pinfm_jax.serve.http.models import Served
 from pinfm_jax.serve.http.protocol import HttpError, decode_request, encode_response, inflate
 from pinfm_jax.serve.requests import ScoringRequest
 
+_WORDS = {'candidates': 'candidates', 'history': 'events in the history'}
+
 
 @dataclass(frozen=True)
 class Call:
@@ -76,7 +78,7 @@ class Codec:
     for name, most in self._most.items():
       listed = document.get(name) if isinstance(document, dict) else None
       if isinstance(listed, list) and len(listed) > most:
-        raise HttpError(413, f'request {i}: got {len(listed)} {name}, at most {most} are allowed')
+        raise HttpError(413, f'request {i}: got {len(listed)} {_WORDS[name]}, at most {most} are allowed')
     try:
       return served.scorer.parse(document)
     except UserError as error:

@@ -110,7 +110,7 @@ class InputReader:
         raise HttpError(400, f"got '{REQUEST}' and '{other}'; expected whole requests or a tensor a field, not both")
       return [_document(i, text) for i, text in enumerate(inputs[REQUEST].array.ravel())]
     self._check_shapes(inputs)
-    columns = {name: self._column(name, tensor.array) for name, tensor in inputs.items()}
+    columns = {name: self._column(name, _without_padding(name, inputs)) for name in inputs}
     users = inputs['candidate_item_id'].array.shape[0]
     columns.setdefault('request_id', [f'{request_id}/{u}' for u in range(users)])
     return [_user(columns, u) for u in range(users)]
@@ -151,7 +151,7 @@ class InputReader:
   def _surface_names(self, array: np.ndarray) -> list:
     if array.dtype == object:
       return _optional_text(array)
-    return _nested(array, lambda code: _at(self._surfaces, code))
+    return _nested(array, lambda code: None if code == -1 else _at(self._surfaces, code))
 
   def _action_names(self, array: np.ndarray) -> list:
     if array.dtype == object:
@@ -165,6 +165,16 @@ class InputReader:
       if bits >= 0
       else _at((), -1)
     )
+
+
+def _without_padding(name: str, inputs: Mapping[str, Tensor]) -> np.ndarray:
+  """The tensor with zeros or empty text behind the real events or candidates: any padding will do."""
+  array = inputs[name].array
+  for prefix, lengths in (('history_', 'history_length'), ('candidate_', 'num_candidates')):
+    if name.startswith(prefix) and array.ndim > 1 and lengths in inputs:
+      array = array.copy()
+      array[np.arange(array.shape[1]) >= inputs[lengths].array[:, None]] = b'' if array.dtype == object else 0
+  return array
 
 
 def _document(i: int, text: bytes) -> Any:

@@ -86,7 +86,7 @@ def _scorer(arguments: argparse.Namespace) -> 'Iterator[Scorer]':
   from pinfm_jax.serve.scorer import Scorer
 
   a = arguments
-  with RemoteRows.connect(a.bundle, a.rows.split(',')) if a.rows else nullcontext() as rows:
+  with RemoteRows.connect(a.bundle, a.rows.split(',')) if a.rows is not None else nullcontext() as rows:
     yield Scorer.load(a.bundle, rows)
 
 

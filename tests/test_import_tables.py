@@ -229,6 +229,7 @@ BAD_TABLES = [
   ({'item_id': ['a', 'b'], 'vector': [[1.0, 2.0], None]}, 'row 1 has no vector'),
   ({'item_id': ['a', 'b'], 'vector': [[1.0], [float('nan')]]}, 'the vector of row 1 has NaN or infinite values'),
   ({'item_id': ['a', None], 'vector': [[1.0], [2.0]]}, 'got 1 missing ids among 2'),
+  ({'item_id': ['a', 'b'], 'vector': [[0.0], [0.0]]}, 'all vectors are zeros'),
 ]
 
 

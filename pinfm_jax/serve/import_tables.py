@@ -132,7 +132,9 @@ def import_tables(
     spool = directory / 'spool'
     spool.mkdir()
     rows_SN, parts_SNE, square = _spooled(spool, vectors, config, projection_WV)
-    factor = 1.0 if rms is None else rms / max(np.sqrt(square), 1e-30)
+    if not square > 0:
+      raise UserError('all vectors are zeros; expected those of a trained model')
+    factor = 1.0 if rms is None else rms / np.sqrt(square)
     given = _write_rows(directory, rows_SN, parts_SNE, np.float32(factor))
     manifest = ImportedManifest(
       config.sub_tables,

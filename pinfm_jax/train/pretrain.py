@@ -171,7 +171,21 @@ def pretrain(
   negatives = NegativeSource.of(dataset, segments, config, task.action_bits, until_ms, seed)
   task = replace(task, catalogue=negatives.catalogue)
   examples = PackedSegments.of(segments) if config.pack else segments
-  loop = LoopConfig(
+  loop = _loop(config, seed, position, layout, profile)
+  rows = process_rows(mesh, config.batch_segments)
+
+  def batches(first_step: int):
+    stream = training_batches(examples, config.batch_segments, seed, first_step, rows)
+    return negatives.add(stream, first_step, rows)
+
+  sketch = empty_sketch(config.sketch_width) if config.log_q == 'sketch' else None
+  return train(task, mesh, directory, loop, batches, sketch, warm_start, evaluate)
+
+
+def _loop(
+  config: PretrainConfig, seed: int, position: dict[str, Any], layout: MeshConfig, profile: Window | None
+) -> LoopConfig:
+  return LoopConfig(
     label=f'pretrain (seed {seed})',
     steps=config.steps,
     seed=seed,
@@ -186,14 +200,6 @@ def pretrain(
     profile=profile,
     layout=layout,
   )
-  rows = process_rows(mesh, config.batch_segments)
-
-  def batches(first_step: int):
-    stream = training_batches(examples, config.batch_segments, seed, first_step, rows)
-    return negatives.add(stream, first_step, rows)
-
-  sketch = empty_sketch(config.sketch_width) if config.log_q == 'sketch' else None
-  return train(task, mesh, directory, loop, batches, sketch, warm_start, evaluate)
 
 
 def _position(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 def add_bench(commands) -> None:
   """Adds `bench` with its subcommands to the `pinfm` command."""
-  command = commands.add_parser('bench', help='measure tables and training on this machine')
+  command = commands.add_parser('bench', help='measure tables, training, DCAT and serving on this machine')
   kinds = command.add_subparsers(dest='kind', required=True, metavar='KIND')
   _add_tables(kinds)
   _add_pretrain(kinds)

@@ -122,7 +122,7 @@ def test_a_scan_is_unrolled(reverse):
     carry, all_ = lax.scan(lambda c, w: (jnp.tanh(c @ w), c.sum(axis=1)), x, weights, reverse=reverse)
     return jnp.concatenate([carry, all_.T], axis=1)
 
-  check(function, {'x': x}, {'x': 'U, 4'}, weights, rtol=1e-5)
+  check(function, {'x': x}, {'x': 'U, 4'}, weights, rtol=1e-5, atol=1e-6)
 
 
 def test_functions():

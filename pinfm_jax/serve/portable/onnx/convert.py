@@ -137,7 +137,10 @@ def _translated(graph: Graph, eqn: Any, values: list[Value]) -> list[Value]:
 def _unrolled(graph: Graph, eqn: Any, values: list[Value]) -> list[Value]:
   """A scan as so many copies of its body: a decoder has few layers."""
   params, body = eqn.params, eqn.params['jaxpr']
-  fixed, carried = params['num_consts'], params['num_carry']
+  # Read off the shapes, since JAX's names of these counts change: what is scanned has one axis more outside the body.
+  carried = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.jaxpr.outvars, strict=True))
+  scanned = sum(a.aval.ndim > b.aval.ndim for a, b in zip(eqn.invars, body.jaxpr.invars, strict=True))
+  fixed = len(eqn.invars) - carried - scanned
   carry, columns = values[fixed : fixed + carried], values[fixed + carried :]
   columns = [
     Value(graph.full(value, variable.aval.shape), variable.aval.shape) if not value.known else value

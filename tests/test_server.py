@@ -5,6 +5,7 @@ import gc
 import gzip
 import json
 import shutil
+import socket
 import threading
 import time
 
@@ -211,6 +212,20 @@ def test_plain_json(port, documents, expected):
   assert results(infer(port, whole([]))[2]) == []
   nothing = infer(port, whole([], outputs=[{'name': 'click'}]))[2]['outputs'][0]
   assert (nothing['shape'], nothing['data']) == ([0, 0], [])
+
+
+def test_slow_clients_hold_no_seats(port, documents, expected):
+  """More clients than seats have begun to send; who sends all is answered."""
+  head = b'POST /v2/models/toy/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{'
+  slow = [socket.create_connection(('127.0.0.1', port)) for _ in range(2 * SMALL.batch.max_queue)]
+  try:
+    for connection in slow:
+      connection.sendall(head)
+    time.sleep(0.5)  # their heads are read
+    same(results(infer(port, whole(documents[:1]))[2]), expected[:1])
+  finally:
+    for connection in slow:
+      connection.close()
 
 
 def test_what_is_malformed_or_too_large_is_refused(port, documents):

@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve import checksums
-from pinfm_jax.serve.bundle import CHECKSUMS, TABLES
+from pinfm_jax.serve.bundle import CHECKSUMS, TABLES, check_files
 from pinfm_jax.serve.manifest import Manifest
 from pinfm_jax.serve.rows.mapped import MappedRows
 from pinfm_jax.serve.rows.wire import HEALTH, LAYOUT, ROWS, TABLES_HEADER, ServedRows
 
 MOST_ROWS = 1 << 16
-_WHOLE_BELOW = 2 << 30
 _BODY_S = 10.0  # a body must have come by then
 _KEEP_ALIVE_S = 120  # of an idle connection
 _DRAIN_S = 30  # for requests under way when the server is told to stop
@@ -70,13 +68,7 @@ class RowService:
     if manifest.tables is None:
       raise UserError(f'{bundle} has no tables (its ranker is without PinFM): there is nothing to serve')
     entries = {entry.name: entry for entry in manifest.files}
-    for name in (TABLES, CHECKSUMS):
-      checksums.check_size(bundle, entries[name])
-    if entries[TABLES].bytes <= _WHOLE_BELOW:
-      checksums.check_whole(bundle, entries[TABLES])
-    else:
-      checksums.check_whole(bundle, entries[CHECKSUMS])
-      checksums.check_sample(bundle, entries[TABLES], (bundle / CHECKSUMS).read_bytes())
+    check_files(bundle, (entries[TABLES], entries[CHECKSUMS]))
     first, last = part.rows(manifest.tables.sub_tables * manifest.tables.rows)
     self.served = ServedRows(manifest.tables, entries[TABLES].sha256, first, last, most_rows)
     self._rows = MappedRows(bundle / TABLES, manifest.tables)

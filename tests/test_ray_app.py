@@ -58,7 +58,10 @@ def test_replicas_answer_as_the_scorer_does(tmp_path):
   expected = list(Scorer.load(bundle).score(documents))
   bad = [documents[1] | {'surface': 'serach'}, '{']
   command = [sys.executable, '-c', _DRIVER, str(bundle), json.dumps([*documents, *bad])]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ), check=False)
+  # Ray gives a proxy 5 s to start and then kills it: too short where other work holds the cores.
+  patience = {'RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S': '300', 'RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S': '300'}
+  environment = dict(os.environ) | patience
+  done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
   replicas, answers = json.loads(done.stdout.splitlines()[-1])
   assert sum(replicas.values()) == 2

@@ -1,0 +1,47 @@
+"""One run of a sweep, in a process of its own: `python -m pinfm_jax.sweep.child`, started by `sweep.jobs` alone.
+
+The first line of standard input says what to do. Standard input then stays open for as long as the sweep lives: its end
+is how a run learns that the sweep was killed, however that happened.
+"""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+
+def main() -> int:
+  """Runs the stage that standard input names; returns the exit code (0 good, 2 the user's mistake)."""
+  request = json.loads(sys.stdin.buffer.readline())
+  threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+  if request['cores'] and hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, request['cores'])  # before JAX counts them and starts its threads
+  from pinfm_jax.errors import UserError
+
+  try:
+    _run(request)
+  except UserError as error:
+    print(f'pinfm: error: {error}', file=sys.stderr)
+    return 2
+  return 0
+
+
+def _end_with_the_sweep() -> None:
+  sys.stdin.buffer.read()
+  os._exit(143)  # what is on disk is as after any kill: the next call goes on from the last checkpoint
+
+
+def _run(request) -> None:
+  from pinfm_jax.config import Experiment
+  from pinfm_jax.overrides import from_dict
+  from pinfm_jax.run import STAGES, keep_compiled_programs
+  from pinfm_jax.stages.context import Run
+
+  workdir = Path(request['workdir'])
+  keep_compiled_programs(workdir / 'compiled')
+  STAGES[request['stage']](Run(from_dict(Experiment, request['experiment']), workdir))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

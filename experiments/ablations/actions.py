@@ -44,5 +44,7 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
     'every event, with or without action': ((), ''),
   }
   distinct = {chosen: name for name, (chosen, _) in reversed(sets.items())}  # of equal sets the first name stays
-  rows = [Arm(name, {'pretrain.positive_actions': sets[name][0]}, sets[name][1]) for name in sets if name in distinct.values()]
+  rows = [
+    Arm(name, {'pretrain.positive_actions': sets[name][0]}, sets[name][1]) for name in sets if name in distinct.values()
+  ]
   return (*rows, without_pinfm())

@@ -17,8 +17,8 @@ from pinfm_jax.sweep.arms_file import DataFacts
 
 REFERENCE = 'ntl / ntl'
 about = (
-  'Losses of pretraining / sequence losses of fine-tuning: next token (ntl), multi token (mtl), future token (ftl). The '
-  f"paper's figures are lifts of HIT@3 on Home Feed over its row {REFERENCE}: Save / Hide (lower is better)."
+  'Losses of pretraining / sequence losses of fine-tuning: next token (ntl), multi token (mtl), future token (ftl). '
+  f"The paper's figures are lifts of HIT@3 on Home Feed over its row {REFERENCE}: Save / Hide (lower is better)."
 )
 baseline = REFERENCE
 

@@ -21,7 +21,7 @@ from pinfm_jax.sweep.ablations import without_pinfm
 
 REFERENCE = "the launch file's lengths"
 about = (
-  "L_d: events that the ranker reads; L: events of a segment of pretraining. The reference is the launch file's lengths. "
+  "L_d: events that the ranker reads; L: events of a segment of pretraining. The reference has the launch file's. "
   'The paper does not vary them.'
 )
 baseline = REFERENCE

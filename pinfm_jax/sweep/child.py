@@ -8,12 +8,14 @@ import json
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 
 def main() -> int:
   """Runs the stage that standard input names; returns the exit code (0 good, 2 the user's mistake)."""
-  request = json.loads(sys.stdin.buffer.readline())
+  with open(0, 'rb', buffering=0, closefd=False) as stdin:  # a buffer's lock, held by the thread, would crash the exit
+    request = json.loads(stdin.readline())
   threading.Thread(target=_end_with_the_sweep, daemon=True).start()
   if request['cores'] and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, request['cores'])  # before JAX counts them and starts its threads
@@ -28,7 +30,8 @@ def main() -> int:
 
 
 def _end_with_the_sweep() -> None:
-  sys.stdin.buffer.read()
+  while os.read(0, 4096):
+    pass
   os._exit(143)  # what is on disk is as after any kill: the next call goes on from the last checkpoint
 
 
@@ -40,7 +43,10 @@ def _run(request) -> None:
 
   workdir = Path(request['workdir'])
   keep_compiled_programs(workdir / 'compiled')
-  STAGES[request['stage']](Run(from_dict(Experiment, request['experiment']), workdir))
+  run = Run(from_dict(Experiment, request['experiment']), workdir)
+  if request['towers_alone']:  # an experiment without rankers: its arm is a tower
+    run = Run(replace(run.experiment, arms=()), workdir).of_arm(run.experiment.arms[0])
+  STAGES[request['stage']](run)
 
 
 if __name__ == '__main__':

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pinfm_jax.checks import ARM_GROUPS
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, parse_assignments
 
-GROUPS = ('model.', 'pretrain.', 'ranker.', 'finetune.')  # what an arm may change
 _CLOSING = {'(': ')', '[': ']', '{': '}'}
 
 
@@ -75,10 +75,10 @@ def _axis(key: str, text: str, experiment: Experiment) -> Axis:
   for place, value in enumerate(values):
     if value in values[:place]:
       raise UserError(f'--grid {key} got {texts[place]} twice; give each value once')
-  if not key.startswith(GROUPS):
+  if not key.startswith(ARM_GROUPS):
     raise UserError(
       f'--grid changes {key}, but all runs of a sweep share data, evaluation and seeds; it may change '
-      f'{", ".join(f"{group}*" for group in GROUPS)}: set the rest with --set'
+      f'{", ".join(f"{group}*" for group in ARM_GROUPS)}: set the rest with --set'
     )
   return Axis(key, texts, values)
 
@@ -108,11 +108,8 @@ def _split(key: str, text: str) -> tuple[str, ...]:
 
 
 def _value(key: str, text: str, experiment: Experiment) -> Any:
-  if text[0] in '([':  # a tuple: without its brackets it is what --set takes
-    value = text[1:-1].strip().rstrip(',')
-  else:
-    value = text[1:-1] if text[0] in '\'"' else text
-  changed = apply_overrides(experiment, {key: value})
+  bare = text[1:-1].strip().rstrip(',') if text[0] in '([\'"' else text  # a tuple without brackets is what --set takes
+  changed = apply_overrides(experiment, {key: bare})
   for name in key.split('.'):
     changed = changed[name] if isinstance(changed, Mapping) else getattr(changed, name)
   return changed

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pinfm_jax
 from pinfm_jax.config import Experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import to_dict
@@ -19,6 +21,7 @@ FINISHED, FAILED, WAITING = 'finished', 'failed', 'waiting'  # waiting: for a ru
 _POLL_S = 0.1
 _GRACE_S = 10.0
 _LAST_LINES = 12
+ERROR = 'pinfm: error: '  # begins the line on a user's mistake
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Job:
     directory: that the run fills; no two jobs have the same.
     log: file of what it prints.
     needs: directory of the job that must be finished before.
+    towers_alone: the experiment has no rankers: the arm is a tower.
   """
 
   label: str
@@ -40,6 +44,7 @@ class Job:
   directory: Path
   log: Path
   needs: Path | None = None
+  towers_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def machine_slots(at_once: int) -> list[Slot]:
   if at_once == 1:
     return [Slot()]
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
-  shares = [tuple(cores[slot::at_once]) or tuple(cores[slot % len(cores) :][:1] if cores else ()) for slot in range(at_once)]
+  shares = [tuple(cores[slot % len(cores) :: at_once]) if cores else () for slot in range(at_once)]
   gpus = _gpus()
   if not gpus:
     return [Slot(share) for share in shares]
@@ -162,6 +167,7 @@ def _start(job: Job, workdir: Path, slot: Slot) -> subprocess.Popen:
     'stage': job.stage,
     'experiment': to_dict(job.experiment),
     'workdir': str(workdir),
+    'towers_alone': job.towers_alone,
     'cores': list(slot.cores),
   }
   job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -171,35 +177,42 @@ def _start(job: Job, workdir: Path, slot: Slot) -> subprocess.Popen:
       stdin=subprocess.PIPE,
       stdout=log,
       stderr=subprocess.STDOUT,
-      env={**os.environ, 'PYTHONUNBUFFERED': '1', **(slot.environment or {})},
+      env={**os.environ, **_this_package(), 'PYTHONUNBUFFERED': '1', **(slot.environment or {})},
       start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends its runs in order
     )
-  try:
+  with suppress(BrokenPipeError):  # it died while starting: its log says why
     process.stdin.write((json.dumps(request) + '\n').encode())
     process.stdin.flush()
-  except BrokenPipeError:  # it died while starting: its log says why
-    pass
   return process
 
 
+def _this_package() -> dict[str, str]:
+  """Lets a run import the very files that the sweep runs from."""
+  source = str(Path(pinfm_jax.__file__).resolve().parent.parent)
+  return {'PYTHONPATH': os.pathsep.join(filter(None, [source, os.environ.get('PYTHONPATH', '')]))}
+
+
+def _close_input(process: subprocess.Popen) -> None:
+  with suppress(BrokenPipeError):  # what it never read
+    process.stdin.close()
+
+
 def _outcome(one: _Running) -> Outcome:
-  one.process.stdin.close()
+  _close_input(one.process)
   seconds, code = time.monotonic() - one.begin, one.process.returncode
   if code == 0:
     return Outcome(FINISHED, seconds)
   lines = one.job.log.read_text(encoding='utf-8', errors='replace').splitlines()
   how = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
-  errors = [line for line in lines if line.startswith('pinfm: error: ')]
-  return Outcome(FAILED, seconds, '\n'.join([how, *(errors[-1:] if code == 2 else lines[-_LAST_LINES:])]))
+  errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+  last = errors[-1:] if code == 2 else [how, *lines[-_LAST_LINES:]]
+  return Outcome(FAILED, seconds, '\n'.join(last or [how]))
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
   """Ends processes that still run: their standard input ends, which they take as their end."""
   for process in processes:
-    try:
-      process.stdin.close()
-    except BrokenPipeError:
-      pass
+    _close_input(process)
   deadline = time.monotonic() + _GRACE_S
   for process in processes:
     try:

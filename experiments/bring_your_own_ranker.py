@@ -187,7 +187,7 @@ def train_tables(run: Run, batches: Iterator[Batch], steps: int) -> Callable[[Ba
 
 def batches_of(run: Run, part: str, size: int) -> Iterator[tuple[Batch, int]]:
   """Batches of the run's requests, and how many real ones each holds: endless for 'finetune', else once over all."""
-  requests = run.requests(run.experiment, part)
+  requests = run.requests(part)
   saved = requests.schema.labels.index('save')
   many = ((b, size) for b in training_batches(requests, size, seed=0, first_step=0))
   for batch, count in many if part == 'finetune' else evaluation_batches(requests, size):

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig, PretrainConfig
+from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig, PretrainConfig, RankerConfig
 from pinfm_jax.data.simulator import SimulatorConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, from_dict
+
+ARM_GROUPS = ('model.', 'pretrain.', 'ranker.', 'finetune.')  # what an arm may change
 
 _MAY_BE_ZERO = (
   'data.validation_days',
@@ -30,6 +32,7 @@ _MAY_BE_ZERO = (
   'pretrain.uniform_negatives',
   'ranker.cross_layers',
   'ranker.item_buckets',
+  'ranker.transact.length',
   'update.warmup_steps',
 )
 _CHOICES = {
@@ -42,6 +45,8 @@ _CHOICES = {
   'pretrain.log_q': ('none', 'counts', 'sketch'),
   'pretrain.continue_on': ('new', 'all'),
   'ranker.sequence': ('pinfm', 'none'),
+  'ranker.fusion': ('early', 'mean', 'last'),
+  'ranker.interaction': ('dcnv2',),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.attention': ('auto', 'xla', 'flash'),
   'model.tower.backbone': ('gpt2', 'hstu'),
@@ -67,16 +72,17 @@ def check_experiment(experiment: Experiment) -> None:
     raise UserError(f'seeds are {experiment.seeds}; expected numbers that are not negative')
   for arm in experiment.arms:
     for key in arm.overrides:
-      if not key.startswith(('ranker.', 'finetune.')):
+      if not key.startswith(ARM_GROUPS):
         raise UserError(
-          f"arm '{arm.name}' changes {key}; an arm may change ranker.* and finetune.*, since all arms share data, "
-          'pretraining and evaluation: make another launch file for the rest'
+          f"arm '{arm.name}' changes {key}; an arm may change {', '.join(f'{group}*' for group in ARM_GROUPS)}, since "
+          'all arms share data and evaluation: make another launch file for the rest'
         )
   if experiment.data.source == 'simulator':
     from_dict(SimulatorConfig, experiment.data.simulator)
   for each in (experiment, *(apply_overrides(experiment, arm.overrides) for arm in experiment.arms)):
     _check_values(each)
     _check_model(each.model)
+    _check_ranker(each.ranker, each.model)
     _check_mesh(each.mesh)
     _check_lengths(each)
     _check_lists(each)
@@ -159,6 +165,26 @@ def _check_model(model: PinFMConfig) -> None:
     )
 
 
+def _check_ranker(ranker: RankerConfig, model: PinFMConfig) -> None:
+  for option in ('learnable_token', 'candidate_content'):
+    if getattr(ranker, option) and ranker.fusion != 'early':
+      raise UserError(
+        f"ranker.{option} changes what stands at the candidate's place, but ranker.fusion '{ranker.fusion}' has no "
+        'candidate in the sequence; set ranker.fusion=early, or the option to false'
+      )
+  if ranker.bidirectional and (model.tower.backbone == 'hstu' or model.tower.attention == 'flash'):
+    raise UserError(
+      'ranker.bidirectional needs plain attention of the gpt2 backbone; set model.tower.backbone=gpt2 and '
+      'model.tower.attention=auto, or ranker.bidirectional=false'
+    )
+  transact = ranker.transact
+  if 3 * transact.width % transact.heads:
+    raise UserError(
+      f'ranker.transact.width {transact.width}: three vectors of it side by side do not divide by '
+      f'ranker.transact.heads {transact.heads}'
+    )
+
+
 def _check_mesh(mesh: MeshConfig) -> None:
   axes = tuple(axis for axis in ('data', 'fsdp', 'model') if axis in mesh.table_axes)
   if not axes or axes != mesh.table_axes:
@@ -218,9 +244,20 @@ def _check_lengths(experiment: Experiment) -> None:
       f'finetune.cold_start.age_dropout is {cold.age_dropout}; expected a rate of at least 0 and below 1 for each of '
       f'the {len(cold.age_edges_hours)} age_edges_hours'
     )
+  edges = experiment.evaluate.age_edges_hours
+  for key, values in (('finetune.cold_start.age_edges_hours', cold.age_edges_hours),
+                      ('evaluate.age_edges_hours', edges)):  # fmt: skip
+    if list(values) != sorted(set(values)) or any(not np.isfinite(v) or v <= 0 for v in values):
+      raise UserError(f'{key} is {values}; expected positive numbers of hours that ascend')
+  if not edges:
+    raise UserError('evaluate.age_edges_hours is empty; expected at least one number of hours')
   if cold.randomise > 1:
     raise UserError(f'finetune.cold_start.randomise is {cold.randomise}; expected a share of at most 1')
   for name, update in (('pretrain', pretrain.update), ('finetune', finetune.update)):
+    unknown = set(update.frozen) - {'tower', 'tables'}
+    if unknown or (name == 'pretrain' and update.frozen):
+      expected = 'nothing: pretraining trains all of it' if name == 'pretrain' else "some of 'tower', 'tables'"
+      raise UserError(f'{name}.update.frozen is {",".join(update.frozen)}; expected {expected}')
     if not 0 <= update.beta1 < 1 or not 0 <= update.beta2 < 1:
       raise UserError(f'{name}.update.beta1 and beta2 are {update.beta1}, {update.beta2}; expected values below 1')
   if not (pretrain.ntl_weight or pretrain.mtl_weight or pretrain.ftl_weight):

@@ -20,6 +20,7 @@ class DataConfig:
   source: str = 'simulator'  # 'simulator', a public source's name, or 'prepared'
   path: str = ''  # the raw files of a public source, or a prepared data set; unused by the simulator
   simulator: Mapping[str, Any] = field(default_factory=dict)  # fields of SimulatorConfig that differ from its defaults
+  options: Mapping[str, Any] = field(default_factory=dict)  # of a public source's loader (`pinfm prepare --option`)
   test_days: float = 3
   validation_days: float = 1
   finetune_days: float = 10
@@ -89,6 +90,7 @@ class UpdateConfig:
   beta2: float = 0.99
   clip_norm: float = 1.0  # global norm over tower and row gradients; 0 = off
   pretrained_ratio: float = 1.0  # learning-rate ratio of the pretrained tower and the tables (PinFM section 4: 0.1)
+  frozen: tuple[str, ...] = ()  # of the pretrained part, what does not learn: 'tower', 'tables'
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,30 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
+class TransActConfig:
+  """The ranker's own sequence module, trained from scratch: what the production baseline has (TransAct, PinFM 1)."""
+
+  length: int = 0  # newest events that it reads; 0 = no such module (100 in production)
+  width: int = 32  # of an event's item and actions and of the candidate, which stand side by side: 96 in all
+  layers: int = 2
+  heads: int = 2
+  feedforward: int = 32
+  outputs: int = 10  # outputs of the newest events that go to the ranker beside the maximum over all
+  mask_hours: float = 1.0  # training hides the events of a random time, at most so long, before the request
+  item_buckets: int = 65_536  # rows of its own hashed item table
+
+
+@dataclass(frozen=True)
 class RankerConfig:
   """The multi-task ranking model around the user-sequence module (feature_interactions: Homefeed ranker)."""
 
-  sequence: str = 'pinfm'  # 'pinfm' (early fusion, DCAT) or 'none'
-  cross_layers: int = 3  # DCNv2
+  sequence: str = 'pinfm'  # 'pinfm' or 'none'
+  fusion: str = 'early'  # the candidate follows the history (DCAT); late: 'mean' or 'last' output of the history alone
+  bidirectional: bool = False  # the history's events see each other all, not just the earlier ones
+  similarity: bool = True  # <H of the last event, z of the candidate> is an input of the ranker too
+  transact: TransActConfig = TransActConfig()
+  interaction: str = 'dcnv2'  # the block that crosses the features
+  cross_layers: int = 3  # its layers
   mlp: tuple[int, ...] = (256, 128)
   dropout: float = 0.0
   item_buckets: int = 65_536  # the ranker's own hashed item-id embedding, with or without PinFM; 0 = none
@@ -153,6 +174,7 @@ class ColdStartConfig:
   randomise: float = 0.1  # share of candidate ids replaced by a random id
   age_edges_hours: tuple[float, ...] = (168.0, 672.0)
   age_dropout: tuple[float, ...] = (0.7, 0.5)  # of the module's outputs, for items younger than each edge
+  whole_vector: bool = False  # all of an item's outputs are dropped together, not each element by itself
 
 
 @dataclass(frozen=True)
@@ -170,7 +192,11 @@ class FinetuneConfig:
   module_weight: float = 0.5  # ranking losses applied to the module's own output
   tie_weight: float = 0.1  # squared difference of the module's and the ranker's predictions
   ntl_weight: float = 0.1  # next-token loss over the histories
-  ntl_columns: int = 2048
+  mtl_weight: float = 0.0  # multi-token loss over the histories
+  mtl_window: int = 16  # L' of that loss
+  mtl_pairs: int = 4  # offsets drawn of the window for an anchor
+  ntl_columns: int = 2048  # negatives of these two losses
+  align_weight: float = 0.1  # aligns projected content with the items' vectors, where ranker.candidate_content adds it
   cold_start: ColdStartConfig = ColdStartConfig()
   checkpoint_every: int = 500
   log_every: int = 20
@@ -186,6 +212,7 @@ class EvaluateConfig:
   main_label: str = 'save'
   labels: tuple[str, ...] = ()  # shown in the table; empty = all
   utility: Mapping[str, float] = field(default_factory=dict)  # weight of each label's probability; hide's is negative
+  age_edges_hours: tuple[float, ...] = (24.0, 168.0, 672.0)  # of the item-age buckets in tables
   split: str = 'test'  # 'validation' while tuning: the test split is read once, at the end
   retrieval_users: int = 2000  # users of the whole-catalogue evaluation of the pretrained tower
   ks: tuple[int, ...] = (10, 50)
@@ -216,6 +243,7 @@ class Arm:
 
   name: str
   overrides: Mapping[str, Any] = field(default_factory=dict)
+  paper: str = ''  # the paper's own figure for such an arm, shown beside ours
 
   @property
   def directory(self) -> str:

@@ -99,7 +99,7 @@ def _of_run(path: Path, seed: int, arm: str | None) -> Pretrained:
     found = [known for known in run.experiment.arms if known.name == arm]
     if not found:
       raise UserError(f"no arm '{arm}'; expected one of: {', '.join(known.name for known in run.experiment.arms)}")
-    directory = run.arm_directory(seed, found[0])
+    directory, run = run.arm_directory(seed, found[0]), run.of_arm(found[0])
   stored, model, info = StoredState(directory / 'checkpoints'), run.model, run.dataset.info
   if not stored.has_tables:
     raise UserError(f"{directory} is a ranker without PinFM; name an arm whose ranker.sequence is 'pinfm'")

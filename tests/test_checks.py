@@ -40,7 +40,7 @@ def test_a_value_that_cannot_work_is_named(setting):
   assert '\n' not in message
 
 
-@pytest.mark.parametrize('key', ['model.tower.layers', 'pretrain.steps', 'data.min_candidates', 'evaluate.split'])
+@pytest.mark.parametrize('key', ['mesh.fsdp', 'serve.storage', 'data.min_candidates', 'evaluate.split'])
 def test_an_arm_may_not_change_what_arms_share(key):
   arms = (*toy.EXPERIMENT.arms, toy.Arm('other', {key: 3}))
   with pytest.raises(UserError, match=f"arm 'other' changes {key}"):

@@ -35,12 +35,12 @@ from pinfm_jax.train.step import init_state
 @pytest.fixture(scope='module')
 def task(toy_run):
   """The task with its losses' randomness (age dropout, randomised ids) left on."""
-  return toy_run.task(toy_run.experiment, 5)
+  return toy_run.task(5)
 
 
 @pytest.fixture(scope='module')
 def requests(toy_run):
-  return toy_run.requests(toy_run.experiment, 'finetune')
+  return toy_run.requests('finetune')
 
 
 @pytest.fixture(scope='module')
@@ -309,7 +309,7 @@ def test_predictions_stand_beside_what_happened(toy_run):
   """Requests of more than C candidates are scored in parts and come back whole, in order."""
   config = replace(toy_run.experiment.finetune, candidates=4)
   experiment = replace(toy_run.experiment, finetune=config)
-  requests = toy_run.requests(experiment, 'test')
+  requests = replace(toy_run, experiment=experiment).requests('test')
   assert len(requests) > len(np.unique(requests.request_row))
   rows = np.unique(requests.request_row)
   whole = [toy_run.dataset.request(int(row)) for row in rows]
@@ -329,7 +329,7 @@ def test_predictions_stand_beside_what_happened(toy_run):
 
 def test_predict_scores_each_candidate_in_its_place(toy_run, task, stats):
   """One example after another through the module gives the rows of `predict`, whose last batch is padded."""
-  requests = toy_run.requests(toy_run.experiment, 'test')
+  requests = toy_run.requests('test')
   task = replace(task, config=replace(task.config, batch_requests=60))
   assert len(requests) % 60
   params, rows_GE = _random_params(task), 20 * toy.tables(task.tables).rows_GE

@@ -99,7 +99,7 @@ def test_processes_that_hold_any_rows_make_the_same_global_batch(parts):
 def test_long_requests_are_split_and_lose_no_candidate(toy_run):
   experiment = toy_run.experiment
   config = replace(experiment.finetune, candidates=4)
-  requests = Requests.between(toy_run.dataset, toy_run.schema(experiment), config, toy_run.split.test)
+  requests = Requests.between(toy_run.dataset, toy_run.schema, config, toy_run.split.test)
   rows = np.unique(requests.request_row)
   expected = sum(len(toy_run.dataset.request(int(row))) for row in rows)
   found = sum(int(batch['candidate_mask'][:count].sum()) for batch, count in evaluation_batches(requests, 5))
@@ -110,7 +110,7 @@ def test_long_requests_are_split_and_lose_no_candidate(toy_run):
 
 
 def test_content_vectors_belong_to_their_items(toy_run):
-  requests = toy_run.requests(toy_run.experiment, 'test')
+  requests = toy_run.requests('test')
   example = requests[0]
   items = toy_run.dataset.items
   key = toy_run.dataset.request(int(requests.request_row[0])).item[0]
@@ -143,9 +143,9 @@ def test_history_inputs_are_padded_at_the_end(toy_run):
 
 
 def test_the_event_count_feature_is_bounded_by_the_window(toy_run):
-  schema = toy_run.schema(toy_run.experiment)
+  schema = toy_run.schema
   column = schema.dense_names.index(EVENTS)
-  requests = toy_run.requests(toy_run.experiment, 'test')
+  requests = toy_run.requests('test')
   values = [requests[i]['candidate_dense'][0, column] for i in range(len(requests))]
   assert max(values) == schema.history_length
 

@@ -73,7 +73,7 @@ def test_event_gaps_of_short_histories():
 
 
 def test_the_candidates_gap_is_the_requests_and_the_histories_do_not_depend_on_it(toy_run):
-  requests = replace(toy_run.requests(toy_run.experiment, 'test'), tokens=TokenInputs(64))
+  requests = replace(toy_run.requests('test'), tokens=TokenInputs(64))
   seen = 0
   for i in range(40):
     example, request = requests[i], toy_run.dataset.request(int(requests.request_row[i]))
@@ -148,7 +148,7 @@ def test_new_items_are_marked_in_the_evaluation_alone(toy_run):
   tokens = TokenInputs(items=ItemContent.of(toy_run.dataset, toy_run.split.finetune[1]))
   new = {}
   for part in ('finetune', 'test'):
-    requests = replace(toy_run.requests(toy_run.experiment, part), tokens=tokens)
+    requests = replace(toy_run.requests(part), tokens=tokens)
     examples = [requests[i] for i in range(len(requests))]
     new[part] = np.concatenate([e['candidate_new'][e['candidate_mask']] for e in examples])
   assert not new['finetune'].any()
@@ -156,9 +156,9 @@ def test_new_items_are_marked_in_the_evaluation_alone(toy_run):
 
 
 def test_without_options_nothing_is_added(toy_run):
-  requests = toy_run.requests(toy_run.experiment, 'test')
+  requests = toy_run.requests('test')
   assert not {name for name in requests[0] if name.endswith(('gap', 'content', 'new'))}
-  request, schema = toy_run.dataset.request(0), toy_run.schema(toy_run.experiment)
+  request, schema = toy_run.dataset.request(0), toy_run.schema
   inputs = candidate_inputs(request, slice(0, 1), 2, schema, np.zeros((len(request), 8)))
   assert set(inputs) == {'item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'labels'}
 

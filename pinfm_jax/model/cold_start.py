@@ -33,7 +33,9 @@ def randomise_candidates(item_UC2: Array, place_UC: Array, seed: Array, share: f
 def age_dropout(
   outputs_UCO: Array, age_hours_UC: Array, place_UC: Array, seed: Array, config: ColdStartConfig
 ) -> Array:
-  """Drops elements of the module's outputs with a probability that falls with the item's age (IDD), inverted.
+  """Drops the module's outputs with a probability that falls with the item's age (IDD), inverted.
+
+  The paper does not say whether elements or whole vectors are dropped; `config.whole_vector` chooses.
 
   Args:
     outputs_UCO: the module's outputs.
@@ -45,7 +47,7 @@ def age_dropout(
   rate_UC = jnp.zeros(age_hours_UC.shape)
   for edge, rate in sorted(zip(config.age_edges_hours, config.age_dropout, strict=True), reverse=True):
     rate_UC = jnp.where(age_hours_UC < edge, rate, rate_UC)
-  width = outputs_UCO.shape[-1]
+  width = 1 if config.whole_vector else outputs_UCO.shape[-1]
   place_UCO = place_UC[..., None] * width + jnp.arange(width)
   keep_UCO = ~_below(place_UCO, fold_seed(seed, 3), rate_UC[..., None])
   return jnp.where(keep_UCO, outputs_UCO / (1 - rate_UC[..., None]), 0)

@@ -38,6 +38,7 @@ class View:
     user_M: int32, the history that each row of tokens belongs to: several rows (tiles of candidates, pieces of one
       user) then share a history. None = row u belongs to history u.
     causal: a token also sees the tokens before it in its row (appended events); False: just itself (candidates).
+    bidirectional: in the context pass every event sees all events of its history, not just those before it.
     layout: rows are single candidates, and this makes each row's own keys and values (`dcat_forms`, for comparison).
   """
 
@@ -45,6 +46,7 @@ class View:
   segment_UL: Array | None = None
   user_M: Array | None = None
   causal: bool = flax.struct.field(pytree_node=False, default=False)
+  bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
   layout: 'Layout | None' = flax.struct.field(pytree_node=False, default=None)
 
   def rows(self, context: LayerKV) -> tuple[LayerKV, Array]:
@@ -106,6 +108,11 @@ def attend_causal(query_ULHK: Array, kv: LayerKV, mask_UL: Array, segment_UL: Ar
     weights = weights_UHLM.astype(value.dtype).reshape(scores.shape)
     outputs.append(jnp.einsum('blm,bmk->blk', weights, value[:, keys]))
   return jnp.concatenate(outputs, axis=1).reshape(users, heads, length, width).swapaxes(1, 2)
+
+
+def attend_bidirectional(query_ULHK: Array, kv: LayerKV, mask_UL: Array) -> Array:
+  """Self-attention over histories in which every event sees all real ones; shapes of `attend_causal`."""
+  return attend_part(query_ULHK, kv, mask_UL[:, None, None]).output_UCHK.astype(kv.value.dtype)
 
 
 def _query_blocks(length: int) -> list[slice]:

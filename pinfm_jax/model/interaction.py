@@ -3,9 +3,21 @@
 import flax.linen as nn
 import jax
 
+from pinfm_jax.config import RankerConfig
 from pinfm_jax.model.transformer import dense
 
 Array = jax.Array
+
+
+def interaction_block(config: RankerConfig) -> nn.Module:
+  """The configured block, named 'cross' in the parameter tree.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if config.interaction != 'dcnv2':
+    raise ValueError(f"ranker.interaction is '{config.interaction}'; expected 'dcnv2'")
+  return CrossNetwork(config.cross_layers, name='cross')
 
 
 class CrossNetwork(nn.Module):

@@ -130,6 +130,7 @@ class PinFM(nn.Module):
     every_output: bool = True,
     hidden_actions_UL: Array | None = None,
     token_V: Array | None = None,
+    bidirectional: bool = False,
   ) -> tuple[Array, LayerKV]:
     """The context pass: H = phi_out(M(phi_in(E + V + A))) (PinFM Eq. 1).
 
@@ -141,6 +142,7 @@ class PinFM(nn.Module):
       hidden_actions_UL: True where the model must not see the actions; None = nowhere.
       token_V: one more token behind each history's last event, in place of an event; candidates attend to it. None =
         none.
+      bidirectional: events see later events of their history too, unlike in pretraining.
 
     Returns:
       Unit-length H [U, L, O], or [U, 1, O] of the last events; and every layer's keys and values [N, U, L, H, K]
@@ -155,7 +157,7 @@ class PinFM(nn.Module):
     x_ULD, mask_UL = self.embed_history(vectors_ULV, events, hidden_actions_UL, token_V)
     output_at_U = None if every_output else last_event(events.mask_UL)
     x_ULD = x_ULD.astype(self.config.tower.dtype)
-    output_ULD, kv = self.decoder.context(x_ULD, mask_UL, train, output_at_U, events.segment_UL)
+    output_ULD, kv = self.decoder.context(x_ULD, mask_UL, train, output_at_U, events.segment_UL, bidirectional)
     return self.phi_out(output_ULD[:, :length] if every_output else output_ULD), kv
 
   def embed_history(
@@ -184,6 +186,7 @@ class PinFM(nn.Module):
     mask_UL: Array,
     token_V: Array | None = None,
     user_M: Array | None = None,
+    every_output: bool = False,
   ) -> tuple[Array, LayerKV]:
     """The context pass of K events that follow histories whose keys and values are kept: equal to `encode` of both.
 
@@ -194,6 +197,7 @@ class PinFM(nn.Module):
       mask_UL: True on the history's real events.
       token_V: see `encode`.
       user_M: the history that each row of events follows; None = row u follows history u.
+      every_output: H of every new event, [U, K, O]; False = of the last ones alone.
 
     Returns:
       H of each row's last new event [U, 1, O], and the keys and values of the new positions [N, U, K, H, K]
@@ -208,6 +212,8 @@ class PinFM(nn.Module):
       token_UD = self.phi_in(token_V) + self.position_embedding[first_U + count_U]
       x_UKD = insert(x_UKD, token_UD, count_U)
     output_UKD, kv = self.decoder.extend(x_UKD.astype(self.config.tower.dtype), context, view)
+    if every_output:
+      return self.phi_out(output_UKD[:, : events.mask_UL.shape[1]]), kv
     last_U11 = last_event(events.mask_UL)[:, None, None]
     return self.phi_out(jnp.take_along_axis(output_UKD, last_U11, axis=1)), kv
 

@@ -1,4 +1,4 @@
-"""The multi-task ranking model, with PinFM as its user-sequence module by early fusion (PinFM section 3.2)."""
+"""The multi-task ranking model, with PinFM as its user-sequence module by early or late fusion (PinFM section 3.2)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pinfm_jax.config import ColdStartConfig, PinFMConfig, RankerConfig
 from pinfm_jax.model.cold_start import age_dropout
 from pinfm_jax.model.dcat import LayerKV
-from pinfm_jax.model.interaction import CrossNetwork
+from pinfm_jax.model.interaction import interaction_block
 from pinfm_jax.model.pinfm import EventBatch, PinFM, key_mask, l2_normalise
 from pinfm_jax.model.transformer import dense, last_event
 
@@ -79,7 +79,8 @@ class UserContext:
 
   Attributes:
     kv: every layer's keys and values [N, U, L, H, K].
-    user_UO: H of the last event, 0 without one.
+    user_UO: what represents the user without a candidate: H of the last event, or with mean fusion the mean of H; 0
+      without events.
     events_U: how many events each history has; a learnable token stands behind the last one.
   """
 
@@ -89,11 +90,19 @@ class UserContext:
 
 
 class RankingOutput(NamedTuple):
-  """Logits of the ranker, and of the module's own head with the sequence outputs (None without a module)."""
+  """What the losses read; None where there is no module, or no such option.
+
+  Attributes:
+    logits_UCT: of the ranker.
+    module_logits_UCT: of the module's own head.
+    h_ULO: H over the histories.
+    content_cosine_UC: cosine of each candidate's projected content with its item vector (`ranker.candidate_content`).
+  """
 
   logits_UCT: Array
-  module_logits_UCT: Array | None
-  h_ULO: Array | None
+  module_logits_UCT: Array | None = None
+  h_ULO: Array | None = None
+  content_cosine_UC: Array | None = None
 
 
 @flax.struct.dataclass
@@ -136,7 +145,7 @@ class FeatureLayer(nn.Module):
 
 
 class Ranker(nn.Module):
-  """x0 -> DCNv2 -> [x0, crossed] -> shared MLP -> one logit a label."""
+  """x0 -> interaction block -> [x0, crossed] -> shared MLP -> one logit a label."""
 
   spec: FeatureSpec
   config: RankerConfig
@@ -159,7 +168,7 @@ class Ranker(nn.Module):
     x0 = FeatureLayer(self.spec, self.config, name='features')(candidates, stats)
     if module_UCM is not None:
       x0 = jnp.concatenate([x0, module_UCM], axis=-1)
-    x = jnp.concatenate([x0, CrossNetwork(self.config.cross_layers, name='cross')(x0)], axis=-1)
+    x = jnp.concatenate([x0, interaction_block(self.config)(x0)], axis=-1)
     for i, width in enumerate(self.config.mlp):
       x = jax.nn.relu(dense(width, (None, 'mlp'), scale=2.0, name=f'mlp_{i}')(x))
       x = nn.Dropout(self.config.dropout)(x, deterministic=not train)
@@ -213,16 +222,22 @@ class RankingModel(nn.Module):
       need_history_output: also return H over the histories, for the next-token loss.
     """
     if self.config.sequence == 'none':
-      return RankingOutput(self.ranker(batch.candidates, stats, None, train), None, None)
+      return RankingOutput(self.ranker(batch.candidates, stats, None, train))
     h_ULO, context = self._encode(vectors_ULV, batch.events, train, need_history_output)
     output_UCO, items_UCV = self._cross(vectors_UCV, context, batch.candidates, train)
-    module_UCM = self._module(output_UCO, items_UCV, context.user_UO)
+    z_UCO = self.pinfm.targets(items_UCV)
+    module_UCM = self._module(output_UCO, items_UCV, z_UCO, context.user_UO)
     if train:
       candidates = batch.candidates.mask_UC.shape[1]
       place_UC = batch.index_U[:, None] * candidates + jnp.arange(candidates)
       module_UCM = age_dropout(module_UCM, batch.candidates.age_hours_UC, place_UC, seed, self.cold_start)
     logits_UCT = self.ranker(batch.candidates, stats, module_UCM, train)
-    return RankingOutput(logits_UCT, self.module_head(output_UCO), h_ULO)
+    # With late fusion the output knows no candidate: the head sees how each direction of it agrees with the item.
+    own_UCO = output_UCO if self.config.fusion == 'early' else output_UCO * z_UCO
+    cosine_UC = None
+    if self.config.candidate_content:
+      cosine_UC = cosine(self._content(batch.candidates), jax.lax.stop_gradient(items_UCV))
+    return RankingOutput(logits_UCT, self.module_head(own_UCO), h_ULO, cosine_UC)
 
   def context(self, vectors_ULV: Array, events: EventBatch) -> UserContext:
     """The context pass of serving: what is kept of a user."""
@@ -238,12 +253,23 @@ class RankingModel(nn.Module):
       user_M: which of them each row of events follows; None = row u follows user u.
 
     Returns:
-      Keys and values of the new positions, H of the last events, and the number of new events.
+      Keys and values of the new positions, what represents the users now, and the number of new events.
+
+    Raises:
+      ValueError: a bidirectional model, whose earlier events see the new ones.
     """
+    if self.config.bidirectional:
+      raise ValueError('the events of a bidirectional model see later ones: run the context pass over all of them')
     mask_UL = key_mask(context.events_U, context.kv.key.shape[2])
     items_UKV = self.pinfm.items(vectors_UKV, events.content_ULW, events.hidden_id_UL)
-    h_U1O, kv = self.pinfm.extend(items_UKV, events, context.kv, mask_UL, self.token_V, user_M)
-    return UserContext(kv, h_U1O[:, 0], jnp.sum(events.mask_UL, axis=1, dtype=jnp.int32))
+    mean = self.config.fusion == 'mean'
+    h_UKO, kv = self.pinfm.extend(items_UKV, events, context.kv, mask_UL, self.token_V, user_M, every_output=mean)
+    new_U = jnp.sum(events.mask_UL, axis=1, dtype=jnp.int32)
+    if not mean:
+      return UserContext(kv, h_UKO[:, 0], new_U)
+    old_UO, old_U = (x if user_M is None else x[user_M] for x in (context.user_UO, context.events_U))
+    sum_UO = old_UO * old_U[:, None] + jnp.sum(h_UKO * events.mask_UL[..., None], axis=1)
+    return UserContext(kv, sum_UO / (old_U + new_U)[:, None], new_U)
 
   def score(
     self,
@@ -267,12 +293,16 @@ class RankingModel(nn.Module):
     """
     output_MCO, items_MCV = self._cross(vectors_MCV, context, candidates, user_M=user_M)
     user_MO = context.user_UO if user_M is None else context.user_UO[user_M]
-    return jax.nn.sigmoid(self.ranker(candidates, stats, self._module(output_MCO, items_MCV, user_MO)))
+    module_MCM = self._module(output_MCO, items_MCV, self.pinfm.targets(items_MCV), user_MO)
+    return jax.nn.sigmoid(self.ranker(candidates, stats, module_MCM))
 
   def pairs(
     self, vectors_MCV: Array, context: UserContext, candidates: CandidateBatch, user_M: Array | None = None
   ) -> Array:
-    """The crossing pass alone: the unit-length output at each candidate's position [M, C, O]; arguments of `score`."""
+    """The crossing pass alone: the output at each candidate's position [M, C, O]; arguments of `score`.
+
+    It has unit length with early fusion. With late fusion it is the user's representation, whatever the candidate.
+    """
     return self._cross(vectors_MCV, context, candidates, user_M=user_M)[0]
 
   def item_vectors(self, vectors: Array, content: Array | None, hidden: Array | None) -> tuple[Array, Array]:
@@ -292,12 +322,14 @@ class RankingModel(nn.Module):
     train: bool = False,
     user_M: Array | None = None,
   ) -> tuple[Array, Array]:
-    """Output at the candidates' positions, and E of the candidates."""
+    """Output at the candidates' positions (late fusion: the users' representations), and E of the candidates."""
     items_MCV = self.pinfm.items(vectors_MCV, candidates.content_UCW, candidates.hidden_id_UC)
+    if self.config.fusion != 'early':
+      user_MO = context.user_UO if user_M is None else context.user_UO[user_M]
+      return jnp.broadcast_to(user_MO[:, None], (*items_MCV.shape[:2], user_MO.shape[-1])), items_MCV
     token_MCV = items_MCV
     if self.config.candidate_content:  # PinFM-GraphSAGE: just the candidate's token gets it
-      content_MCW = l2_normalise(candidates.embedding_UCF[..., -self.spec.content_width :])
-      token_MCV = items_MCV + content_MCW @ self.candidate_content
+      token_MCV = items_MCV + self._content(candidates)
     mask_UL = key_mask(context.events_U, context.kv.key.shape[2], int(self.config.learnable_token))
     return self.pinfm.cross(token_MCV, context.kv, mask_UL, train, candidates.gap_UC, user_M), items_MCV
 
@@ -306,18 +338,35 @@ class RankingModel(nn.Module):
   ) -> tuple[Array, UserContext]:
     """H (of every event, or of the last ones) and what is kept of the users."""
     items_ULV = self.pinfm.items(vectors_ULV, events.content_ULW, events.hidden_id_UL)
-    h_ULO, kv = self.pinfm.encode(items_ULV, events, train, every_output, token_V=self.token_V)
-    last_U11 = last_event(events.mask_UL)[:, None, None]
-    h_UO = (jnp.take_along_axis(h_ULO, last_U11, axis=1) if every_output else h_ULO)[:, 0]
+    mean = self.config.fusion == 'mean'
+    every_output |= mean
+    h_ULO, kv = self.pinfm.encode(
+      items_ULV, events, train, every_output, token_V=self.token_V, bidirectional=self.config.bidirectional
+    )
     events_U = jnp.sum(events.mask_UL, axis=1, dtype=jnp.int32)
-    return h_ULO, UserContext(kv, jnp.where(events_U[:, None] > 0, h_UO, 0), events_U)
+    if mean:
+      user_UO = jnp.sum(h_ULO * events.mask_UL[..., None], axis=1) / jnp.maximum(events_U, 1)[:, None]
+    else:
+      last_U11 = last_event(events.mask_UL)[:, None, None]
+      user_UO = (jnp.take_along_axis(h_ULO, last_U11, axis=1) if every_output else h_ULO)[:, 0]
+    return h_ULO, UserContext(kv, jnp.where(events_U[:, None] > 0, user_UO, 0), events_U)
 
-  def _module(self, output_MCO: Array, items_MCV: Array, user_MO: Array) -> Array:
+  def _content(self, candidates: CandidateBatch) -> Array:
+    """The candidates' content, projected to the width of item vectors: [M, C, V]."""
+    return l2_normalise(candidates.embedding_UCF[..., -self.spec.content_width :]) @ self.candidate_content
+
+  def _module(self, output_MCO: Array, items_MCV: Array, z_MCO: Array, user_MO: Array) -> Array:
     """What the ranker sees of PinFM: the candidate-position output and the candidate's item vector, as in the paper,
     and the similarity that pretraining maximises, <H of the last event, z of the candidate>: it ranks from step 0."""
-    similarity_MC = jnp.einsum('uo,uco->uc', user_MO, self.pinfm.targets(items_MCV))
     parts = [self.project_output(output_MCO), l2_normalise(self.project_item(items_MCV))]
-    return jnp.concatenate([*parts, similarity_MC[..., None]], axis=-1)
+    if self.config.similarity:
+      parts.append(jnp.einsum('uo,uco->uc', user_MO, z_MCO)[..., None])
+    return jnp.concatenate(parts, axis=-1)
+
+
+def cosine(x: Array, y: Array) -> Array:
+  """Cosine of the angle between the vectors [..., D]; 0 where one of them is 0."""
+  return jnp.sum(l2_normalise(x) * l2_normalise(y), axis=-1)
 
 
 def sparse_width(size: int, most: int) -> int:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pinfm_jax.config import TowerConfig
 from pinfm_jax.model.attention import causal_attention
-from pinfm_jax.model.dcat import LayerKV, View, attend_context, attend_rows
+from pinfm_jax.model.dcat import LayerKV, View, attend_bidirectional, attend_context, attend_rows
 from pinfm_jax.model.hstu import HSTUBlock
 from pinfm_jax.model.layers import dense
 
@@ -43,7 +43,9 @@ class Block(nn.Module):
       The block's output, like x, and the keys and values to keep (None in the crossing pass).
     """
     query, own = self._project(x)
-    if context is None:
+    if context is None and view.bidirectional:
+      attended, kept = attend_bidirectional(query, own, view.mask_UL), own
+    elif context is None:
       # `init` runs on tiny shapes that flash kernels refuse, and any form makes the same parameters.
       kind = 'xla' if self.is_initializing() else self.config.attention
       attended, kept = causal_attention(query, own, view.mask_UL, view.segment_UL, kind), own
@@ -110,6 +112,7 @@ class Decoder(nn.Module):
     train: bool = False,
     output_at_U: Array | None = None,
     segment_UL: Array | None = None,
+    bidirectional: bool = False,
   ) -> tuple[Array, LayerKV]:
     """The context pass (PinFM Eq. 3).
 
@@ -120,6 +123,7 @@ class Decoder(nn.Module):
       output_at_U: runs the last layer's attention and MLP at this position of each history alone; of the other
         positions only the keys and values are used (PinFM section 6). None = at every position.
       segment_UL: segments of packed rows, which do not attend to each other; None = one a row.
+      bidirectional: events see later events too.
 
     Returns:
       [U, L, D] outputs ([U, 1, D] at one position), and every layer's keys and values [N, U, L, H, K].
@@ -129,7 +133,7 @@ class Decoder(nn.Module):
     """
     if segment_UL is not None and output_at_U is not None:
       raise ValueError('packed rows hold several segments: an output at one position needs one history a row')
-    view, stacked = View(mask_UL, segment_UL), None
+    view, stacked = View(mask_UL, segment_UL, bidirectional=bidirectional), None
     if self.blocks is not None:
       x_ULD, stacked = self.blocks(x_ULD, None, view, train)
     if output_at_U is None:

@@ -5,7 +5,8 @@ the history length), M tiles of T candidates of one user each, n items. Paramete
 packed table rows (`serve.quantize`) and are unpacked inside.
 
   context(params, pool, slot_U, events [U, K]) -> pool: the context pass of whole windows, written to the slots
-  extend(params, pool, slot_U, events [U, K]) -> pool: events (real ones first) that follow what the slots hold
+  extend(params, pool, slot_U, events [U, K]) -> pool: events (real ones first) that follow what the slots hold; not of
+    a bidirectional model, whose earlier events see the new ones
   crossing(params, stats, pool, slot_M, candidates [M, T]) -> probabilities float32 [M, T, labels]
   pairs(params, pool, slot_M, candidates [M, T]) -> unit-length output at the candidate's position, float32 [M, T, O]
   items(params, {'rows'}) -> {'target': z [n, O], 'vector': E [n, V]}
@@ -125,7 +126,7 @@ def lower_programs(
     platforms: of JAX, to lower for.
 
   Returns:
-    'crossing'; for a ranker with PinFM also 'context', 'extend', 'pairs' and 'items'.
+    'crossing'; for a ranker with PinFM also 'context', 'pairs' and 'items', and unless it is bidirectional 'extend'.
   """
 
   def lower(function: Callable, *shapes: Tree) -> export.Exported:
@@ -147,9 +148,9 @@ def lower_programs(
   # Sizes of their own: a constraint holds for all sizes that are made with it, used or not.
   slots, *shape = export.symbolic_shape('P, U, K', constraints=[f'K <= {history_length}'])
   new = (params, pool(slots), jax.ShapeDtypeStruct(shape[:1], jnp.int32), _event_shapes(model, tuple(shape)))
-  return {
+  programs = {} if model.ranker.bidirectional else {'extend': lower(model.extend, *new)}
+  return programs | {
     'context': lower(model.context, *new),
-    'extend': lower(model.extend, *new),
     'crossing': lower(model.crossing, params, stats, kept, slot_M, inputs),
     'pairs': lower(model.pairs, params, kept, slot_M, inputs),
     'items': lower(model.items, params, rows),

@@ -55,7 +55,8 @@ class Scorer:
     model, length = manifest.pinfm, manifest.schema.history_length
     self._tokens = TokenInputs(model.tower.time_gap_buckets, bundle.items) if model is not None else PLAIN
     slots = sizes.slots(slot_bytes(model, manifest.ranking, length)) if model is not None else 0
-    self.cache = SlotCache(slots, min(batches.MOST_APPENDED, length))
+    appended = min(batches.MOST_APPENDED, length) if 'extend' in self._programs else 0
+    self.cache = SlotCache(slots, appended)
     self._pool: Pool | None = None
     self._most_users = min(sizes.max_users, slots) if slots else sizes.max_users
     self._reset()
@@ -177,7 +178,8 @@ class Scorer:
       window = self._with_rows([empty.model_window(self._tokens).columns])
       length = self.bundle.manifest.schema.history_length
       for name, lengths in (('context', batches.event_sizes(length)), ('extend', batches.appended_sizes(length))):
-        calls += [(self._warm_events, name, window, u, k) for u in self._event_rows(name) for k in lengths]
+        if name in self._programs:
+          calls += [(self._warm_events, name, window, u, k) for u in self._event_rows(name) for k in lengths]
       calls.append((self.users, [empty]))
     candidates = self._candidates([empty])
     calls += [(self._warm_crossing, candidates, size) for size in self._sizes.tiles()]

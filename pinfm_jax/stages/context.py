@@ -1,6 +1,8 @@
 """What the stages of a run share: the experiment, its directory, the data set, the split, the mesh."""
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +26,23 @@ from pinfm_jax.train.sharding import make_mesh
 
 @dataclass(frozen=True)
 class Run:
-  """An experiment in its directory, with what the stages share."""
+  """An experiment in its directory, with what the stages share.
+
+  Attributes:
+    experiment: the launch file's, or an arm's (`of_arm`).
+    workdir: where everything is written.
+    profile: steps of each training run to trace.
+    base: the launch file's run, if this is that of an arm.
+  """
 
   experiment: Experiment
   workdir: Path
-  profile: Window | None = None  # steps of each training run to trace
+  profile: Window | None = None
+  base: 'Run | None' = None
+
+  def of_arm(self, arm: Arm) -> 'Run':
+    """The run of an arm's experiment, which shares data set and mesh with this one."""
+    return replace(self, experiment=apply_overrides(self.experiment, arm.overrides), base=self)
 
   @property
   def data_directory(self) -> Path:
@@ -43,9 +57,12 @@ class Run:
     Raises:
       UserError: it is not prepared yet, or damaged.
     """
-    if self.experiment.data.source != 'prepared' and not self.data_directory.exists():
+    if self.base:
+      dataset = self.base.dataset
+    elif self.experiment.data.source != 'prepared' and not self.data_directory.exists():
       raise UserError(f'{self.data_directory} is not prepared yet; run the prepare stage first (pinfm run FILE)')
-    dataset = PreparedDataset.open(self.data_directory)
+    else:
+      dataset = PreparedDataset.open(self.data_directory)
     check_tokens(self.experiment.model, dataset.info)
     if self.experiment.arms:
       check_labels(self.experiment, dataset.info.labels)
@@ -54,12 +71,12 @@ class Run:
   @cached_property
   def split(self) -> Split:
     """The time split."""
-    return split_by_time(self.dataset, self.experiment.data)
+    return self.base.split if self.base else split_by_time(self.dataset, self.experiment.data)
 
   @cached_property
   def mesh(self) -> Mesh:
     """The device mesh."""
-    return make_mesh(self.experiment.mesh)
+    return self.base.mesh if self.base else make_mesh(self.experiment.mesh)
 
   @cached_property
   def model(self) -> PinFMConfig:
@@ -74,23 +91,27 @@ class Run:
     return TokenInputs.of(self.model, self.dataset, self.split.finetune[1])
 
   def pretrain_directory(self, seed: int) -> Path:
-    """Directory of a seed's pretraining run."""
-    return self.workdir / f'seed{seed}' / 'pretrain'
+    """Directory of a seed's tower: the launch file's own, or that of all arms which pretrain in another way."""
+    name = 'pretrain'
+    if self.base:
+      own, launch = (run.pretrain_settings(seed) for run in (self, self.base))
+      if own != launch:
+        name += f'_{hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:10]}'
+    return self.workdir / f'seed{seed}' / name
 
   def arm_directory(self, seed: int, arm: Arm) -> Path:
-    """Directory of a seed's fine-tuned arm."""
-    return self.workdir / f'seed{seed}' / arm.directory
+    """Directory of a seed's fine-tuned arm; what is measured on the validation split stands apart."""
+    split = self.experiment.evaluate.split
+    return self.workdir / f'seed{seed}' / (arm.directory if split == 'test' else f'{split}_{arm.directory}')
 
-  def arm_experiment(self, arm: Arm) -> Experiment:
-    """The experiment with the arm's overrides."""
-    return apply_overrides(self.experiment, arm.overrides)
-
-  def schema(self, experiment: Experiment) -> FeatureSchema:
+  @cached_property
+  def schema(self) -> FeatureSchema:
     """The ranker's inputs.
 
     Raises:
       UserError: an arm reads content vectors, and the data set has neither those nor an embedding feature.
     """
+    experiment = self.experiment
     schema = FeatureSchema.of(self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length)
     if experiment.ranker.candidate_content and not schema.candidate_width:
       raise UserError(
@@ -99,17 +120,19 @@ class Run:
       )
     return schema
 
-  def requests(self, experiment: Experiment, part: str) -> Requests:
+  def requests(self, part: str) -> Requests:
     """The requests of 'finetune', 'validation' or 'test'."""
+    experiment = self.experiment
     least = experiment.finetune.min_candidates if part == 'finetune' else experiment.data.min_candidates
     times = getattr(self.split, part)
     tokens = self.tokens if experiment.ranker.sequence == 'pinfm' else PLAIN
-    return Requests.between(self.dataset, self.schema(experiment), experiment.finetune, times, least, tokens)
+    return Requests.between(self.dataset, self.schema, experiment.finetune, times, least, tokens)
 
-  def task(self, experiment: Experiment, steps: int) -> FinetuneTask:
-    """The fine-tuning task of an arm."""
+  def task(self, steps: int) -> FinetuneTask:
+    """The fine-tuning task."""
+    experiment = self.experiment
     bits = action_bits(experiment.pretrain, self.dataset.info.actions)
-    return FinetuneTask(self.model, experiment.ranker, experiment.finetune, self.schema(experiment), steps, bits)
+    return FinetuneTask(self.model, experiment.ranker, experiment.finetune, self.schema, steps, bits)
 
   def pretrain_settings(self, seed: int) -> dict[str, Any]:
     """Everything that a seed's pretraining depends on."""
@@ -125,11 +148,11 @@ class Run:
       'seed': seed,
     }
 
-  def finetune_settings(self, experiment: Experiment, seed: int) -> dict[str, Any]:
-    """Everything that an arm's fine-tuning and predictions depend on."""
-    settings = self.pretrain_settings(seed)
+  def finetune_settings(self, seed: int) -> dict[str, Any]:
+    """Everything that fine-tuning and its predictions depend on."""
+    experiment, settings = self.experiment, self.pretrain_settings(seed)
     if not needs_pretraining(experiment):
-      settings['pretrain'] = {'positive_actions': self.experiment.pretrain.positive_actions}  # of the next-token loss
+      settings['pretrain'] = {'positive_actions': experiment.pretrain.positive_actions}  # of the next-token loss
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
     return (
       settings

@@ -50,7 +50,7 @@ def make_demo(run: Run, out: Path, requests: int = 12) -> Path:
 
 def _chosen(run: Run, count: int) -> np.ndarray:
   """Rows of requests, by time, of as many users."""
-  split = run.requests(run.experiment, run.experiment.evaluate.split)
+  split = run.requests(run.experiment.evaluate.split)
   rows, users = [], set()
   candidates = np.unique(split.request_row)
   for row in np.random.default_rng(0).permutation(candidates):

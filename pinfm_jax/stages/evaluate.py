@@ -47,7 +47,7 @@ def _predictions(run: Run, seed: int, arm: Arm) -> RankingPredictions:
   directory = run.arm_directory(seed, arm)
   if not is_done(directory):
     raise UserError(f'{directory} is not fine-tuned yet; run the finetune stage first (pinfm run FILE)')
-  claim(directory, run.finetune_settings(run.arm_experiment(arm), seed))  # other settings, or another split: refused
+  claim(directory, run.of_arm(arm).finetune_settings(seed))  # other settings, or another split: refused
   return RankingPredictions.load(directory / 'predictions.npz')
 
 

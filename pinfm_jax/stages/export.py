@@ -40,7 +40,7 @@ def export_stage(run: Run) -> None:
     print('no arm has PinFM: nothing to export')
     return
   arm, seed, state = pinfm_arms(run)[-1], run.experiment.seeds[0], run.workdir / 'export'
-  settings = run.finetune_settings(run.arm_experiment(arm), seed)
+  settings = run.of_arm(arm).finetune_settings(seed)
   settings |= {**to_dict(run.experiment.serve), 'utility': dict(run.experiment.evaluate.utility)}
   try:
     claim(state, settings, is_done(state))
@@ -119,14 +119,15 @@ def _trained_ranker(run: Run, arm: Arm, seed: int, storage: str, clip: bool) -> 
   Raises:
     UserError: it is not fine-tuned, or was with other settings.
   """
-  directory, experiment = run.arm_directory(seed, arm), run.arm_experiment(arm)
+  directory, run = run.arm_directory(seed, arm), run.of_arm(arm)
+  experiment = run.experiment
   if not is_done(directory):
     raise UserError(f'{directory} is not fine-tuned; run the finetune stage first (pinfm run FILE)')
-  claim(directory, run.finetune_settings(experiment, seed))  # other settings would make another model of the arrays
+  claim(directory, run.finetune_settings(seed))  # other settings would make another model of the arrays
   stored, info = StoredState(directory / 'checkpoints'), run.dataset.info
   state = stored.parts('params', 'constants')
   params = {name: value for name, value in state['params'].items() if name != 'log_temperature'}
-  tables, schema, catalogue = run.model.tables, run.schema(experiment), _catalogue(run, experiment)
+  tables, schema, catalogue = run.model.tables, run.schema, _catalogue(run, experiment)
   return TrainedRanker(
     model_config=run.model,
     ranker_config=experiment.ranker,
@@ -158,15 +159,15 @@ def _catalogue(run: Run, experiment: Experiment) -> pl.DataFrame | None:
 
 def pinfm_arms(run: Run) -> list[Arm]:
   """The arms whose ranker has PinFM."""
-  return [arm for arm in run.experiment.arms if run.arm_experiment(arm).ranker.sequence == 'pinfm']
+  return [arm for arm in run.experiment.arms if run.of_arm(arm).experiment.ranker.sequence == 'pinfm']
 
 
 def served_predictions(run: Run, arm: Arm, bundle: Path) -> RankingPredictions:
   """The evaluation's requests scored through the bundle."""
-  experiment = run.arm_experiment(arm)
-  requests = run.requests(experiment, experiment.evaluate.split)
+  run = run.of_arm(arm)
+  requests = run.requests(run.experiment.evaluate.split)
   scorer, rows = Scorer.load(bundle), np.unique(requests.request_row)
-  documents = dataset_requests(run.dataset, rows, experiment.finetune.history_length)
+  documents = dataset_requests(run.dataset, rows, run.experiment.finetune.history_length)
   progress, scores = Progress(f'score through {bundle.name}', len(rows), 'requests'), []
   for count, result in enumerate(scorer.score(documents), 1):
     scores += [[candidate[label] for label in requests.schema.labels] for candidate in result['scores']]
@@ -196,9 +197,9 @@ def _comparison(
 
 def _score_examples(run: Run, arm: Arm, bundle: Path) -> None:
   """requests.jsonl and scores.jsonl: what `pinfm score` takes and gives."""
-  experiment = run.arm_experiment(arm)
-  rows = np.unique(run.requests(experiment, experiment.evaluate.split).request_row)[-EXAMPLES:]
-  documents = dataset_requests(run.dataset, rows, experiment.finetune.history_length)
+  own = run.of_arm(arm)
+  rows = np.unique(own.requests(own.experiment.evaluate.split).request_row)[-EXAMPLES:]
+  documents = dataset_requests(run.dataset, rows, own.experiment.finetune.history_length)
   path = run.workdir / 'requests.jsonl'
   write_text(path, ''.join(json.dumps(document) + '\n' for document in documents))
   score_file(bundle, path, run.workdir / 'scores.jsonl')

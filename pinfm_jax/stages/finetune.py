@@ -27,21 +27,21 @@ def finetune_stage(run: Run) -> None:
 
 def _finished(run: Run, seed: int, arm: Arm) -> bool:
   directory = run.arm_directory(seed, arm)
-  claim(directory, run.finetune_settings(run.arm_experiment(arm), seed), has_work(directory))
+  claim(directory, run.of_arm(arm).finetune_settings(seed), has_work(directory))
   return is_done(directory)
 
 
 def _finetune(run: Run, seed: int, arm: Arm) -> None:
-  experiment, directory = run.arm_experiment(arm), run.arm_directory(seed, arm)
-  requests = run.requests(experiment, 'finetune')
-  part = run.requests(experiment, experiment.evaluate.split)  # before training: it may turn out to be empty
-  task = run.task(experiment, training_steps(experiment.finetune, len(requests)))
+  own, directory = run.of_arm(arm), run.arm_directory(seed, arm)
+  experiment, requests = own.experiment, own.requests('finetune')
+  part = own.requests(experiment.evaluate.split)  # before training: it may turn out to be empty
+  task = own.task(training_steps(experiment.finetune, len(requests)))
   pretrained = None
   if needs_pretraining(experiment):
-    pretrained = WarmStart(run.pretrain_directory(seed), experiment.pretrain.use_checkpoint)
+    pretrained = WarmStart(own.pretrain_directory(seed), experiment.pretrain.use_checkpoint)
   elif experiment.finetune.start_from and task.tables:
     setting, info = 'finetune.start_from', run.dataset.info
-    pretrained = open_start(experiment.finetune.start_from, setting, run.model.tables, info, task.schema)
+    pretrained = open_start(experiment.finetune.start_from, setting, own.model.tables, info, task.schema)
   state = finetune(task, requests, run.mesh, directory, seed, pretrained, experiment.mesh, run.profile)
   with jax.set_mesh(run.mesh):
     rows_GE = state.tables.rows_GE if state.tables else None

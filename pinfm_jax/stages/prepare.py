@@ -31,6 +31,8 @@ def _prepare(run: Run) -> None:
       'path': os.path.abspath(data.path) if data.path else '',
       'simulator': dict(data.simulator),
     }
+    if data.options:
+      settings['options'] = dict(data.options)
     made = (run.data_directory / 'dataset.json').exists()
     claim(run.workdir / 'prepare', {'data': settings}, started=made)  # a failed try binds nobody to its settings
     if not made:
@@ -45,4 +47,4 @@ def _make(run: Run) -> None:
     return
   if not data.path:
     raise UserError(f'data.path is empty; set it to the folder of the {data.source} files (--set data.path=DIR)')
-  prepare_source(data.source, data.path, run.data_directory)
+  prepare_source(data.source, data.path, run.data_directory, **data.options)

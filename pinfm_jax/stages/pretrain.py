@@ -15,16 +15,27 @@ from pinfm_jax.workdir import claim, has_work, is_done, write_json
 
 
 def pretrain_stage(run: Run) -> None:
-  """Pretrains every seed that has not finished."""
-  if run.experiment.arms and not any(needs_pretraining(run.arm_experiment(arm)) for arm in run.experiment.arms):
+  """Pretrains every seed's towers that have not finished: arms with the same settings share one."""
+  runs = needed_towers(run)
+  if not runs:
     print('no arm starts from a pretrained tower: nothing to do')
-    return
   for seed in run.experiment.seeds:
-    directory = run.pretrain_directory(seed)
-    if on_first('pretrain: settings', partial(_finished, run, seed)):
-      print(f'{directory}: finished earlier')
-    else:
-      _pretrain(run, seed)
+    for own in runs:
+      directory = own.pretrain_directory(seed)
+      if on_first('pretrain: settings', partial(_finished, own, seed)):
+        print(f'{directory}: finished earlier')
+      else:
+        _pretrain(own, seed)
+
+
+def needed_towers(run: Run) -> list[Run]:
+  """One run for each tower that the arms start from, that of the launch file first; itself without arms."""
+  if not run.experiment.arms:
+    return [run]
+  own = [run.of_arm(arm) for arm in run.experiment.arms]
+  seed = run.experiment.seeds[0]
+  towers = {arm.pretrain_directory(seed): arm for arm in own if needs_pretraining(arm.experiment)}
+  return [towers[directory] for directory in sorted(towers)]
 
 
 def _finished(run: Run, seed: int) -> bool:

@@ -32,7 +32,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class FinetuneTask:
-  """Implements `train.step.Task` for the ranker's losses, the module's own, their tie, and L_ntl."""
+  """Implements `train.step.Task` for the losses of ranker and module, their tie, L_ntl, L_mtl and the alignment."""
 
   model: PinFMConfig
   ranker: RankerConfig
@@ -97,14 +97,23 @@ class FinetuneTask:
   def loss(
     self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: DenseStats
   ) -> tuple[Array, dict[str, Array]]:
-    """Ranking losses on the final prediction and on the module's own, their squared difference, and L_ntl."""
+    """Ranking losses on the final prediction and on the module's own, their squared difference, the sequence losses,
+    and the alignment of projected content (PinFM section 3.2)."""
     inputs = self._hide_ids(ranking_batch(batch), step)
     vectors = vectors or (None, None)
     weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
-    need_ntl = self.tables is not None and self.config.ntl_weight > 0
+    sequence = PretrainConfig(
+      ntl_weight=self.config.ntl_weight,
+      mtl_weight=self.config.mtl_weight,
+      ftl_weight=0,
+      window=self.config.mtl_window,
+      pairs=self.config.mtl_pairs,
+      max_columns=self.config.ntl_columns,
+    )
+    need_history = self.tables is not None and (sequence.ntl_weight > 0 or sequence.mtl_weight > 0)
     seed = fold_seed(self.seed, step)
     output = self.module.apply(
-      weights, *vectors, inputs, constants, seed, train=True, need_history_output=need_ntl, rngs={'dropout': key}
+      weights, *vectors, inputs, constants, seed, train=True, need_history_output=need_history, rngs={'dropout': key}
     )
     mask_UC, labels_UCT = inputs.candidates.mask_UC, inputs.labels_UCT
     weight_T = jnp.array([self.config.label_weights.get(name, 1.0) for name in self.schema.labels])
@@ -116,15 +125,27 @@ class FinetuneTask:
       difference_UCT = jnp.square(jax.nn.sigmoid(output.module_logits_UCT) - target_UCT)
       figures['tie'] = jnp.sum(difference_UCT * mask_UC[..., None]) / jnp.maximum(jnp.sum(mask_UC), 1)
       total += self.config.module_weight * figures['module'] + self.config.tie_weight * figures['tie']
-    if need_ntl:
+    if output.content_cosine_UC is not None:
+      known_UC = self._known_candidates(batch, inputs, step)
+      figures['align'] = jnp.sum((1 - output.content_cosine_UC) * known_UC) / jnp.maximum(jnp.sum(known_UC), 1)
+      total += self.config.align_weight * figures['align']
+    if need_history:
       z_ULO = self.module.apply(weights, vectors[0], inputs.events, method='targets')
-      sequence = PretrainConfig(mtl_weight=0, ftl_weight=0, max_columns=self.config.ntl_columns)
-      ntl, _ = sequence_losses(
+      of_history, terms = sequence_losses(
         output.h_ULO, z_ULO, params['log_temperature'], inputs.events, sequence, self.action_bits, seed, inputs.index_U
       )
-      figures['ntl'] = ntl
-      total += self.config.ntl_weight * ntl
+      figures |= {name: terms[name] for name in ('ntl', 'mtl') if name in terms}
+      total += of_history
     return total, figures
+
+  def _known_candidates(self, batch: Batch, inputs: RankingBatch, step: Array) -> Array:
+    """Candidates that have content and their own id vector, neither randomised nor hidden: bool [U, C]."""
+    candidates = inputs.candidates
+    own_UC = jnp.all(self.ids(batch, step)[1] == candidates.item_UC2, axis=-1)
+    if candidates.hidden_id_UC is not None:
+      own_UC &= ~candidates.hidden_id_UC
+    content_UCW = candidates.embedding_UCF[..., -self.schema.content_width :]
+    return candidates.mask_UC & own_UC & jnp.any(content_UCW != 0, axis=-1)
 
   def _hide_ids(self, batch: RankingBatch, step: Array) -> RankingBatch:
     """Hides a share of the ids of histories and of candidates, as pretraining does."""

@@ -26,7 +26,8 @@ class Update:
   Attributes:
     config: rates, schedule, decay, clipping.
     steps: length of the schedule.
-    pretrained: top-level parameter groups that, like the tables, learn at `config.pretrained_ratio`.
+    pretrained: top-level parameter groups that, like the tables, learn at `config.pretrained_ratio`, or not at all
+      where `config.frozen` has 'tower'.
   """
 
   config: UpdateConfig
@@ -59,6 +60,7 @@ class Update:
     Returns:
       New parameters and optimizer state, the rows' step, and the gradients' global norm before clipping.
     """
+    grads = jax.tree_util.tree_map_with_path(lambda path, g: jnp.zeros_like(g) if self._frozen(path) else g, grads)
     norm = jnp.sqrt(optax.tree.norm(grads, squared=True) + row_squares)
     clip = jnp.minimum(1.0, self.config.clip_norm / (norm + 1e-9)) if self.config.clip_norm else jnp.ones(())
     shape = self.schedule(step)
@@ -74,9 +76,16 @@ class Update:
 
   def _move(self, path: tuple[Any, ...], param: Array, direction: Array, rate: Array) -> Array:
     """Decoupled weight decay on kernels alone, and the lower rate of the pretrained groups."""
-    names = [key.key for key in path]
-    if names[-1] == 'kernel':
+    if self._frozen(path):
+      return param
+    if path[-1].key == 'kernel':
       direction = direction + self.config.weight_decay * param
-    if next(name for name in names if name != 'params') in self.pretrained:
+    if self._pretrained(path):
       rate = rate * self.config.pretrained_ratio
     return param - rate * direction
+
+  def _frozen(self, path: tuple[Any, ...]) -> bool:
+    return 'tower' in self.config.frozen and self._pretrained(path)
+
+  def _pretrained(self, path: tuple[Any, ...]) -> bool:
+    return next(key.key for key in path if key.key != 'params') in self.pretrained

@@ -150,6 +150,10 @@ def make_step(
       return task.loss(params, vectors, batch, state.step, key, state.constants)
 
     rows_KE = exchange.lookup(state.tables.rows_GE, plan)
+    if 'tables' in task.update.config.frozen:
+      (value, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows_KE)
+      state, _, figures = _apply(task, state, value, figures, grads, 0.0)
+      return state, figures | exchange.traffic(plan)
     (value, figures), (grads, row_grad_KE) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
       state.params, rows_KE
     )

@@ -12,17 +12,18 @@ DAY_MS = 24 * HOUR_MS
 class DataConfig:
   """Where the events and impressions come from, and how their time is split.
 
-  Days are UTC days counted back from the last impression. Pretraining reads the events before the fine-tuning days
-  (or, with `pretrain_overlap`, also those of the fine-tuning days); nothing trains on validation or test days.
+  Days are UTC days counted back from the last impression's, or parts of days (0.25 = 6 hours). Pretraining reads the
+  events before the fine-tuning days (or, with `pretrain_overlap`, also those of the fine-tuning days); nothing trains
+  on validation or test days.
   """
 
   source: str = 'simulator'  # 'simulator', a public source's name, or 'prepared'
   path: str = ''  # the raw files of a public source, or a prepared data set; unused by the simulator
   simulator: Mapping[str, Any] = field(default_factory=dict)  # fields of SimulatorConfig that differ from its defaults
   options: Mapping[str, Any] = field(default_factory=dict)  # of a public source's loader (`pinfm prepare --option`)
-  test_days: int = 3
-  validation_days: int = 1
-  finetune_days: int = 10
+  test_days: float = 3
+  validation_days: float = 1
+  finetune_days: float = 10
   pretrain_overlap: bool = False
   min_candidates: int = 4  # smaller requests are not evaluated
 

@@ -37,9 +37,9 @@ def split_by_time(dataset: PreparedDataset, config: DataConfig) -> Split:
     raise UserError('the impressions have no times, so they cannot be split by time; prepare them with a timestamp')
   timestamp = dataset.requests['timestamp'].to_numpy()
   end = (int(timestamp[-1]) // DAY_MS + 1) * DAY_MS
-  test = end - config.test_days * DAY_MS
-  validation = test - config.validation_days * DAY_MS
-  finetune = validation - config.finetune_days * DAY_MS
+  test = end - round(config.test_days * DAY_MS)
+  validation = test - round(config.validation_days * DAY_MS)
+  finetune = validation - round(config.finetune_days * DAY_MS)
   split = Split(
     pretrain_until=validation if config.pretrain_overlap else finetune,
     finetune=(finetune, validation),

@@ -109,15 +109,16 @@ class Run:
     """The ranker's inputs.
 
     Raises:
-      UserError: the ranker reads content vectors and the data set has none.
+      UserError: an arm reads content vectors, and the data set has neither those nor an embedding feature.
     """
     experiment = self.experiment
-    if experiment.ranker.candidate_content and not self.dataset.info.content_width:
+    schema = FeatureSchema.of(self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length)
+    if experiment.ranker.candidate_content and not schema.candidate_width:
       raise UserError(
-        'ranker.candidate_content is true, but the items of this data set have no content vectors; set it to false, or '
-        'prepare the data with an item file that has a content column (--items FILE)'
+        'ranker.candidate_content is true, but this data set has no content vectors of items and no embedding feature; '
+        'set it to false, or prepare the data with an item file that has a content column (--items FILE)'
       )
-    return FeatureSchema.of(self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length)
+    return schema
 
   def requests(self, part: str) -> Requests:
     """The requests of 'finetune', 'validation' or 'test'."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from pinfm_jax.checks import check_labels
@@ -15,7 +16,7 @@ from pinfm_jax.config import Arm, Experiment, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, action_bits
-from pinfm_jax.data.splits import Split, split_by_time
+from pinfm_jax.data.splits import Split, pretrained_items, split_by_time
 from pinfm_jax.data.tokens import PLAIN, TokenInputs, check_tokens
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
@@ -72,6 +73,13 @@ class Run:
   def split(self) -> Split:
     """The time split."""
     return self.base.split if self.base else split_by_time(self.dataset, self.experiment.data)
+
+  @cached_property
+  def pretrained_items(self) -> np.ndarray:
+    """Keys of the items that pretraining may read an event of, ascending."""
+    if self.base:
+      return self.base.pretrained_items
+    return pretrained_items(self.dataset, self.split.pretrain_until)
 
   @cached_property
   def mesh(self) -> Mesh:

@@ -117,14 +117,18 @@ class Run:
         'ranker.candidate_content is true, but the items of this data set have no content vectors; set it to false, or '
         'prepare the data with an item file that has a content column (--items FILE)'
       )
-    return FeatureSchema.of(self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length)
+    ranker, length = experiment.ranker, experiment.finetune.history_length
+    return FeatureSchema.of(self.dataset.info, ranker.item_buckets, length, ranker.transact)
 
   def requests(self, part: str) -> Requests:
     """The requests of 'finetune', 'validation' or 'test'."""
     experiment = self.experiment
     least = experiment.finetune.min_candidates if part == 'finetune' else experiment.data.min_candidates
     times = getattr(self.split, part)
-    tokens = self.tokens if experiment.ranker.sequence == 'pinfm' else PLAIN
+    if experiment.ranker.sequence == 'pinfm':
+      tokens = self.tokens
+    else:  # of a ranker without PinFM just TransAct reads any of it
+      tokens = TokenInputs(items=self.tokens.items) if experiment.ranker.transact.length else PLAIN
     return Requests.between(self.dataset, self.schema, experiment.finetune, times, least, tokens)
 
   def task(self, steps: int) -> FinetuneTask:

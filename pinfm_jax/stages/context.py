@@ -119,9 +119,9 @@ class Run:
     Raises:
       UserError: an arm reads content vectors, and the data set has neither those nor an embedding feature.
     """
-    experiment = self.experiment
-    schema = FeatureSchema.of(self.dataset.info, experiment.ranker.item_buckets, experiment.finetune.history_length)
-    if experiment.ranker.candidate_content and not schema.candidate_width:
+    ranker, length = self.experiment.ranker, self.experiment.finetune.history_length
+    schema = FeatureSchema.of(self.dataset.info, ranker.item_buckets, length, ranker.transact)
+    if ranker.candidate_content and not schema.candidate_width:
       raise UserError(
         'ranker.candidate_content is true, but this data set has no content vectors of items and no embedding feature; '
         'set it to false, or prepare the data with an item file that has a content column (--items FILE)'
@@ -133,7 +133,10 @@ class Run:
     experiment = self.experiment
     least = experiment.finetune.min_candidates if part == 'finetune' else experiment.data.min_candidates
     times = getattr(self.split, part)
-    tokens = self.tokens if experiment.ranker.sequence == 'pinfm' else PLAIN
+    if experiment.ranker.sequence == 'pinfm':
+      tokens = self.tokens
+    else:  # of a ranker without PinFM just TransAct reads any of it
+      tokens = TokenInputs(items=self.tokens.items) if experiment.ranker.transact.length else PLAIN
     return Requests.between(self.dataset, self.schema, experiment.finetune, times, least, tokens)
 
   def task(self, steps: int) -> FinetuneTask:

@@ -213,6 +213,7 @@ class EvaluateConfig:
   labels: tuple[str, ...] = ()  # shown in the table; empty = all
   utility: Mapping[str, float] = field(default_factory=dict)  # weight of each label's probability; hide's is negative
   age_edges_hours: tuple[float, ...] = (24.0, 168.0, 672.0)  # of the item-age buckets in tables
+  resample: str = 'users'  # what the intervals' bootstrap draws: 'users' (all rows of one stay together) or 'requests'
   split: str = 'test'  # 'validation' while tuning: the test split is read once, at the end
   retrieval_users: int = 2000  # users of the whole-catalogue evaluation of the pretrained tower
   ks: tuple[int, ...] = (10, 50)
@@ -267,4 +268,5 @@ class Experiment:
   # No arm: the tower is pretrained and evaluated by retrieval alone, which a log without impressions can do.
   arms: tuple[Arm, ...] = (Arm('without PinFM', {'ranker.sequence': 'none'}), Arm('with PinFM'))
   baseline: str = 'without PinFM'
+  challenger: str = ''  # an arm whose differences from every other arm get a table of their own
   seeds: tuple[int, ...] = (0,)

@@ -1,6 +1,6 @@
 """A tiny ranking model with data, shared by the tests of serving."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,14 @@ from flax.core import meta
 
 from pinfm_jax.config import PinFMConfig, RankerConfig, TableConfig, TowerConfig
 from pinfm_jax.data.events import id_key
-from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, history_inputs
+from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, history_inputs, recent_inputs
 from pinfm_jax.data.info import EmbeddingFeature, Features, IdTypes, SparseFeature
 from pinfm_jax.data.records import History, Request
 from pinfm_jax.data.tokens import PLAIN, ItemContent, TokenInputs, unit_half
 from pinfm_jax.model.hashing import hash_rows
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
+from pinfm_jax.model.transact import RecentEvents
 from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 
 ACTIONS, SURFACES = ('click', 'save', 'hide'), ('feed', 'search')
@@ -56,6 +57,13 @@ class Toy:
     return RankingModel(self.model, self.ranker, SPEC)
 
   @property
+  def schema(self) -> FeatureSchema:
+    transact = self.ranker.transact
+    return replace(
+      SCHEMA, recent_length=transact.length, recent_buckets=transact.item_buckets if transact.length else 0
+    )
+
+  @property
   def tokens(self) -> TokenInputs:
     return TokenInputs(self.model.tower.time_gap_buckets, catalogue(self.model) if self.model.content else None)
 
@@ -68,7 +76,7 @@ class Toy:
     parts = {
       'model_config': self.model,
       'ranker_config': self.ranker,
-      'schema': SCHEMA,
+      'schema': self.schema,
       'spec': SPEC,
       'params': self.params,
       'rows_GE': self.rows_GE,
@@ -88,8 +96,9 @@ def make_toy(sequence: str = 'pinfm', model: PinFMConfig = MODEL, **options: Any
   """The model with weights large enough that every input changes the scores; `options` are settings of the ranker."""
   ranker = RankerConfig(sequence=sequence, cross_layers=1, mlp=(16,), module_width=8, embedding_width=4, **options)
   stats = DenseStats(*(jnp.array(v, jnp.float32) for v in ([0] * 4, [9, 9, 99, 50], [1] * 4, [0.5] * 4)))
-  tokens = Toy(ranker, None, None, stats, model).tokens
-  batch = ranking_batch([(make_history(0, 0), make_request(0, 0, 0), make_content(0))], tokens)
+  bare = Toy(ranker, None, None, stats, model)
+  examples = [(make_history(0, 0), make_request(0, 0, 0), make_content(0))]
+  batch = ranking_batch(examples, bare.tokens, bare.schema)
   rows_GE = np.random.default_rng(1).normal(size=(100, 8)).astype(np.float32) if sequence == 'pinfm' else None
   init = partial(RankingModel(model, ranker, SPEC).init, need_history_output=True)
   shapes = meta.unbox(jax.eval_shape(init, jax.random.key(0), *vectors(rows_GE, batch), batch, stats))['params']
@@ -161,17 +170,27 @@ def stack(parts: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
   return np.stack([part[name] for part in parts])
 
 
-def ranking_batch(examples: list[tuple[History, Request, np.ndarray]], tokens: TokenInputs = PLAIN) -> RankingBatch:
+def ranking_batch(
+  examples: list[tuple[History, Request, np.ndarray]], tokens: TokenInputs = PLAIN, schema: FeatureSchema = SCHEMA
+) -> RankingBatch:
   """The training path's input for whole requests of equally many candidates."""
   events = [history_inputs(history, request.history_end, LENGTH, BLOCK, tokens) for history, request, _ in examples]
   count = len(examples[0][1])
   candidates = [
-    candidate_inputs(r, slice(0, count), count, SCHEMA, content, tokens, last_event(history, r.history_end))
+    candidate_inputs(r, slice(0, count), count, schema, content, tokens, last_event(history, r.history_end))
     for history, r, content in examples
   ]
   more = [n for n in ('gap', 'content', 'new') if n in events[0]]
   names = {'gap': 'gap_U', 'content': 'content_U', 'new': 'hidden_id_U'}
   ends = {'gap': ('L', 'C'), 'content': ('LW', 'CW'), 'new': ('L', 'C')}
+  own, recent = {}, None
+  if schema.recent_length:
+    inputs = [
+      recent_inputs(history, r.history_end, schema, tokens, int(r.timestamp.min())) for history, r, _ in examples
+    ]
+    own['recent_item_UC'] = stack(candidates, 'recent_item')
+    content = stack(inputs, 'content') if tokens.items else None
+    recent = RecentEvents(*(stack(inputs, n) for n in ('item', 'actions', 'hours')), content)
   return RankingBatch(
     EventBatch(
       *(stack(events, n) for n in ('item', 'surface', 'actions', 'mask')),
@@ -180,9 +199,11 @@ def ranking_batch(examples: list[tuple[History, Request, np.ndarray]], tokens: T
     CandidateBatch(
       *(stack(candidates, n) for n in ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding')),
       **{names[n] + ends[n][1]: stack(candidates, n) for n in more},
+      **own,
     ),
     stack(candidates, 'labels'),
     np.arange(len(examples), dtype=np.int32),
+    recent,
   )
 
 
@@ -213,7 +234,7 @@ class ToyDataset:
   def expected(self, toy: Toy) -> np.ndarray:
     """[U, C, T] probabilities of the training path."""
     examples = [(h, r, content_of(r.item)) for h, r in zip(self._histories, self._requests, strict=True)]
-    batch = ranking_batch(examples, toy.tokens)
+    batch = ranking_batch(examples, toy.tokens, toy.schema)
     output = jax.jit(toy.module.apply)({'params': toy.params}, *vectors(toy.rows_GE, batch), batch, toy.stats)
     return np.asarray(jax.nn.sigmoid(output.logits_UCT))
 

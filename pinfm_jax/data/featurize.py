@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pinfm_jax.config import HOUR_MS
+from pinfm_jax.config import HOUR_MS, TransActConfig
 from pinfm_jax.data.info import DatasetInfo, Features
 from pinfm_jax.data.records import History, Request
 from pinfm_jax.data.tokens import PLAIN, TokenInputs, event_gaps, request_gap
@@ -31,6 +31,8 @@ class FeatureSchema:
     item_buckets: hashed buckets of the candidate's id as a sparse feature of the ranker itself; 0 = none.
     history_length: L_d, the most events the model reads; also bounds the feature that counts them.
     labels: names of the labels predicted.
+    recent_length: newest events that the ranker's own sequence module reads (TransAct); 0 = there is none.
+    recent_buckets: rows of that module's hashed item table.
   """
 
   features: Features
@@ -39,13 +41,25 @@ class FeatureSchema:
   item_buckets: int
   history_length: int
   labels: tuple[str, ...]
+  recent_length: int = 0
+  recent_buckets: int = 0
 
   @classmethod
-  def of(cls, info: DatasetInfo, item_buckets: int, history_length: int) -> 'FeatureSchema':
+  def of(
+    cls, info: DatasetInfo, item_buckets: int, history_length: int, transact: TransActConfig | None = None
+  ) -> 'FeatureSchema':
     """The schema of a prepared data set with impressions."""
     if not info.labels:
       raise UserError('the data set has no impressions with labels; prepare it with --impressions to train a ranker')
-    return cls(info.features, info.content_width, len(info.surfaces), item_buckets, history_length, info.labels)
+    recent = (transact.length, transact.item_buckets) if transact and transact.length else (0, 0)
+    return cls(
+      info.features, info.content_width, len(info.surfaces), item_buckets, history_length, info.labels, *recent
+    )
+
+  @property
+  def most_events(self) -> int:
+    """How many of a user's newest events are read at most."""
+    return max(self.history_length, self.recent_length)
 
   @property
   def dense_names(self) -> tuple[str, ...]:
@@ -126,6 +140,51 @@ def event_inputs(
   return {name: _pad(column, length) for name, column in columns.items()}
 
 
+def recent_items(words: np.ndarray, schema: FeatureSchema) -> np.ndarray:
+  """Rows of TransAct's item table: uint32 [n, 2] id words -> int32 [n], from 1 on, since 0 is padding.
+
+  The seed is another than that of the ranker's own buckets, so that two items rarely share both.
+  """
+  return hash_rows(words, 1, schema.recent_buckets, seed=2)[:, 0] + 1
+
+
+def recent_inputs(
+  history: History,
+  end: int,
+  schema: FeatureSchema,
+  tokens: TokenInputs = PLAIN,
+  request_ms: int | None = None,
+  own_content: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+  """The newest events before offset `end`, newest first, padded to `schema.recent_length`: TransAct's inputs.
+
+  Args:
+    history: a user's events.
+    end: offset of the first event that did not come before the request.
+    schema: with a length above 0.
+    tokens: of the model; its content is read.
+    request_ms: time of the request; None = not known, or not needed.
+    own_content: see `event_inputs`.
+
+  Returns:
+    item [L] int32, actions [L] uint32, hours [L] float32 from the event to the request (NaN without `request_ms`); with
+    content also content [L, W] float16.
+  """
+  events = slice(max(end - schema.recent_length, 0), end)
+  item, hours = history.item[events], np.full(events.stop - events.start, np.nan, np.float32)
+  if request_ms is not None:
+    hours[:] = (request_ms - history.timestamp[events]) / HOUR_MS
+  columns = {
+    'item': recent_items(key_words(item), schema),
+    'actions': history.actions[events].astype(np.uint32),
+    'hours': hours,
+  }
+  if tokens.items:
+    own = None if own_content is None else own_content[events]
+    columns['content'] = tokens.items.inputs(item, own)['content']
+  return {name: _pad(column[::-1], schema.recent_length) for name, column in columns.items()}
+
+
 def candidate_inputs(
   request: Request,
   rows: slice,
@@ -150,7 +209,7 @@ def candidate_inputs(
 
   Returns:
     item [C, 2], mask [C], age_hours [C], dense [C, F], sparse [C, F], embedding [C, F], labels [C, T]; with time gaps
-    also gap [C], with content also content [C, W] and maybe new [C].
+    also gap [C], with content also content [C, W] and maybe new [C], with TransAct recent_item [C].
   """
   names = ('timestamp', 'created_at', 'item', 'surface', 'dense', 'sparse', 'embedding')
   some = replace(request, **{name: getattr(request, name)[rows] for name in names})
@@ -227,6 +286,8 @@ def _candidate_columns(
     'sparse': np.concatenate(sparse, axis=1).astype(np.int32),
     'embedding': np.concatenate(embedding, axis=1).astype(np.float32),
   }
+  if schema.recent_length:
+    columns['recent_item'] = recent_items(words, schema)
   if tokens.gap_buckets:
     columns['gap'] = np.empty(count, np.int32)
     columns['gap'][:] = gap

@@ -9,7 +9,7 @@ import numpy as np
 
 from pinfm_jax.config import FinetuneConfig, PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
-from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, event_inputs, history_inputs
+from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, event_inputs, history_inputs, recent_inputs
 from pinfm_jax.data.splits import usable_events
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
@@ -124,9 +124,14 @@ class Requests:
     rows = slice(int(self.first[index]), int(self.first[index]) + config.candidates)
     content = self.content[np.searchsorted(self.keys, request.item)] if self.schema.content_width else None
     candidates = candidate_inputs(request, rows, config.candidates, self.schema, content, self.tokens, last_event)
+    recent = {}
+    if self.schema.recent_length:
+      known = self.dataset.info.time_known.histories  # of all candidates it is one moment, see `request_gap`
+      recent = recent_inputs(history, end, self.schema, self.tokens, int(request.timestamp.min()) if known else None)
     return {
       **{f'history_{name}': value for name, value in events.items()},
       **{f'candidate_{name}': value for name, value in candidates.items()},
+      **{f'recent_{name}': value for name, value in recent.items()},
       'user': np.uint32(request.user_row),
     }
 

@@ -13,6 +13,7 @@ from pinfm_jax.model.cold_start import age_dropout
 from pinfm_jax.model.dcat import LayerKV
 from pinfm_jax.model.interaction import interaction_block
 from pinfm_jax.model.pinfm import EventBatch, PinFM, key_mask, l2_normalise
+from pinfm_jax.model.transact import RecentEvents, TransAct, hide_newest
 from pinfm_jax.model.transformer import dense, last_event
 
 Array = jax.Array
@@ -51,6 +52,7 @@ class CandidateBatch(NamedTuple):
     content_UCW: float16 unit-length content of the items, for a model with content.
     hidden_id_UC: True where the model does not see the id: items that training never saw and, while it trains, some at
       random. None = nowhere.
+    recent_item_UC: rows of TransAct's item table, for a ranker with it.
   """
 
   item_UC2: Array
@@ -62,6 +64,7 @@ class CandidateBatch(NamedTuple):
   gap_UC: Array | None = None
   content_UCW: Array | None = None
   hidden_id_UC: Array | None = None
+  recent_item_UC: Array | None = None
 
 
 class RankingBatch(NamedTuple):
@@ -71,6 +74,7 @@ class RankingBatch(NamedTuple):
   candidates: CandidateBatch
   labels_UCT: Array
   index_U: Array  # int32 place of each request in the global batch: seeds dropout, with run and step
+  recent: RecentEvents | None = None  # for a ranker with TransAct
 
 
 @flax.struct.dataclass
@@ -159,7 +163,7 @@ class Ranker(nn.Module):
     Args:
       candidates: their features.
       stats: normalisation of the dense features.
-      module_UCM: outputs of the user-sequence module, or None without one.
+      module_UCM: outputs of the user-sequence modules, or None without any.
       train: dropout on.
 
     Returns:
@@ -186,6 +190,9 @@ class RankingModel(nn.Module):
   def setup(self) -> None:
     """Declares the module and the ranker."""
     self.ranker = Ranker(self.spec, self.config)
+    if self.config.transact.length:
+      model = self.pinfm_config
+      self.transact = TransAct(self.config.transact, model.num_actions, model.content_width if model.content else 0)
     if self.config.sequence not in ('pinfm', 'none'):
       raise ValueError(f"ranker.sequence is '{self.config.sequence}'; expected 'pinfm' or 'none'")
     if self.config.sequence == 'pinfm':
@@ -217,12 +224,16 @@ class RankingModel(nn.Module):
       vectors_UCV: id vectors of the candidates.
       batch: histories, candidates.
       stats: normalisation of the dense features.
-      seed: of the run and its step: seeds the age-dependent dropout.
+      seed: of the run and its step: seeds the age-dependent dropout and what TransAct does not see.
       train: dropouts on.
       need_history_output: also return H over the histories, for the next-token loss.
     """
+    hidden_UL = None
+    if train and self.config.transact.length:
+      hidden_UL = hide_newest(batch.recent, batch.index_U, seed, self.config.transact.mask_hours)
     if self.config.sequence == 'none':
-      return RankingOutput(self.ranker(batch.candidates, stats, None, train))
+      recent_UCM = self._recent(None, batch.recent, batch.candidates, hidden_UL)
+      return RankingOutput(self.ranker(batch.candidates, stats, recent_UCM, train))
     h_ULO, context = self._encode(vectors_ULV, batch.events, train, need_history_output)
     output_UCO, items_UCV = self._cross(vectors_UCV, context, batch.candidates, train)
     z_UCO = self.pinfm.targets(items_UCV)
@@ -231,7 +242,8 @@ class RankingModel(nn.Module):
       candidates = batch.candidates.mask_UC.shape[1]
       place_UC = batch.index_U[:, None] * candidates + jnp.arange(candidates)
       module_UCM = age_dropout(module_UCM, batch.candidates.age_hours_UC, place_UC, seed, self.cold_start)
-    logits_UCT = self.ranker(batch.candidates, stats, module_UCM, train)
+    modules_UCM = self._recent(module_UCM, batch.recent, batch.candidates, hidden_UL)
+    logits_UCT = self.ranker(batch.candidates, stats, modules_UCM, train)
     # With late fusion the output knows no candidate: the head sees how each direction of it agrees with the item.
     own_UCO = output_UCO if self.config.fusion == 'early' else output_UCO * z_UCO
     cosine_UC = None
@@ -278,6 +290,7 @@ class RankingModel(nn.Module):
     candidates: CandidateBatch,
     stats: DenseStats,
     user_M: Array | None = None,
+    recent: RecentEvents | None = None,
   ) -> Array:
     """The crossing pass and the ranker.
 
@@ -287,6 +300,7 @@ class RankingModel(nn.Module):
       candidates: rows (tiles) of candidates of one user each.
       stats: normalisation of the dense features.
       user_M: whose candidates each row holds; None = row u holds those of user u.
+      recent: the newest events of each row's user, for a ranker with TransAct.
 
     Returns:
       Probabilities [M, C, T].
@@ -294,7 +308,7 @@ class RankingModel(nn.Module):
     output_MCO, items_MCV = self._cross(vectors_MCV, context, candidates, user_M=user_M)
     user_MO = context.user_UO if user_M is None else context.user_UO[user_M]
     module_MCM = self._module(output_MCO, items_MCV, self.pinfm.targets(items_MCV), user_MO)
-    return jax.nn.sigmoid(self.ranker(candidates, stats, module_MCM))
+    return jax.nn.sigmoid(self.ranker(candidates, stats, self._recent(module_MCM, recent, candidates)))
 
   def pairs(
     self, vectors_MCV: Array, context: UserContext, candidates: CandidateBatch, user_M: Array | None = None
@@ -350,6 +364,15 @@ class RankingModel(nn.Module):
       last_U11 = last_event(events.mask_UL)[:, None, None]
       user_UO = (jnp.take_along_axis(h_ULO, last_U11, axis=1) if every_output else h_ULO)[:, 0]
     return h_ULO, UserContext(kv, jnp.where(events_U[:, None] > 0, user_UO, 0), events_U)
+
+  def _recent(
+    self, module_UCM: Array | None, recent: RecentEvents, candidates: CandidateBatch, hidden_UL: Array | None = None
+  ) -> Array | None:
+    """PinFM's outputs (None without it) with TransAct's behind them, if the ranker has that."""
+    if not self.config.transact.length:
+      return module_UCM
+    output_UCM = self.transact(recent, candidates.recent_item_UC, candidates.content_UCW, hidden_UL)
+    return output_UCM if module_UCM is None else jnp.concatenate([module_UCM, output_UCM], axis=-1)
 
   def _content(self, candidates: CandidateBatch) -> Array:
     """The candidates' content, projected to the width of item vectors: [M, C, V]."""

@@ -341,8 +341,17 @@ def carried_over(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def table_layout(ranker: TrainedRanker, storage: str) -> TableLayout | None:
-  """How the ranker's tables are laid out; None without PinFM."""
+  """How the ranker's tables are laid out; None without PinFM.
+
+  Raises:
+    UserError: a ranker without PinFM whose TransAct reads content, which is kept beside tables alone.
+  """
   if ranker.ranker_config.sequence == 'none':
+    if ranker.ranker_config.transact.length and ranker.model_config.content:
+      raise UserError(
+        'a ranker without PinFM is exported without the content of items, which its TransAct reads (model.content): '
+        'train it with model.content=false, or export a ranker with PinFM'
+      )
     return None
   tables = ranker.model_config.tables
   size = row_bytes(tables.width, storage)

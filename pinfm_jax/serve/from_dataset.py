@@ -16,7 +16,7 @@ def dataset_requests(dataset: PreparedDataset, rows: Iterable[int], history_leng
   Args:
     dataset: a data set with impressions.
     rows: which requests.
-    history_length: events sent, the user's newest before the request; at least the bundle's `history_length`.
+    history_length: events sent, the user's newest before the request; at least the bundle's `schema.most_events`.
 
   Yields:
     Documents in the form of `serve.requests`. Hashed sparse features, whose values are not stored, are given as

@@ -15,6 +15,9 @@ packed table rows (`serve.quantize`) and are unpacked inside.
     dense float32 [M, T, F], sparse int32 [M, T, F], embedding float32 [M, T, F]
     Events, candidates and items of a model with these options also have (`data.tokens`): gap int32 with time gaps (not
     of items), content float16 [.., W] with content, new bool with hidden ids.
+  With TransAct, candidates also have recent_item int32 [M, T] and of each tile's user, newest event first and padded to
+    the module's length L, recent_events int32 [M, L], recent_actions uint32 [M, L], and with content recent_content
+    float16 [M, L, W]. They come with each call, not from the pool: 8 bytes an event, and appending stays exact.
   A ranker without PinFM has crossing(params, stats, candidates) alone, whose candidates have no rows.
 
 Slots are padding where their number is P or more: nothing is written for them, and what is read means nothing. The
@@ -33,6 +36,7 @@ from pinfm_jax.config import PinFMConfig, RankerConfig
 from pinfm_jax.model.dcat import LayerKV
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel, UserContext
+from pinfm_jax.model.transact import RecentEvents
 from pinfm_jax.serve.manifest import TableLayout
 from pinfm_jax.serve.pool import Pool, pool_shapes
 from pinfm_jax.serve.quantize import dequantise_on_device
@@ -92,15 +96,15 @@ class ServingModel:
 
   def ranker_alone(self, params: Tree, stats: dict[str, Array], candidates: dict[str, Array]) -> Array:
     """The ranker without PinFM: probabilities [U, C, T]."""
-    batch = RankingBatch(None, _candidates(candidates), None, None)
+    batch = RankingBatch(None, _candidates(candidates), None, None, recent_events(candidates))
     return jax.nn.sigmoid(self.module.apply({'params': params}, None, None, batch, DenseStats(**stats)).logits_UCT)
 
   def _context(self, params: Tree, events: dict[str, Array]) -> UserContext:
     return self.module.apply({'params': params}, self._vectors(events['rows']), _events(events), method='context')
 
   def _score(self, params: Tree, stats: dict[str, Array], kept: UserContext, candidates: dict[str, Array]) -> Array:
-    arguments = (self._vectors(candidates['rows']), kept, _candidates(candidates))
-    return self.module.apply({'params': params}, *arguments, DenseStats(**stats), method='score')
+    arguments = (self._vectors(candidates['rows']), kept, _candidates(candidates), DenseStats(**stats))
+    return self.module.apply({'params': params}, *arguments, recent=recent_events(candidates), method='score')
 
   def _vectors(self, packed: Array) -> Array:
     rows = dequantise_on_device(packed, self.layout.width, self.layout.storage)
@@ -195,10 +199,33 @@ def _candidate_shapes(model: ServingModel, users: Any, candidates: Any) -> dict[
     'sparse': ((*shape, len(spec.sparse_sizes)), jnp.int32),
     'embedding': ((*shape, sum(spec.embedding_widths)), jnp.float32),
   }
-  shapes = {name: jax.ShapeDtypeStruct(*column) for name, column in columns.items()}
+  shapes = {name: jax.ShapeDtypeStruct(*column) for name, column in columns.items()} | recent_shapes(model, shape)
   if model.layout is None:
     return shapes
   return {**shapes, 'rows': _packed_shape(model.layout, shape), **_token_shapes(model, shape)}
+
+
+def recent_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
+  """What TransAct reads of candidates [users, candidates] and of the users' newest events; nothing without it."""
+  length, config = model.ranker.transact.length, model.model
+  if not length:
+    return {}
+  events = (shape[0], length)
+  shapes = {
+    'recent_item': jax.ShapeDtypeStruct(shape, jnp.int32),
+    'recent_events': jax.ShapeDtypeStruct(events, jnp.int32),
+    'recent_actions': jax.ShapeDtypeStruct(events, jnp.uint32),
+  }
+  if config.content:
+    shapes['recent_content'] = jax.ShapeDtypeStruct((*events, config.content_width), jnp.float16)
+  return shapes
+
+
+def recent_events(columns: dict[str, Array]) -> RecentEvents | None:
+  """The newest events of the candidates' users, as they come with the candidates."""
+  if 'recent_events' not in columns:
+    return None
+  return RecentEvents(columns['recent_events'], columns['recent_actions'], None, columns.get('recent_content'))
 
 
 def _token_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
@@ -218,7 +245,7 @@ def _packed_shape(layout: TableLayout, shape: tuple) -> jax.ShapeDtypeStruct:
 
 
 def _candidates(columns: dict[str, Array]) -> CandidateBatch:
-  names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new')
+  names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new', 'recent_item')
   return CandidateBatch(*(columns.get(name) for name in names))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pinfm_jax.data.events import NO_SURFACE
-from pinfm_jax.data.featurize import event_inputs, window_start
+from pinfm_jax.data.featurize import FeatureSchema, event_inputs, recent_inputs, window_start
 from pinfm_jax.data.records import History, Request
 from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
@@ -82,6 +82,12 @@ class ScoringRequest:
       inputs = event_inputs(self.history, self.window, count, tokens, self.history_content)
       self.windows[first] = Window.of({name: column for name, column in inputs.items() if name != 'mask'})
     return self.windows[first]
+
+  def recent(self, schema: FeatureSchema, tokens: TokenInputs) -> dict[str, np.ndarray]:
+    """What TransAct reads of the history: the columns [1, L, ...] of `serve.programs`."""
+    columns = recent_inputs(self.history, len(self.history), schema, tokens, own_content=self.history_content)
+    columns['events'] = columns.pop('item')  # beside the candidates' recent_item
+    return {f'recent_{name}': column[None] for name, column in columns.items() if name != 'hours'}
 
   @property
   def last_event_ms(self) -> int | None:
@@ -158,10 +164,11 @@ class RequestParser:
         f'at least the {len(history)} distinct ones given'
       )
     first, sent = window_start(total, self._length, self._block), len(document['history'])
-    if sent < total - first:
+    needed = max(total - first, min(total, self._schema.recent_length))
+    if sent < needed:
       raise UserError(
         f'got {sent} events in history, of {total} of the user (history_events): the model reads the newest '
-        f'{total - first}, so send at least those, best the newest {self._length}'
+        f'{needed}, so send at least those, best the newest {self._schema.most_events}'
       )
     listed = read_list(document, 'candidates')
     skipped = total - len(history)  # older events that the client did not send

@@ -181,8 +181,8 @@ class Scorer:
         if name in self._programs:
           calls += [(self._warm_events, name, window, u, k) for u in self._event_rows(name) for k in lengths]
       calls.append((self.users, [empty]))
-    candidates = self._candidates([empty])
-    calls += [(self._warm_crossing, candidates, size) for size in self._sizes.tiles()]
+    candidates, recent = self._candidates([empty]), self._recent([empty])
+    calls += [(self._warm_crossing, candidates, recent, size) for size in self._sizes.tiles()]
     for count, (function, *arguments) in enumerate(calls, 1):
       function(*arguments)
       if progress is not None:
@@ -231,14 +231,15 @@ class Scorer:
     """Fills in `out` at the places `batch`."""
     some = [requests[place] for place in batch]
     flat, count_U = self._candidates(some), np.array([len(request.item_ids) for request in some])
-    pooled = self._pool is not None
+    pooled, recent = self._pool is not None, self._recent(some)
     slot_U = self._slots(some) if pooled else None
-    # Without PinFM a candidate's user does not matter: all are one user's.
-    tiled = count_U if pooled else np.array([count_U.sum()])
+    # Where nothing of the users is read, a candidate's does not matter: all are one user's.
+    tiled = count_U if pooled or recent else np.array([count_U.sum()])
     first_U, calls = np.cumsum(tiled) - tiled, []
     for group in self._sizes.tile_groups(tiled):
       place_MT = first_U[group.user_M][:, None] + group.places
       inputs = {name: column[place_MT] for name, column in flat.items()} | {'mask': group.mask}
+      inputs |= {name: column[group.user_M] for name, column in recent.items()}
       users = (self._pool, slot_U[group.user_M]) if pooled else ()
       calls.append((place_MT[group.mask], group.mask, self._programs[program](*arguments, *users, inputs)))
     scores = np.empty((len(flat['item']), out[batch[0]].shape[1]), np.float32)
@@ -263,6 +264,11 @@ class Scorer:
     if self.bundle.rows is not None:
       flat['rows'] = self.bundle.rows.rows(flat['item'])
     return flat
+
+  def _recent(self, requests: Sequence[ScoringRequest]) -> Arrays:
+    """What TransAct reads of the requests' users, [U, L, ...]; nothing without it."""
+    schema = self.bundle.manifest.schema
+    return batches.joined([r.recent(schema, self._tokens) for r in requests]) if schema.recent_length else {}
 
   def _content(self, request: ScoringRequest) -> np.ndarray | None:
     """Content of the candidates as a feature of the ranker: their own, else what the bundle knows, else zeros."""
@@ -309,8 +315,9 @@ class Scorer:
     sizes = batches.CONTEXT_USERS if program == 'context' else batches.APPENDED_USERS
     return tuple(size for size in sizes if size <= max(self._most_users, sizes[0]))
 
-  def _warm_crossing(self, candidates: Arrays, size: tuple[int, int]) -> None:
+  def _warm_crossing(self, candidates: Arrays, recent: Arrays, size: tuple[int, int]) -> None:
     inputs = {name: np.zeros((*size, *column.shape[1:]), column.dtype) for name, column in candidates.items()}
+    inputs |= {name: np.repeat(column, size[0], axis=0) for name, column in recent.items()}
     inputs['mask'] = np.zeros(size, bool)
     users = () if self._pool is None else (self._pool, np.zeros(size[0], np.int32))
     self._programs['crossing'](self._params, self._stats, *users, inputs).block_until_ready()

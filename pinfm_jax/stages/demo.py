@@ -32,7 +32,7 @@ def make_demo(run: Run, out: Path, requests: int = 12) -> Path:
   bundle, experiment = run.workdir / 'bundle', run.experiment
   if not (bundle / MANIFEST).is_file():
     raise UserError(f'{run.workdir} has no bundle yet; run all stages first (pinfm run experiments/demo.py)')
-  length = Manifest.read(bundle).schema.history_length
+  length = Manifest.read(bundle).schema.most_events
   rows = _chosen(run, requests)
   documents = list(dataset_requests(run.dataset, rows, length))
   with complete_directory(out, overwrite=True, marker=REQUESTS, kind='demo folder') as directory:

@@ -167,7 +167,7 @@ def served_predictions(run: Run, arm: Arm, bundle: Path) -> RankingPredictions:
   run = run.of_arm(arm)
   requests = run.requests(run.experiment.evaluate.split)
   scorer, rows = Scorer.load(bundle), np.unique(requests.request_row)
-  documents = dataset_requests(run.dataset, rows, run.experiment.finetune.history_length)
+  documents = dataset_requests(run.dataset, rows, run.schema.most_events)
   progress, scores = Progress(f'score through {bundle.name}', len(rows), 'requests'), []
   for count, result in enumerate(scorer.score(documents), 1):
     scores += [[candidate[label] for label in requests.schema.labels] for candidate in result['scores']]
@@ -180,11 +180,11 @@ def _comparison(
   run: Run, evaluated: RankingPredictions, served: dict[str, RankingPredictions]
 ) -> tuple[Table, dict[str, float]]:
   """How far served scores and metrics are from the evaluation's."""
-  weights = run.experiment.evaluate.utility
-  label = run.experiment.evaluate.main_label
-  base, rows, figures = ranking_metrics(evaluated, weights), [], {}
+  evaluate = run.experiment.evaluate
+  weights, label, edges = evaluate.utility, evaluate.main_label, evaluate.age_edges_hours
+  base, rows, figures = ranking_metrics(evaluated, weights, edges), [], {}
   for storage, predictions in served.items():
-    metrics = ranking_metrics(predictions, weights)
+    metrics = ranking_metrics(predictions, weights, edges)
     figures[f'bundle/{storage}/max_difference'] = float(np.abs(predictions.scores_MT - evaluated.scores_MT).max())
     for metric in ('auc', 'hit@3'):
       figures[f'bundle/{storage}/{label}/{metric}/change'] = metrics[f'{label}/{metric}'] - base[f'{label}/{metric}']
@@ -199,7 +199,7 @@ def _score_examples(run: Run, arm: Arm, bundle: Path) -> None:
   """requests.jsonl and scores.jsonl: what `pinfm score` takes and gives."""
   own = run.of_arm(arm)
   rows = np.unique(own.requests(own.experiment.evaluate.split).request_row)[-EXAMPLES:]
-  documents = dataset_requests(run.dataset, rows, own.experiment.finetune.history_length)
+  documents = dataset_requests(run.dataset, rows, own.schema.most_events)
   path = run.workdir / 'requests.jsonl'
   write_text(path, ''.join(json.dumps(document) + '\n' for document in documents))
   score_file(bundle, path, run.workdir / 'scores.jsonl')

@@ -18,6 +18,7 @@ from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.masking import HIDE_CANDIDATE_ID, HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, no_events
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, FeatureSpec, RankingBatch, RankingModel
+from pinfm_jax.model.transact import RecentEvents, no_recent_events
 from pinfm_jax.train.checkpoint import unseen_in_shapes
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.losses import sequence_losses
@@ -68,9 +69,11 @@ class FinetuneTask:
         jnp.zeros((1, candidates, widths[0])), jnp.zeros((1, candidates, widths[1]), jnp.int32),
         jnp.zeros((1, candidates, widths[2])), jnp.zeros((1, candidates), jnp.int32),
         jnp.zeros((1, candidates, self.model.content_width), jnp.float16),
+        recent_item_UC=jnp.ones((1, candidates), jnp.int32),
       ),
       jnp.zeros((1, candidates, len(schema.labels))),
       jnp.zeros(1, jnp.int32),
+      no_recent_events(1, self.ranker.transact.length, self.model),
     )  # fmt: skip
     width = self.model.tables.item_width
     vectors = (jnp.zeros((1, 2, width)), jnp.zeros((1, candidates, width))) if self.tables else (None, None)
@@ -178,10 +181,13 @@ def ranking_batch(batch: Batch) -> RankingBatch:
     'hidden_id_UL': batch.get('history_new'),
   }
   events = EventBatch(*columns, jnp.broadcast_to(batch['user'][:, None], columns[-1].shape), **options)
-  names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new')
+  names = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new', 'recent_item')
   candidates = CandidateBatch(*(batch.get(f'candidate_{name}') for name in names))
   index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
-  return RankingBatch(events, candidates, batch['candidate_labels'], index_U)
+  recent = None
+  if 'recent_item' in batch:
+    recent = RecentEvents(*(batch.get(f'recent_{name}') for name in ('item', 'actions', 'hours', 'content')))
+  return RankingBatch(events, candidates, batch['candidate_labels'], index_U, recent)
 
 
 def ranking_loss(logits_UCT: Array, labels_UCT: Array, mask_UC: Array, weight_T: Array) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pinfm_jax.data.featurize import candidate_inputs, event_inputs
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
+from pinfm_jax.serve.batches import joined
 from pinfm_jax.serve.bundle import TABLES, check_files
 from pinfm_jax.serve.items import map_items
 from pinfm_jax.serve.manifest import Manifest
@@ -17,7 +18,7 @@ from pinfm_jax.serve.rows.mapped import MappedRows, RowSource
 
 Arrays = dict[str, np.ndarray]
 _EVENTS = ('surface', 'actions', 'mask', 'gap', 'content', 'new')
-_CANDIDATES = ('dense', 'sparse', 'embedding', 'gap', 'content', 'new')
+_CANDIDATES = ('dense', 'sparse', 'embedding', 'gap', 'content', 'new', 'recent_item')
 
 
 class StackedInputs:
@@ -75,7 +76,8 @@ class StackedInputs:
       )
       for r in requests
     ]
-    return self._stacked(inputs, _CANDIDATES)
+    recent = joined([r.recent(schema, self._tokens) for r in requests]) if schema.recent_length and requests else {}
+    return self._stacked(inputs, _CANDIDATES) | recent
 
   def _content(self, request: ScoringRequest) -> np.ndarray | None:
     """Content of the candidates as a feature of the ranker: their own, else what the items' file knows, else zeros."""

@@ -10,6 +10,8 @@ kept of users travels through the client: the outputs of `context` are inputs of
   pairs: what crossing takes, without features -> output float32 [U, C, O] at the candidate's position
   items: rows uint8 [n, S, row_bytes] -> target float32 [n, O], vector float32 [n, V]
 
+For a ranker with TransAct, crossing also takes recent_item int32 [U, C] and the users' newest events, recent_events
+int32 [U, L'], recent_actions uint32 [U, L'], with content recent_content float16 [U, L', W] (`serve.programs`).
 With options of the model, events, candidates and items also have gap int32 (not items), content float16 [.., W], new
 bool (`data.tokens`). A ranker without PinFM has crossing alone, on the candidates' features. An input that a model does
 not read is left out where the form allows it (ONNX). Activations are float32, whatever the tower's dtype.
@@ -26,13 +28,13 @@ from jax import export
 from pinfm_jax.model.dcat import LayerKV
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.model.ranker import CandidateBatch, DenseStats, RankingModel, UserContext
-from pinfm_jax.serve.programs import ServingModel
+from pinfm_jax.serve.programs import ServingModel, recent_events, recent_shapes
 
 Array = jax.Array
 Arrays = dict[str, Array]
 Program = Callable[[Any, Arrays], Arrays]
 _KEPT = ('key', 'value', 'user', 'length')
-_CANDIDATES = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new')
+_CANDIDATES = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new', 'recent_item')
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class PortableModel(ServingModel):
     """Shapes and types of the programs' inputs, sizes symbolic; L is at most `history_length`."""
     sizes = export.symbolic_shape('U, C, L, places, n', constraints=[f'L <= {history_length}'])
     users, candidates, length, places, items = sizes
-    features = self._features((users, candidates))
+    features = self._features((users, candidates)) | recent_shapes(self, (users, candidates))
     if self.layout is None:
       return {'crossing': features}
     tower, shape = self.model.tower, (users, length)
@@ -85,6 +87,8 @@ class PortableModel(ServingModel):
     }
 
   def _pairs_read(self, name: str) -> bool:
+    if name.startswith('recent_'):
+      return False
     return name not in ('dense', 'sparse', 'embedding') or (name == 'embedding' and self.ranker.candidate_content)
 
   def _keep(self, weights: Any, inputs: Arrays) -> Arrays:
@@ -97,7 +101,8 @@ class PortableModel(ServingModel):
   def _score(self, weights: Any, inputs: Arrays) -> Arrays:
     stats = DenseStats(**weights['stats'])
     arguments = (self._vectors(inputs['rows']), _kept(inputs), _candidates(inputs), stats)
-    return {'probabilities': self.module.apply({'params': weights['params']}, *arguments, method='score')}
+    params, recent = {'params': weights['params']}, recent_events(inputs)
+    return {'probabilities': self.module.apply(params, *arguments, recent=recent, method='score')}
 
   def _pair(self, weights: Any, inputs: Arrays) -> Arrays:
     arguments = (self._vectors(inputs['rows']), _kept(inputs), _candidates(inputs))

@@ -186,6 +186,11 @@ def _check_ranker(ranker: RankerConfig, model: PinFMConfig) -> None:
       f'ranker.transact.width {transact.width}: three vectors of it side by side do not divide by '
       f'ranker.transact.heads {transact.heads}'
     )
+  if 0 < transact.length < transact.outputs:
+    raise UserError(
+      f'ranker.transact.outputs {transact.outputs} exceeds ranker.transact.length {transact.length}: there are not so '
+      'many events; lower it'
+    )
 
 
 def _check_mesh(mesh: MeshConfig) -> None:

@@ -91,7 +91,8 @@ def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], ylabel: 
       shift = min(0.16, 0.8 / len(series)) * (i - (len(series) - 1) / 2)  # the points of a category stay apart
       x = [categories.index(category) + shift for category in points]
       y = np.array([(p.value, p.value - p.low, p.high - p.value) for p in points.values()]).T
-      axes.errorbar(x, y[0], yerr=np.maximum(y[1:], 0), fmt='o', markersize=5, capsize=3, linewidth=1.5, label=name)
+      marker = 'os^D'[i // len(COLOURS) % 4]  # where the colours begin again
+      axes.errorbar(x, y[0], yerr=np.maximum(y[1:], 0), fmt=marker, markersize=5, capsize=3, linewidth=1.5, label=name)
     axes.set_xticks(range(len(categories)), categories)
     axes.set_xlim(-0.5, len(categories) - 0.5)
     axes.grid(axis='x', visible=False)

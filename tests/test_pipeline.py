@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pinfm_jax.config import PretrainConfig
-from pinfm_jax.data.featurize import EVENTS, history_inputs, window_start
+from pinfm_jax.config import Arm, PretrainConfig
+from pinfm_jax.data.featurize import EVENTS, history_inputs, recent_inputs, recent_items, window_start
 from pinfm_jax.data.pipeline import Requests, Segments, action_bits, evaluation_batches, training_batches
 from pinfm_jax.errors import UserError
-from pinfm_jax.model.hashing import key_words
+from pinfm_jax.model.hashing import hash_rows, key_words
 
 
 def test_segments_hold_every_event_before_the_split_once(toy_run):
@@ -139,6 +139,53 @@ def test_history_inputs_are_padded_at_the_end(toy_run):
   np.testing.assert_array_equal(inputs['mask'], [True] * 3 + [False] * 5)
   np.testing.assert_array_equal(inputs['item'][:3], key_words(history.item[:3]))
   assert not inputs['item'][3:].any()
+
+
+@pytest.fixture(scope='module')
+def with_transact(toy_run):
+  return toy_run.of_arm(Arm('TransAct', {'ranker.transact.length': 12, 'ranker.transact.item_buckets': 99}))
+
+
+def test_recent_events_are_the_newest_before_the_request_newest_first(with_transact):
+  requests, counts = with_transact.requests('test'), set()
+  for i, row in enumerate(requests.request_row):
+    request, example = with_transact.dataset.request(int(row)), requests[i]
+    history = with_transact.dataset.history(request.user_row)
+    earlier = np.flatnonzero(history.timestamp < request.timestamp.min())[::-1][:12]
+    count = len(earlier)
+    counts.add(count)
+    expected = hash_rows(key_words(history.item[earlier]), 1, 99, 2)[:, 0] + 1
+    np.testing.assert_array_equal(example['recent_item'], np.pad(expected, (0, 12 - count)))
+    np.testing.assert_array_equal(example['recent_actions'], np.pad(history.actions[earlier], (0, 12 - count)))
+    hours = (request.timestamp.min() - history.timestamp[earlier]) / 3.6e6
+    np.testing.assert_allclose(example['recent_hours'][:count], hours, rtol=1e-6)
+    assert np.all(example['recent_hours'][:count] > 0)
+    assert np.all((example['recent_item'] > 0) == (np.arange(12) < count))
+    real = example['candidate_mask']
+    first = int(requests.first[i])
+    items = recent_items(key_words(request.item[first : first + len(real)]), with_transact.schema)
+    np.testing.assert_array_equal(example['candidate_recent_item'][real], items)
+  assert {0, 12} & counts
+  assert len(counts) > 3
+
+
+def test_recent_events_do_not_depend_on_what_came_later(with_transact):
+  history = max(with_transact.dataset.histories(), key=len)
+  arguments = (20, with_transact.schema)
+  later = replace(history, item=history.item.copy(), actions=history.actions.copy())
+  later.item[20:], later.actions[20:] = 7, 5
+  found = recent_inputs(later, *arguments)
+  for name, column in recent_inputs(history, *arguments).items():
+    np.testing.assert_array_equal(found[name], column)
+  later.item[19] ^= np.uint64(1)  # the comparison can fail
+  assert np.any(recent_inputs(later, *arguments)['item'] != found['item'])
+  assert np.isnan(found['hours'][:12]).all()  # without the request's time nothing is known
+
+
+def test_only_a_ranker_with_transact_reads_recent_events(toy_run, with_transact):
+  for name in toy_run.requests('test')[0]:
+    assert 'recent' not in name
+  assert 'history_item' in with_transact.requests('test')[0]
 
 
 def test_the_event_count_feature_is_bounded_by_the_window(toy_run):

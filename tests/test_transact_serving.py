@@ -5,12 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import toy_bundle
+from test_portable import Onnx
+from test_portable import scores as portable_scores
 
 from pinfm_jax.config import TransActConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.batches import Sizes
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.portable.export import export_portable
 from pinfm_jax.serve.scorer import Scorer
 
 LENGTHS = [0, 1, 7, 20, 33, 60]
@@ -89,6 +92,17 @@ def test_a_client_must_send_what_the_module_reads(served, dataset):
   document = dict(_documents(dataset, 24)[-1])
   with pytest.raises(UserError, match=r'got 24 events in history, of 60 .*reads the newest 25, .* best the newest 25'):
     next(scorer.score([document]))
+
+
+def test_onnx_scores_equal_the_training_path(served, dataset, tmp_path):
+  pytest.importorskip('onnx')
+  toy, expected, _ = served
+  path = export_portable(tmp_path / 'onnx', toy.trained(), 'onnx', storage='float32')
+  client, documents = Onnx(path), _documents(dataset)
+  np.testing.assert_allclose(portable_scores(client, path, documents), expected, atol=1e-5)
+  inputs = client.portable.programs['crossing']['inputs']
+  assert inputs['recent_events'] == {'type': 'int32', 'shape': ['U', LENGTH]}
+  assert not any(name.startswith('recent') for name in client.portable.programs.get('pairs', {'inputs': ()})['inputs'])
 
 
 @pytest.mark.slow

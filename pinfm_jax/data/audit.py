@@ -56,10 +56,9 @@ def audit_times(dataset: PreparedDataset, sample: int = SAMPLE) -> TimeAudit:
     request = dataset.request(row)
     counts['late_history'] += reads_ahead(dataset.history(request.user_row), request)
     if dataset.info.time_known.impressions:
-      late = (request.created_at >= 0) & (request.created_at >= request.timestamp)
       stated = created_at[np.searchsorted(keys, request.item)]
-      counts['late_item'] += bool(np.any(late & stated & (request.created_at > request.timestamp)))
-      counts['late_first_seen'] += bool(np.any(late & ~stated))
+      counts['late_item'] += bool(np.any(stated & (request.created_at > request.timestamp)))
+      counts['late_first_seen'] += bool(np.any(~stated & (request.created_at >= request.timestamp.min())))
   return TimeAudit(len(rows), **counts)
 
 

@@ -75,7 +75,8 @@ class PreparedDataset:
     """The request in row `row` of `requests`.
 
     An item whose creation time is unknown counts as created at its first event or impression in the data set, if that
-    came strictly before the request: it is as old as was known then, and of unknown age at its own first one.
+    came strictly before the request's first impression: it is as old as was known then, and of unknown age at its own
+    first one.
     """
     return self._with_ages(self._within_cap(self._requests.decode(decode_request, row)))
 
@@ -138,7 +139,7 @@ class PreparedDataset:
       return request
     keys, first_seen = self._first_seen
     seen = first_seen[np.searchsorted(keys, request.item)]
-    known = (request.created_at < 0) & (seen < request.timestamp)
+    known = (request.created_at < 0) & (seen < request.timestamp.min())
     return replace(request, created_at=np.where(known, seen, request.created_at))
 
   def _table(self, name: str, merged: Callable[[], pl.DataFrame]) -> pl.DataFrame:

@@ -18,12 +18,12 @@ LIFTED = {
 
 
 def ranking_tables(result: 'RankingComparison') -> tuple[Table, ...]:
-  """All tables: a lifted metric each, probabilities, the challenger's differences, lifts by bucket an arm each.
+  """All tables: a lifted metric each, probabilities, the challenger's differences, and for each label lifts by bucket.
 
   The last ones are there where item ages, or the items that pretraining has not seen, are known.
   """
   against = [_against_table(result, metric) for metric in ('hit@3', 'auc')] if result.challenger else []
-  buckets = [table for table in (_bucket_table(result, arm) for arm in result.lifts) if table.rows]
+  buckets = [table for table in (_bucket_table(result, label) for label in result.labels_shown) if table.rows]
   return (*(_metric_table(result, metric) for metric in LIFTED), _probability_table(result), *against, *buckets)
 
 
@@ -42,14 +42,13 @@ def _metric_table(result: 'RankingComparison', metric: str) -> Table:
     rows.append(row('best attainable', [mean_std(result.best[name], float('nan')) for name in names]))
   counts = [result.metrics[result.baseline][figure_name(label, '', count_name)][0] for label in result.labels_shown]
   rows.append(row(counted, [f'{count:,.0f}' for count in counts]))
-  marked = [_marked(result, label, metric) for label in result.labels_shown]
   note = (
     f'Mean{" ± std" if result.seeds > 1 else ""} over {result.seeds} seed{"s" if result.seeds > 1 else ""}. Lifts are '
     f'relative to {result.baseline}, with 95 % intervals of a paired bootstrap over {_drawn(result, metric)}.'
   )
   if paper:
     note += ' Paper: the lift that the PinFM paper reports for such an arm, on other data: a reference, no target.'
-  return Table(title, tuple(row('', marked, 'paper')), tuple(rows), note)
+  return Table(title, row('', _header(result, metric), 'paper'), tuple(rows), note)
 
 
 def _probability_table(result: 'RankingComparison') -> Table:
@@ -76,37 +75,37 @@ def _against_table(result: 'RankingComparison', metric: str) -> Table:
     for arm, lifts in result.against.items()
   ]
   note = (
-    f'{result.challenger} less the arm of the row, with 95 % intervals of a paired bootstrap over '
+    f"The metric of '{result.challenger}' less that of the row's arm, with 95 % intervals of a paired bootstrap over "
     f'{_drawn(result, metric)}.'
   )
   title = f'{LIFTED[metric][0]}: {result.challenger} against'
-  return Table(title, ('', *(_marked(result, label, metric) for label in result.labels_shown)), tuple(rows), note)
+  return Table(title, ('', *_header(result, metric)), tuple(rows), note)
 
 
-def _bucket_table(result: 'RankingComparison', arm: str) -> Table:
-  figures = result.metrics[arm]
+def _bucket_table(result: 'RankingComparison', label: str) -> Table:
+  """Arms stand below each other within a bucket, so that a reader sees which of them helps there."""
+  figures = result.metrics[result.baseline]
   buckets = dict.fromkeys(parts[1] for parts in (name.split('/') for name in figures) if len(parts) == 3)
   rows = []
   for bucket in buckets:
-    cells = []
-    for label in result.labels_shown:
-      hit, auc = (result.lifts[arm][figure_name(label, bucket, metric)] for metric in ('hit@3', 'auc'))
-      requests, positives = (
-        figures[figure_name(label, bucket, name)][0] for name in ('hit@3_requests', 'positives')
-      )  # fmt: skip
-      cells += [f'{_lift_text(hit, 1)} ({requests:,.0f})', f'{_lift_text(auc, 1)} ({positives:,.0f})']
-    rows.append((bucket_text(bucket), *cells))
-  header = []
-  for label in result.labels_shown:
-    header += [f'{label} HIT@3{" (lower is better)" if label in result.lower_is_better else ""}', f'{label} AUC']
+    hit, auc, *counts = (figure_name(label, bucket, m) for m in ('hit@3', 'auc', 'hit@3_requests', 'positives'))
+    for arm, lifts in result.lifts.items():
+      rows.append((
+        bucket_text(bucket),
+        arm,
+        _lift_text(lifts[hit]),
+        f'{figures[counts[0]][0]:,.0f}',
+        _lift_text(lifts[auc]),
+        f'{figures[counts[1]][0]:,.0f}',
+      ))  # fmt: skip
   note = (
-    f'Relative to {result.baseline}. HIT@3 asks for a positive of the row in the top 3 of the whole request; in '
-    'parentheses the requests with such a positive. AUC is among the candidates of the row; in parentheses their '
-    'positives.'
+    f'Lifts are relative to {result.baseline}. HIT@3 asks for a positive of the row among the top 3 of the whole '
+    'request (requests: those with such a positive), AUC is among the candidates of the row.'
   )
   if 'unseen' in buckets:
-    note += ' Seen, unseen: items of which the events before the pretraining split hold some, none.'
-  return Table(f'Lift of {arm} by item age', ('item', *header), tuple(rows), note)
+    note += ' Seen, unseen: items of which pretraining had an event, or none.'
+  header = ('item', 'arm', f'{_marked(result, "HIT@3", label)} lift', 'requests', 'AUC lift', 'positives')
+  return Table(f'{label} by item age', header, tuple(rows), note)
 
 
 def bucket_text(bucket: str) -> str:
@@ -114,8 +113,13 @@ def bucket_text(bucket: str) -> str:
   return 'age unknown' if bucket == 'age_unknown' else bucket.removeprefix('age')
 
 
-def _marked(result: 'RankingComparison', label: str, metric: str) -> str:
-  return f'{label} (lower is better)' if metric == 'hit@3' and label in result.lower_is_better else label
+def _marked(result: 'RankingComparison', text: str, label: str) -> str:
+  return f'{text} (lower is better)' if label in result.lower_is_better else text
+
+
+def _header(result: 'RankingComparison', metric: str) -> list[str]:
+  labels = result.labels_shown
+  return [_marked(result, label, label) for label in labels] if metric == 'hit@3' else list(labels)
 
 
 def _drawn(result: 'RankingComparison', metric: str) -> str:

@@ -63,6 +63,28 @@ def hide_newest(events: RecentEvents, place_U: Array, seed: Array, most_hours: f
   return events.hours_UL < (most_hours * uniform_U)[:, None]  # false for NaN
 
 
+@jax.custom_vjp
+def max_over_events(x_UCLD: Array) -> Array:
+  """The maximum over the events, [U, C, D]; its gradient goes to the first event that has it.
+
+  `jnp.max` compares the values with their maximum in the backward pass, and divides by how many are equal: NaN where
+  XLA computes the values twice, a bit differently.
+  """
+  return jnp.max(x_UCLD, axis=2)
+
+
+def _max_forward(x_UCLD: Array) -> tuple[Array, tuple[Array, Array]]:
+  return max_over_events(x_UCLD), (jnp.argmax(x_UCLD, axis=2), jnp.arange(x_UCLD.shape[2]))
+
+
+def _max_backward(kept: tuple[Array, Array], gradient_UCD: Array) -> tuple[Array]:
+  largest_UCD, place_L = kept
+  return (jnp.where(place_L[:, None] == largest_UCD[:, :, None], gradient_UCD[:, :, None], 0),)
+
+
+max_over_events.defvjp(_max_forward, _max_backward)
+
+
 class TransAct(nn.Module):
   """The encoder of a user's newest events with one candidate at a time."""
 
@@ -119,10 +141,7 @@ class TransAct(nn.Module):
     for layer in self.encoder:
       x_UCLD = layer(x_UCLD, mask_UL)
     seen_U1L1 = mask_UL[:, None, :, None]
-    # Not `max`: its gradient compares the values with the maximum, which is NaN where XLA computes them twice, a bit
-    # differently.
-    largest_UC1D = jnp.argmax(jnp.where(seen_U1L1, x_UCLD, _MASKED), axis=2, keepdims=True)
-    pooled_UCD = self.pool_out(jnp.take_along_axis(x_UCLD, largest_UC1D, axis=2)[:, :, 0])
+    pooled_UCD = self.pool_out(max_over_events(jnp.where(seen_U1L1, x_UCLD, _MASKED)))
     pooled_UCD = jnp.where(jnp.any(mask_UL, axis=1)[:, None, None], pooled_UCD, 0)
     newest_UCKD = jnp.where(seen_U1L1, x_UCLD, 0)[:, :, : self.config.outputs]
     return jnp.concatenate([pooled_UCD, newest_UCKD.reshape(*item_UC.shape, -1)], axis=-1)

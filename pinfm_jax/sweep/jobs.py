@@ -16,6 +16,7 @@ from pinfm_jax.config import Experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import to_dict
 from pinfm_jax.progress import duration
+from pinfm_jax.workdir import is_done
 
 FINISHED, FAILED, WAITING = 'finished', 'failed', 'waiting'  # waiting: for a run that failed
 _POLL_S = 0.1
@@ -200,10 +201,10 @@ def _close_input(process: subprocess.Popen) -> None:
 def _outcome(one: _Running) -> Outcome:
   _close_input(one.process)
   seconds, code = time.monotonic() - one.begin, one.process.returncode
-  if code == 0:
+  if code == 0 and (one.job.stage == 'prepare' or is_done(one.job.directory)):
     return Outcome(FINISHED, seconds)
   lines = one.job.log.read_text(encoding='utf-8', errors='replace').splitlines()
-  how = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
+  how = f'killed by signal {-code}' if code < 0 else f'exit code {code}, {one.job.directory} has no result'
   errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
   last = errors[-1:] if code == 2 else [how, *lines[-_LAST_LINES:]]
   return Outcome(FAILED, seconds, '\n'.join(last or [how]))

@@ -18,8 +18,10 @@ from pinfm_jax.overrides import to_dict
 from pinfm_jax.progress import duration
 from pinfm_jax.workdir import is_done
 
+CHILD = ('-m', 'pinfm_jax.sweep.child')
 FINISHED, FAILED, WAITING = 'finished', 'failed', 'waiting'  # waiting: for a run that failed
 _POLL_S = 0.1
+_poll = time.sleep
 _GRACE_S = 10.0
 _LAST_LINES = 12
 ERROR = 'pinfm: error: '  # begins the line on a user's mistake
@@ -109,7 +111,7 @@ def run_jobs(
           del running[slot]
           end(one.job, _outcome(one))
       if running:
-        time.sleep(_POLL_S)
+        _poll(_POLL_S)
   finally:
     _stop([one.process for one in running.values()])
   return outcomes
@@ -174,7 +176,7 @@ def _start(job: Job, workdir: Path, slot: Slot) -> subprocess.Popen:
   job.log.parent.mkdir(parents=True, exist_ok=True)
   with job.log.open('wb') as log:
     process = subprocess.Popen(
-      [sys.executable, '-m', 'pinfm_jax.sweep.child'],
+      [sys.executable, *CHILD],
       stdin=subprocess.PIPE,
       stdout=log,
       stderr=subprocess.STDOUT,

@@ -36,6 +36,7 @@ _MAY_BE_ZERO = (
   'update.warmup_steps',
 )
 _CHOICES = {
+  'evaluate.resample': ('users', 'requests'),
   'evaluate.split': ('test', 'validation'),
   'model.tables.dtype': ('float32', 'bfloat16'),
   'pretrain.update.table_rule': ('adagrad', 'sgd'),
@@ -64,6 +65,8 @@ def check_experiment(experiment: Experiment) -> None:
   names = [arm.name for arm in experiment.arms]
   if names and experiment.baseline not in names:
     raise UserError(f"baseline is '{experiment.baseline}'; expected one of the arms: {', '.join(names)}")
+  if experiment.challenger and experiment.challenger not in names:
+    raise UserError(f"challenger is '{experiment.challenger}'; expected one of the arms: {', '.join(names)}, or none")
   if len({arm.directory for arm in experiment.arms}) < len(names):
     raise UserError(f'arms need names that differ in letters or digits; got {", ".join(names)}')
   if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):

@@ -17,8 +17,9 @@ from pinfm_jax.serve.offline.command import add_demo, add_embed, add_recommend
 from pinfm_jax.serve.rows.command import add_serve_rows
 from pinfm_jax.serve.server import add_serve
 from pinfm_jax.stages.export_command import add_export
+from pinfm_jax.sweep.command import add_sweep
 
-_RESUMED = ('run', 'download')
+_RESUMED = ('run', 'download', 'sweep')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   for add in (
     _add_run,
+    add_sweep,
     _add_prepare,
     _add_prepare_beam,
     _add_download,

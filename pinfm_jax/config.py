@@ -12,17 +12,18 @@ DAY_MS = 24 * HOUR_MS
 class DataConfig:
   """Where the events and impressions come from, and how their time is split.
 
-  Days are UTC days counted back from the last impression. Pretraining reads the events before the fine-tuning days
-  (or, with `pretrain_overlap`, also those of the fine-tuning days); nothing trains on validation or test days.
+  Days are UTC days counted back from the last impression's, or parts of days (0.25 = 6 hours). Pretraining reads the
+  events before the fine-tuning days (or, with `pretrain_overlap`, also those of the fine-tuning days); nothing trains
+  on validation or test days.
   """
 
   source: str = 'simulator'  # 'simulator', a public source's name, or 'prepared'
   path: str = ''  # the raw files of a public source, or a prepared data set; unused by the simulator
   simulator: Mapping[str, Any] = field(default_factory=dict)  # fields of SimulatorConfig that differ from its defaults
   options: Mapping[str, Any] = field(default_factory=dict)  # of a public source's loader (`pinfm prepare --option`)
-  test_days: int = 3
-  validation_days: int = 1
-  finetune_days: int = 10
+  test_days: float = 3
+  validation_days: float = 1
+  finetune_days: float = 10
   pretrain_overlap: bool = False
   min_candidates: int = 4  # smaller requests are not evaluated
 
@@ -212,6 +213,7 @@ class EvaluateConfig:
   labels: tuple[str, ...] = ()  # shown in the table; empty = all
   utility: Mapping[str, float] = field(default_factory=dict)  # weight of each label's probability; hide's is negative
   age_edges_hours: tuple[float, ...] = (24.0, 168.0, 672.0)  # of the item-age buckets in tables
+  resample: str = 'users'  # what the intervals' bootstrap draws: 'users' (all rows of one stay together) or 'requests'
   split: str = 'test'  # 'validation' while tuning: the test split is read once, at the end
   retrieval_users: int = 2000  # users of the whole-catalogue evaluation of the pretrained tower
   ks: tuple[int, ...] = (10, 50)
@@ -266,4 +268,5 @@ class Experiment:
   # No arm: the tower is pretrained and evaluated by retrieval alone, which a log without impressions can do.
   arms: tuple[Arm, ...] = (Arm('without PinFM', {'ranker.sequence': 'none'}), Arm('with PinFM'))
   baseline: str = 'without PinFM'
+  challenger: str = ''  # an arm whose differences from every other arm get a table of their own
   seeds: tuple[int, ...] = (0,)

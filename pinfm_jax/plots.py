@@ -20,7 +20,7 @@ _STYLE = {
   'axes.labelcolor': _INK,
   'axes.titlecolor': _INK,
   'axes.linewidth': 0.7,
-  'axes.prop_cycle': matplotlib.cycler(color=COLOURS),
+  'axes.prop_cycle': matplotlib.cycler(linestyle=('-', '--', ':')) * matplotlib.cycler(color=COLOURS),
   'axes.spines.top': False,
   'axes.spines.right': False,
   'axes.grid': True,
@@ -68,8 +68,7 @@ def curves(
     if from_zero:
       axes.set_ylim(bottom=0)
     axes.set_ylabel(ylabel)
-    if len(series) > 1:
-      axes.legend()
+    _legend(axes, len(series))
     return _svg(figure, f'curves {title} {ylabel}')
 
 
@@ -89,17 +88,48 @@ def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], ylabel: 
     figure, axes = _figure(title)
     axes.axhline(0, color=_INK, linewidth=0.9)
     for i, (name, points) in enumerate(series.items()):
-      shift = 0.16 * (i - (len(series) - 1) / 2)
+      shift = min(0.16, 0.8 / len(series)) * (i - (len(series) - 1) / 2)  # the points of a category stay apart
       x = [categories.index(category) + shift for category in points]
       y = np.array([(p.value, p.value - p.low, p.high - p.value) for p in points.values()]).T
-      axes.errorbar(x, y[0], yerr=np.maximum(y[1:], 0), fmt='o', markersize=5, capsize=3, linewidth=1.5, label=name)
+      marker = 'os^D'[i // len(COLOURS) % 4]  # where the colours begin again
+      axes.errorbar(x, y[0], yerr=np.maximum(y[1:], 0), fmt=marker, markersize=5, capsize=3, linewidth=1.5, label=name)
     axes.set_xticks(range(len(categories)), categories)
     axes.set_xlim(-0.5, len(categories) - 0.5)
     axes.grid(axis='x', visible=False)
     axes.set_ylabel(ylabel)
-    if len(series) > 1:
-      axes.legend()
+    _legend(axes, len(series))
     return _svg(figure, f'intervals {title} {ylabel}')
+
+
+def reliability(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+  """What was predicted against what happened, beside the line on which both are the same.
+
+  Args:
+    title: of the plot.
+    series: name -> (mean prediction, observed share) pairs, low to high.
+
+  Returns:
+    An <svg> element.
+  """
+  with matplotlib.rc_context(_STYLE):
+    figure, axes = _figure(title)
+    top = max((value for points in series.values() for point in points for value in point), default=1.0) or 1.0
+    axes.plot([0, top], [0, top], color=_INK, linewidth=0.9, linestyle=':')
+    for name, points in series.items():
+      axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker='o', markersize=4)
+    axes.set_xlabel('mean prediction')
+    axes.set_ylabel('share of positives')
+    _legend(axes, len(series))
+    return _svg(figure, f'reliability {title}')
+
+
+def _legend(axes: matplotlib.axes.Axes, entries: int) -> None:
+  """Inside while the entries are few, else below the axes, where they hide nothing."""
+  if entries > 4:
+    axes.figure.legend(loc='outside lower left', ncols=2)
+    axes.figure.set_figheight(2.7 + 0.19 * -(-entries // 2))
+  elif entries > 1:
+    axes.legend()
 
 
 def _figure(title: str) -> tuple:

@@ -13,11 +13,12 @@ from typing import Any
 from pinfm_jax import __version__, markup, plots
 from pinfm_jax.config import Arm
 from pinfm_jax.errors import UserError
+from pinfm_jax.evaluate.comparison_tables import bucket_text
 from pinfm_jax.evaluate.tables import percent_interval
 from pinfm_jax.progress import duration
 from pinfm_jax.workdir import write_text
 
-_AGE_LIFT = re.compile(r'(?P<arm>.+?)/lift/(?P<label>[^/]+)/(?P<age>age[^/]+)/(?P<metric>auc|hit@3)')
+_AGE_LIFT = re.compile(r'(?P<arm>.+?)/lift/(?P<label>[^/]+)/(?P<bucket>age[^/]+|seen|unseen)/(?P<metric>auc|hit@3)')
 _LIFT = re.compile(r'(?P<arm>.+?)/lift/(?P<label>[^/]+)/(?P<metric>auc|hit@3)')
 _METRICS = {'hit@3': 'HIT@3', 'auc': 'AUC'}
 
@@ -44,6 +45,7 @@ class RunFiles:
   name: str
   experiment: Mapping[str, Any]
   figures: Mapping[str, float]
+  reliability: Mapping[str, Any]
   results: str
   trainings: tuple[Training, ...]
   missing: tuple[str, ...]
@@ -89,6 +91,7 @@ def _read(workdir: Path) -> RunFiles:
     name=str(experiment.get('name') or workdir.resolve().name),
     experiment=experiment,
     figures={k: v for k, v in figures.items() if isinstance(v, int | float)},
+    reliability=_reliability(workdir, missing),
     results='\n\n'.join(path.read_text(encoding='utf-8') for path in results),
     trainings=trainings,
     missing=tuple(missing),
@@ -107,6 +110,17 @@ def _json(path: Path, missing: list[str]) -> Mapping[str, Any]:
       return value
     missing.append(f'{path.name}: holds no JSON object')
   return {}
+
+
+def _reliability(workdir: Path, missing: list[str]) -> Mapping[str, Any]:
+  path = workdir / 'reliability.json'  # not there after the evaluation of an earlier version, or one without arms
+  value = _json(path, missing) if path.exists() else {}
+  try:
+    return {'label': str(value['label']), 'arms': {k: [(p, y) for p, y, _ in v] for k, v in value['arms'].items()}}
+  except (KeyError, TypeError, ValueError, AttributeError):
+    if value:
+      missing.append(f'{path.name}: holds no calibration curves')
+    return {}
 
 
 def _expected(workdir: Path, experiment: Mapping[str, Any]) -> list[Path]:
@@ -136,7 +150,16 @@ def _training(path: Path, missing: list[str]) -> Training:
 
 def _page(run: RunFiles) -> str:
   title = html.escape(run.name)
-  sections = [_headline(run), _missing(run), _results(run), _cold_start(run), _curves(run), _speed(run), _details(run)]
+  sections = [
+    _headline(run),
+    _missing(run),
+    _results(run),
+    _cold_start(run),
+    _calibration(run),
+    _curves(run),
+    _speed(run),
+    _details(run),
+  ]
   body = '\n'.join(section for section in sections if section)
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -177,7 +200,7 @@ def _results(run: RunFiles) -> str:
 
 
 def _cold_start(run: RunFiles) -> str:
-  panels: dict[str, dict[str, dict[str, dict[str, plots.Interval]]]] = {}  # metric -> label -> arm -> age
+  panels: dict[str, dict[str, dict[str, dict[str, plots.Interval]]]] = {}  # metric -> label -> arm -> bucket
   evaluate = run.experiment.get('evaluate', {})
   shown, utility = evaluate.get('labels') or (), evaluate.get('utility') or {}
   for name in run.figures:
@@ -186,14 +209,15 @@ def _cold_start(run: RunFiles) -> str:
       continue
     value, low, high = (100 * x for x in _interval(run, name))
     if math.isfinite(low) and math.isfinite(high):  # without an interval there are too few positives to say anything
-      age = match['age'].replace('age_unknown', 'unknown').removeprefix('age')
+      bucket = bucket_text(match['bucket'])
       arms = panels.setdefault(match['metric'], {}).setdefault(match['label'], {})
-      arms.setdefault(match['arm'], {})[age] = plots.Interval(value, low, high)
+      arms.setdefault(match['arm'], {})[bucket] = plots.Interval(value, low, high)
   if not panels:
     return ''
   note = (
-    '<p>Relative lift over the baseline with 95 % intervals, by the age of the item when it was shown. HIT@3 asks for '
-    'a positive of that age among the top 3 of the whole request. Ages with too few positives are left out.</p>'
+    '<p>Relative lift over the baseline with 95 % intervals, by the age of the item when it was shown, and for '
+    'items that pretraining had seen and had not. HIT@3 asks for a positive of that kind among the top 3 of the whole '
+    'request. Kinds with too few positives are left out.</p>'
   )
   parts = [note]
   for metric, title in _METRICS.items():
@@ -203,6 +227,17 @@ def _cold_start(run: RunFiles) -> str:
       labels[f'{label} (lower is better)'] = labels.pop(label)
     parts.append(_grid(plots.intervals(label, arms, f'{title} lift, %') for label, arms in labels.items()))
   return _section('Lift by item age', *parts)
+
+
+def _calibration(run: RunFiles) -> str:
+  arms = {arm: points for arm, points in run.reliability.get('arms', {}).items() if points}
+  if not arms:
+    return ''
+  note = (
+    '<p>Tenths of the rows by predicted probability, over all seeds: the share that turned out positive against the '
+    'mean prediction. On the dotted line both agree.</p>'
+  )
+  return _section('Calibration', note, _grid([plots.reliability(run.reliability['label'], arms)], 'grid pairs'))
 
 
 def _curves(run: RunFiles) -> str:

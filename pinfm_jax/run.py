@@ -65,7 +65,7 @@ def run(
     _check_profile(experiment, stages, profile)
   context = Run(experiment, Path(workdir), profile)
   with ExitStack() as lock:
-    on_first('the workdir', lambda: _take(context.workdir, lock))
+    on_first('the workdir', lambda: hold_workdir(context.workdir, lock))
     _run_stages(context, stages)
 
 
@@ -80,8 +80,12 @@ def _check_profile(experiment: Experiment, stages: Sequence[str], profile: Windo
     )
 
 
-def _take(workdir: Path, lock: ExitStack) -> None:
-  """Makes the workdir and holds its lock as long as `lock` is open."""
+def hold_workdir(workdir: Path, lock: ExitStack) -> None:
+  """Makes the workdir and holds its lock as long as `lock` is open.
+
+  Raises:
+    UserError: it cannot be made, or another run holds it.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:

@@ -1,5 +1,7 @@
 """Candidate-id randomisation and item-age-dependent dropout: rates, independence, and the same bits on any mesh."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -112,6 +114,15 @@ def test_elements_are_dropped_independently():
   again = np.asarray(age_dropout(outputs, age, PLACE, fold_seed(0, 3), CONFIG)) == 0
   assert abs(_correlation(found, again)) < 4 / np.sqrt(found.size)
   assert abs(_correlation(found[..., 0], _replaced(2))) < bound  # nor is it the ids' randomisation again
+
+
+def test_whole_vectors_are_dropped_together():
+  outputs, ages = jnp.ones((40, 50, 6)), jnp.full((40, 50), 10.0)
+  places, config = jnp.arange(2000).reshape(40, 50), replace(CONFIG, whole_vector=True)
+  found = np.asarray(age_dropout(outputs, ages, places, fold_seed(7, 1), config))
+  assert np.all(found == found[..., :1])
+  np.testing.assert_allclose(found[found > 0], 1 / 0.3, rtol=1e-6)
+  assert abs(np.mean(found[..., 0] == 0) - 0.7) < 4 * np.sqrt(0.7 * 0.3 / 2000)
 
 
 def test_as_many_rates_as_edges():

@@ -325,6 +325,13 @@ def test_predictions_stand_beside_what_happened(toy_run):
   age = np.concatenate([(r.timestamp - r.created_at) / 3_600_000 for r in whole])
   np.testing.assert_allclose(found.age_hours_M, np.maximum(age, 0), rtol=1e-6)
   assert found.label_names == requests.schema.labels
+  assert found.unseen_M is None  # not told apart
+  read = [history.item[history.timestamp < toy_run.split.pretrain_until] for history in toy_run.dataset.histories()]
+  known = set(np.concatenate(read).tolist())
+  np.testing.assert_array_equal(toy_run.pretrained_items, sorted(known))
+  unseen_M = predictions_of(requests, scores, toy_run.pretrained_items).unseen_M
+  np.testing.assert_array_equal(unseen_M, [key not in known for key in found.item_key_M.tolist()])
+  assert 0 < unseen_M.sum() < len(unseen_M)
 
 
 def test_predict_scores_each_candidate_in_its_place(toy_run, task, stats):

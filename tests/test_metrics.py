@@ -151,11 +151,10 @@ def test_the_pairing_removes_what_both_arms_share():
 
 
 def test_resamples_depend_on_the_seed_alone():
-  mean = bootstrap.UserMean(np.arange(20.0), np.arange(20))
-  alone = bootstrap.resampled([mean], 20, 30, seed=3)
-  among = bootstrap.resampled([lambda w: 1.0, mean], 20, 50, seed=3)
-  np.testing.assert_array_equal(alone[:, 0], among[:30, 1])
-  assert (alone[:, 0] != bootstrap.resampled([mean], 20, 30, seed=4)[:, 0]).any()
+  alone = bootstrap.draws(20, 30, seed=3)
+  np.testing.assert_array_equal(alone, bootstrap.draws(20, 50, seed=3)[:30])
+  assert (alone != bootstrap.draws(20, 30, seed=4)).any()
+  assert (alone.sum(axis=1) == 20).all()
 
 
 def test_too_few_positives_give_no_interval():

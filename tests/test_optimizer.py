@@ -188,6 +188,19 @@ def test_a_ratio_of_zero_freezes_bit_exactly():
   assert np.all(np.asarray(after['ranker']['heads']['bias']) != np.asarray(params['ranker']['heads']['bias']))
 
 
+def test_what_is_frozen_stays_bit_exactly_and_counts_in_no_norm():
+  rng = np.random.default_rng(6)
+  params, grads = _float32(_params(rng)), _float32(_params(rng))
+  update = Update(replace(CONFIG, frozen=('tower',)), 10, ('pinfm', 'log_temperature'))
+  moved, _, row_step, norm = update.apply(params, update.init(params), grads, 2.0, jnp.int32(4))
+  for name in ('pinfm', 'log_temperature'):
+    jax.tree.map(np.testing.assert_array_equal, moved[name], params[name])
+  assert np.all(moved['ranker']['heads']['kernel'] != params['ranker']['heads']['kernel'])
+  squares = sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads['ranker']))
+  np.testing.assert_allclose(norm, np.sqrt(squares + 2.0), rtol=1e-6)
+  assert row_step.learning_rate > 0
+
+
 def test_a_model_without_tables():
   params = {'ranker': {'heads': {'kernel': jnp.ones((2, 2))}}}
   update = Update(UpdateConfig(warmup_steps=1, clip_norm=1.0), 10)

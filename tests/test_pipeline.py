@@ -97,8 +97,7 @@ def test_processes_that_hold_any_rows_make_the_same_global_batch(parts):
 
 
 def test_long_requests_are_split_and_lose_no_candidate(toy_run):
-  experiment = toy_run.experiment
-  config = replace(experiment.finetune, candidates=4)
+  config = replace(toy_run.experiment.finetune, candidates=4)
   requests = Requests.between(toy_run.dataset, toy_run.schema, config, toy_run.split.test)
   rows = np.unique(requests.request_row)
   expected = sum(len(toy_run.dataset.request(int(row))) for row in rows)

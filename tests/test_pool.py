@@ -25,6 +25,7 @@ MODELS = {
     replace(toy_bundle.MODEL, tower=replace(TOWER, backbone='hstu')),
     {'learnable_token': True, 'candidate_content': True},
   ),
+  'mean': (toy_bundle.MODEL, {'fusion': 'mean'}),
 }
 SIZES = Sizes(cache_users=4, max_users=3, max_rows=16)
 
@@ -172,6 +173,21 @@ def test_a_bf16_tower_keeps_bf16(dataset, documents, tmp_path):
     found = scorer.probabilities([scorer.parse(after(documents[0], events))])[0]
   assert scorer.cache.extended == 1
   np.testing.assert_allclose(found, expected[0], atol=0.03)
+
+
+def test_a_bidirectional_model_is_never_extended(dataset, documents, tmp_path):
+  toy = toy_bundle.make_toy(bidirectional=True)
+  bundle = load_bundle(toy.export(tmp_path / 'bundle', storage='float32'))
+  assert 'extend' not in bundle.programs
+  scorer, expected = Scorer(bundle, SIZES), dataset.expected(toy)
+  scorer.warm_up()
+  misses = scorer.cache.misses
+  for events in (EVENTS - 1, EVENTS):
+    found = next(iter(scorer.probabilities([scorer.parse(after(documents[0], events))])))
+  np.testing.assert_allclose(found, expected[0], atol=1e-5)
+  assert (scorer.cache.misses, scorer.cache.extended) == (misses + 2, 0)
+  with pytest.raises(ValueError, match='bidirectional'):
+    toy.module.apply({'params': toy.params}, None, None, None, None, method='extend')
 
 
 def test_a_ranker_without_pinfm_has_no_vectors(dataset, documents, tmp_path):

@@ -124,6 +124,9 @@ VARIANTS = {
   'content': {'candidate_content': True},
   'token': {'learnable_token': True},
   'both': {'candidate_content': True, 'learnable_token': True},
+  'mean': {'fusion': 'mean'},
+  'last': {'fusion': 'last', 'similarity': False},
+  'bidirectional': {'bidirectional': True, 'learnable_token': True},
 }
 
 

@@ -14,10 +14,11 @@ from pinfm_jax.evaluate.ranking import (
   age_buckets,
   best_attainable,
   ranking_metrics,
+  reliability,
   utility,
   utility_weights,
 )
-from pinfm_jax.evaluate.tables import Table, mean_std, percent_interval
+from pinfm_jax.evaluate.tables import Table, interval, mean_std, percent_interval
 
 LABELS = ('save', 'hide')
 WEIGHTS = {'save': 1.0, 'hide': -0.5}
@@ -39,6 +40,7 @@ def made_predictions(noise=0.1, seed=0, users=80, requests=160, candidates=6, re
     scores_MT=np.clip(scores, 1e-3, 1 - 1e-3).astype(np.float32),
     reference_MT=probabilities if reference else None,
     label_names=LABELS,
+    unseen_M=truth.random(rows) < 0.2,
   )
 
 
@@ -53,6 +55,16 @@ def test_predictions_come_back_as_they_were_saved(tmp_path, reference):
     np.testing.assert_array_equal(ours, theirs) if ours is not None else None
     assert getattr(ours, 'dtype', type(ours)) == getattr(theirs, 'dtype', type(theirs))
   assert [p.name for p in tmp_path.iterdir()] == ['predictions.npz']
+
+
+def test_a_file_of_an_earlier_version_opens_without_unseen_items(tmp_path):
+  path = tmp_path / 'old.npz'
+  dataclasses.replace(made_predictions(), unseen_M=None).save(path)
+  with np.load(path) as archive:
+    assert 'unseen_M' not in archive  # as such a file is
+  loaded = RankingPredictions.load(path)
+  assert loaded.unseen_M is None
+  assert not any('seen' in name for name in ranking_metrics(loaded, WEIGHTS))
 
 
 def test_every_damage_to_the_file_is_one_clear_line(tmp_path):
@@ -80,6 +92,8 @@ def test_bad_shapes_and_scores_are_refused():
   good = made_predictions()
   with pytest.raises(ValueError, match='user_M'):
     dataclasses.replace(good, user_M=good.user_M[1:])
+  with pytest.raises(ValueError, match='unseen_M'):
+    dataclasses.replace(good, unseen_M=good.unseen_M[1:])
   with pytest.raises(UserError, match='diverged'):
     dataclasses.replace(good, scores_MT=np.full_like(good.scores_MT, np.nan))
 
@@ -119,6 +133,9 @@ def test_ranking_metrics_are_those_of_the_rows_they_name():
     'save/positives': labels.sum(),
     'save/age<24h/auc': metrics.auc(labels[young], scores[young]),
     'save/age<24h/positives': labels[young].sum(),
+    'save/per_user_auc_users': len(metrics.user_aucs(labels, scores, predictions.user_M).user_U),
+    'save/unseen/auc': metrics.auc(labels[predictions.unseen_M], scores[predictions.unseen_M]),
+    'save/seen/positives': labels[~predictions.unseen_M].sum(),
     # a positive of that age in the top 3 of the whole request, not among the young candidates alone
     'save/age<24h/hit@3': metrics.hit_at_k(predictions.request_M, order, labels * young).hit_Q.mean(),
   }
@@ -130,6 +147,23 @@ def test_ranking_metrics_are_those_of_the_rows_they_name():
 def test_unknown_ages_give_no_age_figures():
   predictions = dataclasses.replace(made_predictions(), age_hours_M=np.full(960, np.nan, np.float32))
   assert not any('age' in name for name in ranking_metrics(predictions, WEIGHTS))
+
+
+@pytest.mark.parametrize('share', [0, 1])
+def test_items_of_one_kind_only_give_no_figures_of_kinds(share):
+  predictions = dataclasses.replace(made_predictions(), unseen_M=np.full(960, bool(share)))
+  assert not any('seen' in name for name in ranking_metrics(predictions, WEIGHTS))
+
+
+def test_reliability_is_that_of_tenths_of_the_rows():
+  scores = np.random.default_rng(0).random((2, 960, 2)).astype(np.float32)  # no two are the same
+  runs = [dataclasses.replace(made_predictions(), scores_MT=each) for each in scores]
+  scores, labels = (np.concatenate([getattr(r, name)[:, 1] for r in runs]) for name in ('scores_MT', 'labels_MT'))
+  order = np.argsort(scores, kind='stable')
+  for part, found in zip(np.array_split(order, 8), reliability(runs, 'hide', bins=8), strict=True):
+    assert found == pytest.approx([scores[part].mean(dtype=float), labels[part].mean(), len(part)])
+  constant = dataclasses.replace(runs[0], scores_MT=np.full((960, 2), 0.5, np.float32))
+  assert reliability([constant], 'save') == [[0.5, constant.labels_MT[:, 0].mean(), 960]]
 
 
 def test_best_attainable_scores_with_the_truth():
@@ -169,15 +203,65 @@ def test_compare_holds_means_stds_lifts_and_the_best():
 
 def test_the_tables_show_every_arm_the_lift_the_best_and_the_positives():
   result = compare(made_arms(), 'without', WEIGHTS, resamples=50)
-  hit, auc, ages = result.tables()
+  hit, auc, own, probabilities, save, hide = result.tables()
   assert [row[0] for row in hit.rows] == ['without', 'with', 'lift of with', 'best attainable', 'requests counted']
   assert hit.header == ('', 'save', 'hide (lower is better)')
   assert auc.header == ('', 'save', 'hide')
   positives = int(made_predictions().labels_MT[:, 0].sum())
   assert auc.rows[-1][:2] == ('positives', f'{positives:,}')
-  assert [row[0] for row in ages.rows] == ['<24h', '24-168h', '168-672h', '>=672h', 'unknown']
+  assert own.rows[-1][:2] == ('users counted', f'{result.figures()["without/save/per_user_auc_users/mean"]:.0f}')
+  assert [row[:2] for row in probabilities.rows] == [(arm, label) for label in LABELS for arm in ('without', 'with')]
+  assert [row[0] for row in save.rows] == ['<24h', '24-168h', '168-672h', '>=672h', 'age unknown', 'seen', 'unseen']
+  assert hide.header[2] == 'HIT@3 (lower is better) lift'
+  lift = result.lifts['with']['save/unseen/auc']
+  assert save.rows[-1][4] == percent_interval(lift.relative, lift.low, lift.high)
   for text in (result.markdown(), result.text()):
     assert f'{result.figures()["with/save/auc/mean"]:.4f} ± ' in text
+
+
+def test_the_logloss_of_both_arms_stands_beside_its_change():
+  result = compare(made_arms(), 'without', WEIGHTS, resamples=50)
+  (base, ours) = (row for row in result.tables()[3].rows if row[1] == 'save')
+  losses = [
+    np.mean([metrics.logloss(p.labels_MT[:, 0], p.scores_MT[:, 0]) for p in runs]) for runs in made_arms().values()
+  ]
+  assert (base[2][:6], ours[2][:6]) == tuple(f'{loss:.4f}' for loss in losses)
+  assert base[3] == ''
+  assert ours[3].startswith(f'{losses[1] - losses[0]:+.4f} [')
+
+
+def test_the_challenger_has_a_table_against_every_other_arm():
+  arms = {**made_arms(), 'third': made_arms()['with']}
+  result = compare(arms, 'without', WEIGHTS, resamples=50, challenger='with')
+  hit, auc = (table for table in result.tables() if 'against' in table.title)
+  assert (hit.title, auc.title) == ('HIT@3: with against', 'AUC: with against')
+  assert [row[0] for row in auc.rows] == ['without', 'third']
+  lift = result.lifts['with']['save/auc']
+  assert auc.rows[0][1] == interval(lift.difference, lift.difference_low, lift.difference_high)
+  assert auc.rows[1][1] == '+0.0000 [+0.0000, +0.0000]'
+  with pytest.raises(ValueError, match='challenger'):
+    compare(arms, 'without', WEIGHTS, challenger='fourth')
+
+
+def test_the_papers_figure_stands_beside_the_hit_rate_of_its_arm_and_nowhere_else():
+  result = compare(made_arms(), 'without', WEIGHTS, resamples=20, paper={'with': '+3.76 %', 'without': ''})
+  hit, auc, *_ = result.tables()
+  assert hit.header[-1] == 'paper'
+  assert [row[-1] for row in hit.rows] == ['', '', '+3.76 %', '', '']
+  assert 'other data' in hit.note
+  assert 'paper' not in auc.header
+  assert 'paper' not in compare(made_arms(), 'without', WEIGHTS, resamples=20, paper={'with': ''}).tables()[0].header
+
+
+def test_the_note_says_what_was_drawn():
+  result = compare(made_arms(), 'without', WEIGHTS, resamples=20, resample='requests')
+  hit, _, own, *_ = result.tables()
+  assert '160 requests' in hit.note
+  assert '80 users' in own.note  # a user's own AUC is not one of a request
+  assert (
+    result.lifts['with']['save/auc'].low
+    != compare(made_arms(), 'without', WEIGHTS, resamples=20).lifts['with']['save/auc'].low
+  )
 
 
 def test_one_seed_has_no_std_and_real_data_no_best():
@@ -217,3 +301,5 @@ def test_cells_say_what_is_not_known():
   assert percent_interval(0.0231, 0.011, 0.0352) == '+2.31 % [+1.10, +3.52]'
   assert percent_interval(-0.1, nan, nan, digits=1) == '-10.0 % [too few]'
   assert percent_interval(nan, nan, nan) == '–'
+  assert interval(-0.01234, -0.02, 0.001) == '-0.0123 [-0.0200, +0.0010]'
+  assert (interval(0.5, nan, nan, 1), interval(nan, nan, nan)) == ('+0.5 [too few]', '–')

@@ -61,11 +61,14 @@ def made_run(workdir, finished=True):
         (directory / 'results.json').write_text('{}')
   if finished:
     figures = {'with PinFM/save/auc/mean': 0.75}
-    for name in ('save/auc', 'save/age<24h/auc', 'save/age>=24h/auc', 'hide/age<24h/hit@3', 'rare/age<24h/auc'):
+    ages = ('save/age<24h/auc', 'save/age>=24h/auc', 'save/unseen/auc')
+    for name in ('save/auc', *ages, 'hide/age<24h/hit@3', 'rare/age<24h/auc'):
       figures[f'with PinFM/lift/{name}'] = 0.0231
       if 'rare' not in name:  # too few positives: no interval
         figures |= {f'with PinFM/lift/{name}/low': 0.011, f'with PinFM/lift/{name}/high': 0.0352}
     (workdir / 'results.json').write_text(json.dumps(figures))
+    curves = {'with PinFM': [[0.1, 0.2, 50.0], [0.4, 0.3, 50.0]], '<i>none': []}
+    (workdir / 'reliability.json').write_text(json.dumps({'label': 'save', 'arms': curves}))
     (workdir / 'results.md').write_text(
       '# a <b>&\n\nData: x.\n\n### AUC\n\n|  | save |\n| --- | ---: |\n| <i>arm | 0.75 |\n'
     )
@@ -85,9 +88,10 @@ def test_a_finished_run_has_every_part_and_loads_nothing(tmp_path):
   assert not re.search(r'url\((?!#)|@import|<link|javascript:', text)
   assert len(page.ids) == len(set(page.ids))
   titles = re.findall('<h2>(.*?)</h2>', text)
-  assert titles == ['Results', 'Lift by item age', 'Learning curves', 'Training speed', 'Details']
+  assert titles == ['Results', 'Lift by item age', 'Calibration', 'Learning curves', 'Training speed', 'Details']
   assert 'Not there yet' not in text
-  assert text.count('<svg') == 2 + 2 * 3  # save by age, hide by age; loss and speed of three stages
+  assert 'unseen' in page.text
+  assert text.count('<svg') == 2 + 1 + 2 * 3  # save by age, hide by age; calibration; loss and speed of three stages
   assert '+2.31 % [+1.10, +3.52]' in page.text
   assert 'hide (lower is better)' in page.text
   assert '25.0 %' in page.text  # share of time waiting for data
@@ -133,6 +137,34 @@ def test_a_damaged_file_is_reported_and_the_rest_shown(tmp_path, name, content):
   text, page = read(workdir)
   assert name in page.text[page.text.index('Not there yet') :]
   assert 'Learning curves' in text
+
+
+def test_an_evaluation_of_an_earlier_version_has_no_calibration(tmp_path):
+  workdir = made_run(tmp_path / 'run')
+  (workdir / 'reliability.json').unlink()
+  text, page = read(workdir)
+  assert '<h2>Calibration' not in text
+  assert 'Not there yet' not in page.text
+
+
+@pytest.mark.parametrize('content', ['{"label": "save"}', '{"label": "save", "arms": {"a": [1]}}', '[1]', '{"a'])
+def test_damaged_calibration_curves_are_reported(tmp_path, content):
+  workdir = made_run(tmp_path / 'run')
+  (workdir / 'reliability.json').write_text(content)
+  text, page = read(workdir)
+  assert 'reliability.json' in page.text[page.text.index('Not there yet') :]
+  assert '<h2>Calibration' not in text
+
+
+@pytest.mark.parametrize('arms', [1, 2, 12])
+def test_plots_keep_many_arms_apart(arms):
+  names = [f'arm {i}' for i in range(arms)]
+  svg = plots.intervals(
+    'save', {n: {'<24h': plots.Interval(1, 0, 2), 'seen': plots.Interval(3, 2, 4)} for n in names}, '%'
+  )
+  assert all((f'>{name}<' in svg) == (arms > 1) for name in names)
+  svg = plots.reliability('save', {name: [(0.1, 0.1), (0.5, 0.6)] for name in names})
+  assert all((f'>{name}<' in svg) == (arms > 1) for name in names)
 
 
 def test_a_run_that_has_only_begun(tmp_path):

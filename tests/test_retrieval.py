@@ -11,6 +11,7 @@ from flax.core import meta
 
 from pinfm_jax.data.featurize import window_start
 from pinfm_jax.data.records import History
+from pinfm_jax.data.splits import pretrained_items
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.retrieval import RetrievalTask, evaluate_retrieval, retrieval_task
 from pinfm_jax.model.hashing import hash_rows, key_words
@@ -181,6 +182,13 @@ def test_targets_that_were_never_seen_are_left_out_and_counted():
   assert task.target_Q.tolist() == [2, 1]
   assert task.unseen == pytest.approx(1 / 3)
   assert task.histories['mask'].sum(axis=1).tolist() == [1, 1]
+
+
+def test_pretrained_items_are_those_of_events_before_the_split():
+  histories = _Histories([(1, 7, 1), (4, 3, 1), (5, 9, 1)], [(2, 3, 0), (8, 8, 1)], [(6, 6, 1)])
+  assert pretrained_items(histories, 5).tolist() == [3, 7]  # whatever their actions
+  assert pretrained_items(histories, None).tolist() == [3, 7]  # the last event of each user is held out
+  assert pretrained_items(histories, 0).tolist() == []
 
 
 def test_an_event_at_the_split_is_after_it():

@@ -6,9 +6,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from pinfm_jax.data.public.globo import load_globo
 from pinfm_jax.data.public.kuairand import SIGNALS, earlier_events, load_kuairand, place_marks
 from pinfm_jax.data.public.schema import find_files, k_core
-from pinfm_jax.data.public.sequences import load_amazon, load_globo, load_movielens
+from pinfm_jax.data.public.sequences import load_amazon, load_movielens
 from pinfm_jax.data.sources import prepare_source
 from pinfm_jax.errors import UserError
 

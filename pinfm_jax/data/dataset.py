@@ -3,8 +3,10 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from pinfm_jax.data.info import DataFile, DatasetInfo
@@ -70,8 +72,13 @@ class PreparedDataset:
     return self.parts.history(user_row)
 
   def request(self, row: int) -> Request:
-    """The request in row `row` of `requests`."""
-    return self._within_cap(self._requests.decode(decode_request, row))
+    """The request in row `row` of `requests`.
+
+    An item whose creation time is unknown counts as created at its first event or impression in the data set, if that
+    came strictly before the request's first impression: it is as old as was known then, and of unknown age at its own
+    first one.
+    """
+    return self._with_ages(self._within_cap(self._requests.decode(decode_request, row)))
 
   def histories(self) -> Iterator[History]:
     """All histories in row order; those of a data set that was not appended to are read ahead in chunks."""
@@ -79,7 +86,7 @@ class PreparedDataset:
 
   def all_requests(self) -> Iterator[Request]:
     """All requests in row order (by time), read ahead in chunks."""
-    return map(self._within_cap, self._requests.decode_all(decode_request))
+    return map(self._with_ages, map(self._within_cap, self._requests.decode_all(decode_request)))
 
   @property
   def users(self) -> pl.DataFrame:
@@ -120,6 +127,20 @@ class PreparedDataset:
     """The request with its history's end counted over the events that `history` gives."""
     cut = self.parts.cut(request.user_row) if self.appended else 0
     return replace(request, history_end=max(request.history_end - cut, 0)) if cut else request
+
+  @cached_property
+  def _first_seen(self) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the items, ascending, and the time of each one's first event or impression."""
+    return self.items['item_key'].to_numpy(), self.items['first_seen'].to_numpy()
+
+  def _with_ages(self, request: Request) -> Request:
+    """The request with unknown creation times filled in; the one place where an item's age is decided."""
+    if not self.info.time_known.impressions or (request.created_at >= 0).all():
+      return request
+    keys, first_seen = self._first_seen
+    seen = first_seen[np.searchsorted(keys, request.item)]
+    known = (request.created_at < 0) & (seen < request.timestamp.min())
+    return replace(request, created_at=np.where(known, seen, request.created_at))
 
   def _table(self, name: str, merged: Callable[[], pl.DataFrame]) -> pl.DataFrame:
     # Two threads may both read the table the first time; the second result simply replaces the first.

@@ -78,6 +78,14 @@ class FeatureSchema:
     widths = [feature.width for feature in self.features.embedding]
     return tuple(widths + ([self.content_width] if self.content_width else []))
 
+  @property
+  def candidate_width(self) -> int:
+    """Width of what `ranker.candidate_content` reads: the last embedding input; 0 = there is none.
+
+    That is the items' content, or without any the last embedding feature, which may change from request to request.
+    """
+    return (self.embedding_widths or (0,))[-1]
+
 
 def window_start(events: int, length: int, block: int) -> int:
   """First event of the model's window over a history of `events` events.

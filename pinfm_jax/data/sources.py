@@ -13,9 +13,10 @@ import polars as pl
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.preparation.config import PrepareConfig
 from pinfm_jax.data.prepare import prepare
+from pinfm_jax.data.public.globo import load_globo
 from pinfm_jax.data.public.kuairand import load_kuairand
 from pinfm_jax.data.public.schema import SourceLog
-from pinfm_jax.data.public.sequences import load_amazon, load_globo, load_movielens
+from pinfm_jax.data.public.sequences import load_amazon, load_movielens
 from pinfm_jax.errors import UserError
 
 SOURCES: Mapping[str, Callable[..., SourceLog]] = {
@@ -98,10 +99,11 @@ def canonical_config(log: SourceLog, scratch: Path, out: str | Path, **settings:
     logs=(_write(log.events, scratch / 'events.parquet'),),
     out=out,
     impressions=impressions,
-    request_by='user_day' if impressions else 'request_id',
+    request_by=log.request_by if impressions else 'request_id',
     labels=log.labels,
     dense=log.dense,
     sparse=log.sparse,
+    embedding=log.embedding,
     items=_write(log.items, scratch / 'items.parquet') if log.items is not None else None,
     users=_write(log.users, scratch / 'users.parquet') if log.users is not None else None,
     actions=log.actions or None,

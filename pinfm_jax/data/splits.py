@@ -37,9 +37,9 @@ def split_by_time(dataset: PreparedDataset, config: DataConfig) -> Split:
     raise UserError('the impressions have no times, so they cannot be split by time; prepare them with a timestamp')
   timestamp = dataset.requests['timestamp'].to_numpy()
   end = (int(timestamp[-1]) // DAY_MS + 1) * DAY_MS
-  test = end - config.test_days * DAY_MS
-  validation = test - config.validation_days * DAY_MS
-  finetune = validation - config.finetune_days * DAY_MS
+  test = end - round(config.test_days * DAY_MS)
+  validation = test - round(config.validation_days * DAY_MS)
+  finetune = validation - round(config.finetune_days * DAY_MS)
   split = Split(
     pretrain_until=validation if config.pretrain_overlap else finetune,
     finetune=(finetune, validation),
@@ -61,3 +61,25 @@ def _day(time_ms: int) -> str:
 def usable_events(history: History, until_ms: int | None) -> int:
   """How many of a user's events pretraining may read: those before a time, or (None) all but the last one."""
   return max(len(history) - 1, 0) if until_ms is None else int(np.searchsorted(history.timestamp, until_ms))
+
+
+def pretrained_items(dataset: PreparedDataset, until_ms: int | None) -> np.ndarray:
+  """Keys of the items that pretraining may read an event of, ascending: all others are unseen by it.
+
+  It goes through the histories, since an item's `first_seen` says less: it may be the time of an impression that
+  nobody engaged with, and in a log whose histories have no times it always is.
+
+  Args:
+    dataset: the data.
+    until_ms: `Split.pretrain_until`.
+
+  Returns:
+    uint64.
+  """
+  seen, chunk, size = np.zeros(0, np.uint64), [], 0
+  for history in dataset.histories():
+    chunk.append(history.item[: usable_events(history, until_ms)])
+    size += len(chunk[-1])
+    if size >= 1 << 22:  # no copy of the whole log
+      seen, chunk, size = np.unique(np.concatenate([seen, *chunk])), [], 0
+  return np.unique(np.concatenate([seen, *chunk]))

@@ -1,28 +1,16 @@
-"""Arms side by side: mean and std over seeds, lifts over a baseline with intervals, the tables that show them."""
+"""Arms side by side: mean and std over seeds, lifts over a baseline and over each other, with intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.evaluate import bootstrap, metrics
 from pinfm_jax.evaluate.bootstrap import Lift
-from pinfm_jax.evaluate.ranking import (
-  AGE_EDGES_HOURS,
-  HIT_K,
-  RankingPredictions,
-  best_attainable,
-  figure_name,
-  grouped_requests,
-  ranking_metrics,
-  slices,
-)
-from pinfm_jax.evaluate.tables import Table, mean_std, percent_interval
-from pinfm_jax.progress import Progress
-
-Arms = Mapping[str, Sequence[RankingPredictions]]  # an arm's predictions, one a seed
-LIFTED = {'hit@3': 'HIT@3', 'auc': 'AUC'}  # the metrics that get lifts, and how tables call them
+from pinfm_jax.evaluate.comparison_tables import ranking_tables
+from pinfm_jax.evaluate.lifts import Arms, distinct, resampled_figures, same_rows
+from pinfm_jax.evaluate.ranking import AGE_EDGES_HOURS, best_attainable, ranking_metrics
+from pinfm_jax.evaluate.tables import Table
 
 
 @dataclass(frozen=True)
@@ -32,19 +20,25 @@ class RankingComparison:
   baseline: str
   seeds: int
   users: int
+  requests: int
   labels_shown: tuple[str, ...]
   lower_is_better: frozenset[str]  # labels of negative utility: a hide in the top 3 is a failure
   metrics: Mapping[str, Mapping[str, tuple[float, float]]]  # arm -> figure -> (mean, std over seeds)
   best: Mapping[str, float] | None
   lifts: Mapping[str, Mapping[str, Lift]]  # arm (other than the baseline) -> figure -> lift
+  resample: str = 'users'
+  challenger: str = ''
+  against: Mapping[str, Mapping[str, Lift]] = field(default_factory=dict)  # arm -> the challenger's lift over it
+  paper: Mapping[str, str] = field(default_factory=dict)  # arm -> the paper's own figure
 
   def figures(self) -> dict[str, float]:
     """Flat named figures for results.json; what is undefined (NaN) is left out.
 
-    'ARM/save/auc/mean' and '/std', 'ARM/lift/save/auc' with '/low', '/high' (relative) and '/difference',
-    'best_attainable/save/auc', 'ranking/seeds', 'ranking/users'.
+    'ARM/save/auc/mean' and '/std'; 'ARM/lift/save/auc' with '/low', '/high' (relative) and '/difference' (with '/low',
+    '/high'); 'CHALLENGER/against/ARM/save/auc' (a difference) with '/low', '/high'; 'best_attainable/save/auc';
+    'ranking/seeds', 'ranking/users', 'ranking/requests'.
     """
-    flat = {'ranking/seeds': float(self.seeds), 'ranking/users': float(self.users)}
+    flat = {f'ranking/{name}': float(getattr(self, name)) for name in ('seeds', 'users', 'requests')}
     for arm, figures in self.metrics.items():
       for name, (mean, std) in figures.items():
         flat |= {f'{arm}/{name}/mean': mean, f'{arm}/{name}/std': std}
@@ -52,14 +46,16 @@ class RankingComparison:
       for name, lift in lifts.items():
         key = f'{arm}/lift/{name}'
         flat |= {key: lift.relative, f'{key}/low': lift.low, f'{key}/high': lift.high}
-        flat[f'{key}/difference'] = lift.difference
+        flat |= _difference(f'{key}/difference', lift)
+    for arm, lifts in self.against.items():
+      for name, lift in lifts.items():
+        flat |= _difference(f'{self.challenger}/against/{arm}/{name}', lift)
     flat |= {f'best_attainable/{name}': value for name, value in (self.best or {}).items()}
     return {name: value for name, value in flat.items() if np.isfinite(value)}
 
   def tables(self) -> tuple[Table, ...]:
-    """One table a lifted metric, then (where ages are known) the AUC lift by item age."""
-    by_age = [self._age_table(arm) for arm in self.lifts]
-    return (*(self._metric_table(metric) for metric in LIFTED), *(table for table in by_age if table.rows))
+    """See `comparison_tables.ranking_tables`."""
+    return ranking_tables(self)
 
   def markdown(self) -> str:
     """The tables for results.md."""
@@ -69,39 +65,6 @@ class RankingComparison:
     """The tables for the terminal."""
     return '\n'.join(table.text() for table in self.tables())
 
-  def _metric_table(self, metric: str) -> Table:
-    names = [figure_name(label, '', metric) for label in self.labels_shown]
-    rows = [(arm, *(mean_std(*values[name]) for name in names)) for arm, values in self.metrics.items()]
-    rows += [(f'lift of {arm}', *(_lift_text(lifts[name]) for name in names)) for arm, lifts in self.lifts.items()]
-    if self.best is not None:
-      rows.append(('best attainable', *(mean_std(self.best[name], float('nan')) for name in names)))
-    counted = 'hit@3_requests' if metric == 'hit@3' else 'positives'
-    counts = [self.metrics[self.baseline][figure_name(label, '', counted)][0] for label in self.labels_shown]
-    rows.append(('requests counted' if metric == 'hit@3' else 'positives', *(f'{count:,.0f}' for count in counts)))
-    marked = [f'{label} (lower is better)' if self._falls(label, metric) else label for label in self.labels_shown]
-    note = (
-      f'Mean{" ± std" if self.seeds > 1 else ""} over {self.seeds} seed{"s" if self.seeds > 1 else ""}. Lifts are '
-      f'relative to {self.baseline}, with 95 % intervals of a paired bootstrap over {self.users:,} users.'
-    )
-    return Table(LIFTED[metric], ('', *marked), tuple(rows), note)
-
-  def _age_table(self, arm: str) -> Table:
-    figures = self.metrics[arm]
-    ages = dict.fromkeys(name.split('/')[1] for name in figures if '/age' in name)
-    rows = []
-    for age in ages:
-      cells = []
-      for label in self.labels_shown:
-        positives = figures[figure_name(label, age, 'positives')][0]
-        lift = _lift_text(self.lifts[arm][figure_name(label, age, 'auc')], digits=1)
-        cells.append(f'{lift} ({positives:,.0f})')
-      rows.append((age.replace('age_unknown', 'unknown').removeprefix('age'), *cells))
-    note = 'In parentheses: the positives of that age.'
-    return Table(f'AUC lift of {arm} by item age', ('age', *self.labels_shown), tuple(rows), note)
-
-  def _falls(self, label: str, metric: str) -> bool:
-    return metric == 'hit@3' and label in self.lower_is_better
-
 
 def compare(
   arms: Arms,
@@ -110,8 +73,12 @@ def compare(
   labels_shown: Sequence[str] = (),
   age_edges_hours: Sequence[float] = AGE_EDGES_HOURS,
   resamples: int = 1000,
+  *,
+  resample: str = 'users',
+  challenger: str = '',
+  paper: Mapping[str, str] | None = None,
 ) -> RankingComparison:
-  """Measures every arm and its lift over the baseline.
+  """Measures every arm, its lift over the baseline, and the challenger's over every other arm.
 
   Args:
     arms: each arm's predictions, one a seed; the same rows in the same order for all arms of a seed.
@@ -120,12 +87,15 @@ def compare(
     labels_shown: the labels of the tables, in order; empty = all. The figures hold all labels.
     age_edges_hours: edges of the item-age buckets.
     resamples: of the bootstrap.
+    resample: what it draws, 'users' or 'requests'.
+    challenger: an arm that is compared with each other one; '' = none.
+    paper: the paper's own figure of some arms, shown beside theirs.
 
   Returns:
     The comparison.
 
   Raises:
-    ValueError: the arms do not have the same rows, or the baseline is not among them.
+    ValueError: the arms do not have the same rows, or the baseline or challenger is not among them.
     UserError: a weight or a label to show names no label of the data.
   """
   _check_paired(arms, baseline)
@@ -135,83 +105,37 @@ def compare(
       raise UserError(
         f"got '{label}' among the labels to show; expected some of {', '.join(names)}: set evaluate.labels"
       )
+  if challenger and challenger not in arms:
+    raise ValueError(f"got the challenger '{challenger}'; expected one of {', '.join(arms)}")
+  arms = same_rows(arms)
   by_arm = {
     arm: [ranking_metrics(predictions, weights, age_edges_hours) for predictions in runs] for arm, runs in arms.items()
   }
   best = [best_attainable(predictions, weights, age_edges_hours) for predictions in arms[baseline]]
+  drawn, place = resampled_figures(arms, weights, age_edges_hours, resamples, resample), list(arms).index
+
+  def lifts(arm: str, over: str) -> dict[str, Lift]:
+    return {name: figure.lift(place(arm), place(over)) for name, figure in drawn.items()}
+
   return RankingComparison(
     baseline=baseline,
     seeds=len(arms[baseline]),
-    users=_users(arms).size,
+    users=distinct(arms, 'user_M').size,
+    requests=distinct(arms, 'request_M').size,
     labels_shown=tuple(labels_shown) or names,
     lower_is_better=frozenset(name for name, weight in weights.items() if weight < 0),
     metrics={arm: _over_seeds(figures) for arm, figures in by_arm.items()},
     best=None if None in best else {name: mean for name, (mean, _) in _over_seeds(best).items()},
-    lifts=lifts(arms, baseline, weights, age_edges_hours, resamples),
+    lifts={arm: lifts(arm, baseline) for arm in arms if arm != baseline},
+    resample=resample,
+    challenger=challenger,
+    against={arm: lifts(challenger, arm) for arm in arms if arm != challenger} if challenger else {},
+    paper={arm: text for arm, text in (paper or {}).items() if text and arm in arms},
   )
 
 
-def lifts(
-  arms: Arms,
-  baseline: str,
-  weights: Mapping[str, float],
-  age_edges_hours: Sequence[float] = AGE_EDGES_HOURS,
-  resamples: int = 1000,
-) -> dict[str, dict[str, Lift]]:
-  """Relative lifts of AUC and HIT@3, overall and by item age, of every arm over the baseline.
-
-  An arm's figure is its mean over the seeds; the bootstrap resamples users, the same for all arms and seeds, so an
-  interval is about the users (the spread over seeds is the std in the table).
-
-  Args:
-    arms: each arm's predictions, one a seed; paired as in `compare`.
-    baseline: the arm that lifts are relative to.
-    weights: of the utility.
-    age_edges_hours: edges of the item-age buckets.
-    resamples: of the bootstrap.
-
-  Returns:
-    {arm: {'save/auc': Lift, 'save/age<24h/hit@3': Lift, ...}} for every arm but the baseline.
-  """
-  users = _users(arms)
-  statistics = {arm: _statistics(runs, weights, age_edges_hours, users) for arm, runs in arms.items()}
-  flat = [statistic for named in statistics.values() for statistic in named.values()]
-  progress = Progress('bootstrap', resamples, 'resamples')
-  samples = iter(bootstrap.resampled(flat, users.size, resamples, progress=progress).T)
-  progress.close()
-  everyone = np.ones(users.size, np.int64)
-  results = {
-    arm: {name: (statistic(everyone), next(samples)) for name, statistic in named.items()}
-    for arm, named in statistics.items()
-  }
-  base = results.pop(baseline)
-  return {
-    arm: {name: bootstrap.lift(base[name][0], value, base[name][1], drawn) for name, (value, drawn) in named.items()}
-    for arm, named in results.items()
-  }
-
-
-def _statistics(
-  runs: Sequence[RankingPredictions], weights: Mapping[str, float], edges: Sequence[float], users: np.ndarray
-) -> dict[str, bootstrap.Statistic]:
-  """Each lifted figure of an arm as a function of the users' weights: the mean over the arm's seeds."""
-  by_name: dict[str, list[bootstrap.Statistic]] = {}
-  for predictions in runs:
-    user_M = np.searchsorted(users, predictions.user_M)
-    requests = grouped_requests(predictions, weights)
-    _, first_row_R = np.unique(predictions.request_M, return_index=True)
-    for label, bucket, rows in slices(predictions, edges):
-      column = predictions.label(label)
-      auc = metrics.PresortedAuc(predictions.labels_MT[rows, column], predictions.scores_MT[rows, column], user_M[rows])
-      hit = requests.hit_at_k(predictions.labels_MT[:, column] * rows, HIT_K)
-      user_Q = user_M[first_row_R[np.searchsorted(requests.requests, hit.request_Q)]]
-      for metric, statistic in (('auc', auc), ('hit@3', bootstrap.UserMean(hit.hit_Q, user_Q))):
-        by_name.setdefault(figure_name(label, bucket, metric), []).append(statistic)
-  return {name: _mean_of(statistics) for name, statistics in by_name.items()}
-
-
-def _mean_of(statistics: Sequence[bootstrap.Statistic]) -> bootstrap.Statistic:
-  return lambda weights_U: sum(statistic(weights_U) for statistic in statistics) / len(statistics)
+def _difference(key: str, lift: Lift) -> dict[str, float]:
+  return {key: lift.difference, f'{key}/low': lift.difference_low, f'{key}/high': lift.difference_high}
 
 
 def _over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
@@ -220,10 +144,6 @@ def _over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, f
     values = np.array([run.get(name, np.nan) for run in runs])
     means[name] = (float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else float('nan'))
   return means
-
-
-def _users(arms: Arms) -> np.ndarray:
-  return np.unique(np.concatenate([predictions.user_M for runs in arms.values() for predictions in runs]))
 
 
 def _check_paired(arms: Arms, baseline: str) -> None:
@@ -238,7 +158,3 @@ def _check_paired(arms: Arms, baseline: str) -> None:
       )
       if not same:
         raise ValueError(f"got other rows for '{arm}' than for '{baseline}'; lifts need the same rows in one order")
-
-
-def _lift_text(lift: Lift, digits: int = 2) -> str:
-  return percent_interval(lift.relative, lift.low, lift.high, digits)

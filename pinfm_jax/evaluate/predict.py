@@ -28,6 +28,7 @@ def predict(
   requests: Requests,
   label: str,
   layout: MeshConfig = MeshConfig(),
+  seen: np.ndarray | None = None,
 ) -> RankingPredictions:
   """The ranker's probabilities for every candidate of the requests, in their order.
 
@@ -41,6 +42,7 @@ def predict(
     requests: what to score.
     label: of the progress line.
     layout: how the tables lie over the mesh of the context.
+    seen: uint64 keys of the items that pretraining has seen, ascending; None = not told apart.
   """
   task = replace(task, config=without_randomness(task.config))
   weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
@@ -60,11 +62,11 @@ def predict(
     done += count
     progress.update(done)
   progress.close()
-  return predictions_of(requests, np.concatenate(scored))
+  return predictions_of(requests, np.concatenate(scored), seen)
 
 
-def predictions_of(requests: Requests, scores_MT: np.ndarray) -> RankingPredictions:
-  """Puts scores (in the order of the requests' candidates) beside what happened."""
+def predictions_of(requests: Requests, scores_MT: np.ndarray, seen: np.ndarray | None = None) -> RankingPredictions:
+  """Puts scores (in the order of the requests' candidates) beside what happened; `seen` as in `predict`."""
   parts: list[tuple[np.ndarray, ...]] = []
   for row, first in zip(requests.request_row, requests.first, strict=True):
     request = requests.dataset.request(int(row))
@@ -84,4 +86,5 @@ def predictions_of(requests: Requests, scores_MT: np.ndarray) -> RankingPredicti
     scores_MT=scores_MT.astype(np.float32),
     reference_MT=reference_MT.astype(np.float32) if reference_MT.shape[1] else None,
     label_names=requests.schema.labels,
+    unseen_M=None if seen is None else ~np.isin(item_M, seen),
   )

@@ -12,6 +12,7 @@ import numpy as np
 
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate import metrics
+from pinfm_jax.evaluate.sorted_auc import SortedScores
 
 AGE_EDGES_HOURS = (24.0, 168.0, 672.0)
 HIT_K = 3
@@ -23,7 +24,9 @@ class RankingPredictions:
   """What a ranker said about M candidates, T labels each, beside what happened.
 
   `reference_MT` holds the true probabilities where they are known (simulated data only). An age is the candidate's
-  age at its impression, NaN where the creation time is unknown. The class checks shapes and that scores are finite.
+  age at its impression, NaN where the creation time is unknown. `unseen_M` says whether pretraining had no event of the
+  item (`splits.pretrained_items`); None in files of versions that did not say. The class checks shapes and that scores
+  are finite.
   """
 
   request_M: np.ndarray  # int64
@@ -34,6 +37,7 @@ class RankingPredictions:
   scores_MT: np.ndarray  # float32 probabilities
   reference_MT: np.ndarray | None  # float32 probabilities
   label_names: tuple[str, ...]
+  unseen_M: np.ndarray | None = None  # bool
 
   def __post_init__(self):
     rows, tasks = len(self.request_M), len(self.label_names)
@@ -79,7 +83,7 @@ class RankingPredictions:
           raise ValueError(f'format {archive["format"]}')
         arrays = {f.name: archive[f.name] for f in dataclasses.fields(cls) if f.name in archive}
       names = tuple(str(name) for name in arrays.pop('label_names'))
-      return cls(**{'reference_MT': None, **arrays, 'label_names': names})
+      return cls(**{'reference_MT': None, 'unseen_M': None, **arrays, 'label_names': names})
     except FileNotFoundError:
       raise UserError(f'{path}: no such file; expected the predictions of a fine-tuned arm: run that stage') from None
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -149,18 +153,22 @@ def slices(
 ) -> Iterator[tuple[str, str, np.ndarray]]:
   """Every (label, bucket, rows) that is measured; the bucket '' holds all rows.
 
-  Without any known age there is nothing to tell apart and only '' is given.
+  The item ages part the rows, and so do 'seen' and 'unseen' (by pretraining). Without any known age, or with items of
+  one kind only, there is nothing to tell apart and these buckets are not given.
   """
   buckets = {'': np.ones(len(predictions.request_M), bool)}
   if not np.isnan(predictions.age_hours_M).all():
     buckets |= age_buckets(predictions.age_hours_M, edges)
+  unseen_M = predictions.unseen_M
+  if unseen_M is not None and unseen_M.any() and not unseen_M.all():
+    buckets |= {'seen': ~unseen_M, 'unseen': unseen_M}
   for label in predictions.label_names:
     for bucket, rows in buckets.items():
       yield label, bucket, rows
 
 
 def figure_name(label: str, bucket: str, metric: str) -> str:
-  """'save/auc' over all rows, 'save/age<24h/auc' in a bucket."""
+  """'save/auc' over all rows, 'save/age<24h/auc' or 'save/unseen/auc' in a bucket."""
   return '/'.join(part for part in (label, bucket, metric) if part)
 
 
@@ -175,9 +183,10 @@ def ranking_metrics(
 ) -> dict[str, float]:
   """All metrics of one ranker.
 
-  For each label: auc, per_user_auc, logloss, normalised_entropy, calibration, hit@3 (with hit@3_requests, how many
-  requests it counts) and positives over all rows, and auc, logloss, hit@3, hit@3_requests and positives by item age.
-  HIT@3 in a bucket asks for a positive of that age in the top 3 of the whole request.
+  For each label: auc, per_user_auc (with per_user_auc_users, how many users it counts), logloss, normalised_entropy,
+  calibration, hit@3 (with hit@3_requests) and positives over all rows, and auc, logloss, hit@3, hit@3_requests and
+  positives by item age, and for items that pretraining has seen and has not. HIT@3 in a bucket asks for a positive of
+  that bucket in the top 3 of the whole request.
 
   Args:
     predictions: M candidates.
@@ -188,24 +197,52 @@ def ranking_metrics(
     Flat figures, such as {'save/auc': 0.71, 'save/hit@3': 0.5, 'save/age<24h/auc': 0.66}; undefined ones are NaN.
   """
   requests = grouped_requests(predictions, weights)
+  columns = zip(predictions.labels_MT.T, predictions.scores_MT.T, strict=True)
+  by_label = [SortedScores(*each) for each in columns]
   figures: dict[str, float] = {}
   for label, bucket, rows in slices(predictions, age_edges_hours):
     column = predictions.label(label)
     labels, scores = predictions.labels_MT[rows, column], predictions.scores_MT[rows, column]
     hit_Q = requests.hit_at_k(predictions.labels_MT[:, column] * rows, HIT_K).hit_Q
     values = {
-      'auc': metrics.auc(labels, scores),
+      'auc': by_label[column].auc(rows),
       'logloss': metrics.logloss(labels, scores),
       'hit@3': float(hit_Q.mean()) if hit_Q.size else float('nan'),
       'hit@3_requests': float(hit_Q.size),
       'positives': float(labels.sum()),
     }
     if not bucket:
-      values['per_user_auc'] = metrics.per_user_auc(labels, scores, predictions.user_M[rows])
+      auc_U = metrics.user_aucs(labels, scores, predictions.user_M).auc_U
+      values['per_user_auc'] = float(auc_U.mean()) if auc_U.size else float('nan')
+      values['per_user_auc_users'] = float(auc_U.size)
       values['normalised_entropy'] = metrics.normalised_entropy(labels, scores)
       values['calibration'] = metrics.calibration(labels, scores)
     figures |= {figure_name(label, bucket, name): value for name, value in values.items()}
   return figures
+
+
+def reliability(runs: Sequence[RankingPredictions], label: str, bins: int = 10) -> list[list[float]]:
+  """How far a label's probabilities can be believed: what was predicted and what happened, low to high.
+
+  The rows of all seeds are sorted by their prediction and cut into parts of one size; equal predictions stay together,
+  so that a part may be missing.
+
+  Args:
+    runs: an arm's predictions, one a seed.
+    label: which one.
+    bins: how many parts.
+
+  Returns:
+    [mean prediction, share of positives, rows] of each part.
+  """
+  scores = np.concatenate([run.scores_MT[:, run.label(label)] for run in runs]).astype(np.float64)
+  labels = np.concatenate([run.labels_MT[:, run.label(label)] for run in runs])
+  order = np.argsort(scores)
+  edges = np.unique(scores[order[np.arange(1, bins) * len(scores) // bins]]) if len(scores) else []
+  part_M = np.searchsorted(edges, scores, side='right')
+  counts = np.bincount(part_M)
+  sums = zip(np.bincount(part_M, scores), np.bincount(part_M, labels), counts, strict=True)
+  return [[float(p / n), float(y / n), float(n)] for p, y, n in sums if n]
 
 
 def best_attainable(

@@ -51,5 +51,13 @@ def percent_interval(value: float, low: float, high: float, digits: int = 2) -> 
   return f'{100 * value:+.{digits}f} % {interval}'
 
 
+def interval(value: float, low: float, high: float, digits: int = 4) -> str:
+  """'+0.0231 [+0.0110, +0.0352]' of differences, as `percent_interval`."""
+  if value != value:
+    return '–'
+  ends = '[too few]' if low != low else f'[{low:+.{digits}f}, {high:+.{digits}f}]'
+  return f'{value:+.{digits}f} {ends}'
+
+
 def _markdown_row(cells) -> str:
   return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'

@@ -28,7 +28,7 @@ class FeatureSpec:
     sparse_sizes: cardinality of each sparse feature.
     embedding_widths: of each embedding feature.
     num_labels: T.
-    content_width: of the candidate's content, the last embedding feature; 0 = none.
+    content_width: of the candidate's content: the last embedding input (`FeatureSchema.candidate_width`); 0 = none.
   """
 
   num_dense: int
@@ -204,7 +204,7 @@ class RankingModel(nn.Module):
       self.token_V = self.param('learnable_token', normal, (item_width,)) if self.config.learnable_token else None
       if self.config.candidate_content:
         if not self.spec.content_width:
-          raise ValueError('ranker.candidate_content needs items with content vectors')
+          raise ValueError('ranker.candidate_content needs content vectors or an embedding feature')
         self.candidate_content = self.param('candidate_content', normal, (self.spec.content_width, item_width))
 
   def __call__(

@@ -140,14 +140,15 @@ class Decoder(nn.Module):
       x_ULD, last = self.last(x_ULD, None, view, train)
     else:
       last = self.last.keys_values(x_ULD)
-      x_ULD = self._at(x_ULD, last, mask_UL, output_at_U, train)
+      x_ULD = self._at(x_ULD, last, view, output_at_U, train)
     return self.norm(x_ULD), _append_layer(stacked, last)
 
-  def _at(self, x_ULD: Array, kv: LayerKV, mask_UL: Array, position_U: Array, train: bool) -> Array:
-    """The last layer at one position of each history: a query over the events before it, with its own key beside."""
-    earlier_UL = mask_UL & (jnp.arange(mask_UL.shape[1]) < position_U[:, None])
+  def _at(self, x_ULD: Array, kv: LayerKV, view: View, position_U: Array, train: bool) -> Array:
+    """The last layer at one position of each history: a query over the events that it sees, its own key beside."""
+    place_L = jnp.arange(view.mask_UL.shape[1])
+    others_UL = place_L != position_U[:, None] if view.bidirectional else place_L < position_U[:, None]
     x_U1D = jnp.take_along_axis(x_ULD, position_U[:, None, None], axis=1)
-    return self.last(x_U1D, kv, View(earlier_UL), train)[0]
+    return self.last(x_U1D, kv, View(view.mask_UL & others_UL), train)[0]
 
   def extend(self, x_UCD: Array, context: LayerKV, view: View, train: bool = False) -> tuple[Array, LayerKV]:
     """The context pass of C events that follow histories whose keys and values [N, U, L, H, K] are kept.

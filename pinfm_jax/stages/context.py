@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from pinfm_jax.checks import check_labels
@@ -15,7 +16,7 @@ from pinfm_jax.config import Arm, Experiment, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, action_bits
-from pinfm_jax.data.splits import Split, split_by_time
+from pinfm_jax.data.splits import Split, pretrained_items, split_by_time
 from pinfm_jax.data.tokens import PLAIN, TokenInputs, check_tokens
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
@@ -74,6 +75,13 @@ class Run:
     return self.base.split if self.base else split_by_time(self.dataset, self.experiment.data)
 
   @cached_property
+  def pretrained_items(self) -> np.ndarray:
+    """Keys of the items that pretraining may read an event of, ascending."""
+    if self.base:
+      return self.base.pretrained_items
+    return pretrained_items(self.dataset, self.split.pretrain_until)
+
+  @cached_property
   def mesh(self) -> Mesh:
     """The device mesh."""
     return self.base.mesh if self.base else make_mesh(self.experiment.mesh)
@@ -109,16 +117,16 @@ class Run:
     """The ranker's inputs.
 
     Raises:
-      UserError: the ranker reads content vectors and the data set has none.
+      UserError: an arm reads content vectors, and the data set has neither those nor an embedding feature.
     """
-    experiment = self.experiment
-    if experiment.ranker.candidate_content and not self.dataset.info.content_width:
+    ranker, length = self.experiment.ranker, self.experiment.finetune.history_length
+    schema = FeatureSchema.of(self.dataset.info, ranker.item_buckets, length, ranker.transact)
+    if ranker.candidate_content and not schema.candidate_width:
       raise UserError(
-        'ranker.candidate_content is true, but the items of this data set have no content vectors; set it to false, or '
-        'prepare the data with an item file that has a content column (--items FILE)'
+        'ranker.candidate_content is true, but this data set has no content vectors of items and no embedding feature; '
+        'set it to false, or prepare the data with an item file that has a content column (--items FILE)'
       )
-    ranker, length = experiment.ranker, experiment.finetune.history_length
-    return FeatureSchema.of(self.dataset.info, ranker.item_buckets, length, ranker.transact)
+    return schema
 
   def requests(self, part: str) -> Requests:
     """The requests of 'finetune', 'validation' or 'test'."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pinfm_jax.config import Arm
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.comparison import compare
-from pinfm_jax.evaluate.ranking import RankingPredictions
+from pinfm_jax.evaluate.ranking import RankingPredictions, reliability
 from pinfm_jax.evaluate.tables import Table
 from pinfm_jax.stages.context import Run
 from pinfm_jax.workdir import claim, is_done, read_results, write_json, write_text
@@ -22,11 +22,23 @@ def evaluate_stage(run: Run) -> None:
     _retrieval_alone(run)
     return
   arms = {arm.name: [_predictions(run, seed, arm) for seed in experiment.seeds] for arm in experiment.arms}
-  comparison = compare(arms, experiment.baseline, experiment.evaluate.utility, experiment.evaluate.labels)
+  evaluate = experiment.evaluate
+  comparison = compare(
+    arms,
+    experiment.baseline,
+    evaluate.utility,
+    evaluate.labels,
+    evaluate.age_edges_hours,
+    resample=evaluate.resample,
+    challenger=experiment.challenger,
+    paper={arm.name: arm.paper for arm in experiment.arms},
+  )
   retrieval = _retrieval_figures(run)
-  tables = [_retrieval_table(retrieval, experiment.evaluate.ks)] if retrieval else []
+  tables = [_retrieval_table(retrieval, evaluate.ks)] if retrieval else []
   about = _about(run)
   markdown = [f'# {experiment.name}', about, comparison.markdown(), *(table.markdown() for table in tables)]
+  curves = {name: reliability(runs, evaluate.main_label) for name, runs in arms.items()}
+  write_json(run.workdir / 'reliability.json', {'label': evaluate.main_label, 'arms': curves})
   write_json(run.workdir / 'results.json', comparison.figures() | retrieval)
   write_text(run.workdir / 'results.md', '\n\n'.join(markdown) + '\n')
   print('\n\n'.join([about, comparison.text(), *(table.text() for table in tables)]))

@@ -180,11 +180,11 @@ def _comparison(
   run: Run, evaluated: RankingPredictions, served: dict[str, RankingPredictions]
 ) -> tuple[Table, dict[str, float]]:
   """How far served scores and metrics are from the evaluation's."""
-  weights = run.experiment.evaluate.utility
-  label = run.experiment.evaluate.main_label
-  base, rows, figures = ranking_metrics(evaluated, weights), [], {}
+  evaluate = run.experiment.evaluate
+  weights, label, edges = evaluate.utility, evaluate.main_label, evaluate.age_edges_hours
+  base, rows, figures = ranking_metrics(evaluated, weights, edges), [], {}
   for storage, predictions in served.items():
-    metrics = ranking_metrics(predictions, weights)
+    metrics = ranking_metrics(predictions, weights, edges)
     figures[f'bundle/{storage}/max_difference'] = float(np.abs(predictions.scores_MT - evaluated.scores_MT).max())
     for metric in ('auc', 'hit@3'):
       figures[f'bundle/{storage}/{label}/{metric}/change'] = metrics[f'{label}/{metric}'] - base[f'{label}/{metric}']

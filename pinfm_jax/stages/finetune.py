@@ -46,7 +46,8 @@ def _finetune(run: Run, seed: int, arm: Arm) -> None:
   with jax.set_mesh(run.mesh):
     rows_GE = state.tables.rows_GE if state.tables else None
     label = f'{directory.name}: predict'
-    predictions = predict(task, state.params, rows_GE, state.constants, part, label, experiment.mesh)
+    seen = own.pretrained_items
+    predictions = predict(task, state.params, rows_GE, state.constants, part, label, experiment.mesh, seen)
 
   def write() -> None:
     predictions.save(directory / 'predictions.npz')

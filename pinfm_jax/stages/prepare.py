@@ -2,6 +2,7 @@
 
 import os
 
+from pinfm_jax.data.audit import check_times
 from pinfm_jax.data.prepare import prepare
 from pinfm_jax.data.simulator import SimulatorConfig, simulate, simulated_prepare_config
 from pinfm_jax.data.sources import prepare_source
@@ -16,7 +17,7 @@ def prepare_stage(run: Run) -> None:
   """Makes the prepared data set; one that stands already is kept, if it was made with the same settings.
 
   Raises:
-    UserError: no path for a public source, or see `prepare`.
+    UserError: no path for a public source, a request that knows the future, or see `prepare`.
   """
   on_first('prepare', lambda: _prepare(run))
   counts = run.dataset.info.counts
@@ -31,10 +32,13 @@ def _prepare(run: Run) -> None:
       'path': os.path.abspath(data.path) if data.path else '',
       'simulator': dict(data.simulator),
     }
+    if data.options:
+      settings['options'] = dict(data.options)
     made = (run.data_directory / 'dataset.json').exists()
     claim(run.workdir / 'prepare', {'data': settings}, started=made)  # a failed try binds nobody to its settings
     if not made:
       _make(run)
+  check_times(run.dataset)  # also of one that was prepared elsewhere
 
 
 def _make(run: Run) -> None:
@@ -45,4 +49,4 @@ def _make(run: Run) -> None:
     return
   if not data.path:
     raise UserError(f'data.path is empty; set it to the folder of the {data.source} files (--set data.path=DIR)')
-  prepare_source(data.source, data.path, run.data_directory)
+  prepare_source(data.source, data.path, run.data_directory, **data.options)

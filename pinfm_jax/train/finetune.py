@@ -168,7 +168,7 @@ class FinetuneTask:
 def feature_spec(schema: FeatureSchema) -> FeatureSpec:
   """Shapes of the schema's features."""
   return FeatureSpec(
-    len(schema.dense_names), schema.sparse_sizes, schema.embedding_widths, len(schema.labels), schema.content_width
+    len(schema.dense_names), schema.sparse_sizes, schema.embedding_widths, len(schema.labels), schema.candidate_width
   )
 
 

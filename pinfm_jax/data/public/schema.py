@@ -21,11 +21,13 @@ class SourceLog:
     events: user_id, timestamp (ms; an ordinal if not time_known), item_id, optional surface, optional actions (list).
     time_known: whether the histories' timestamps are real times.
     actions: names, in the order of their bits; empty if the set knows none.
-    impressions: user_id, timestamp (ms), item_id, surface, a 0/1 column for each label and features of the moment; a
-      request is a user's UTC day. None if the set has none.
+    impressions: user_id, timestamp (ms), item_id, surface, a 0/1 column for each label and features of the moment.
+      None if the set has none.
     labels: names of the label columns.
     dense: names of the numeric features, of the impressions, the items or the users.
     sparse: names of the categorical features, likewise; strings.
+    embedding: names of the vector features, likewise.
+    request_by: 'user_day' (a request is a user's UTC day), or 'request_id', a column of the impressions.
     items: item_id, created_at (ms) and features; None if nothing is known of the items.
     users: user_id and features; None if nothing is known of the users.
     notes: what a reader of the prepared set must know.
@@ -40,6 +42,8 @@ class SourceLog:
   labels: tuple[str, ...] = ()
   dense: tuple[str, ...] = ()
   sparse: tuple[str, ...] = ()
+  embedding: tuple[str, ...] = ()
+  request_by: str = 'user_day'
   items: pl.LazyFrame | None = None
   users: pl.LazyFrame | None = None
   notes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Logs without impressions: Globo (news clicks), MovieLens (stars) and Amazon (purchases in order)."""
+"""Logs without impressions: MovieLens (stars) and Amazon (purchases in order)."""
 
 import gzip
 import json
@@ -10,37 +10,9 @@ import polars as pl
 from pinfm_jax.data.public.schema import STAR_ACTIONS, STAR_NOTE, SourceLog, find_files, k_core, star_actions
 from pinfm_jax.errors import UserError
 
-_GLOBO_TERMS = 'academic use, non-commercial (Globo.com)'
 _MOVIELENS_TERMS = 'GroupLens: research use, no redistribution, no commercial use without permission'
 _AMAZON_TERMS = 'none stated by the source: research use only (McAuley et al.)'
 _ORDER_NOTE = 'The set knows the order only: timestamps are ordinals.'
-
-
-def load_globo(path: Path) -> SourceLog:
-  """Globo's news clicks: clicks_hour_*.csv as published (with articles_metadata.csv if there), or clicks.parquet.
-
-  Raises:
-    UserError: the files are not there.
-  """
-  files = find_files(path, ('clicks.parquet', 'clicks_hour_*.csv'))
-  if not files:
-    raise UserError(f'{path}: no Globo clicks here; expected clicks.parquet or clicks/clicks_hour_*.csv')
-  clicks = pl.scan_parquet(files) if files[0].suffix == '.parquet' else pl.scan_csv(files)
-  events = clicks.select(
-    pl.col('user_id').cast(pl.Int64),
-    pl.col('click_timestamp').cast(pl.Int64).alias('timestamp'),
-    pl.col('click_article_id').cast(pl.Int64).alias('item_id'),
-    pl.col('click_referrer_type').cast(pl.String).alias('surface'),
-    pl.lit(['click'], pl.List(pl.String)).alias('actions'),
-  )
-  metadata, items = find_files(path, ('articles_metadata.csv',)) if path.is_dir() else [], None
-  note = 'The surface is the referrer type (1-7), whose meaning is not published. '
-  if metadata:
-    items = pl.scan_csv(metadata).select(item_id='article_id', created_at='created_at_ts')
-    note += 'Creation times are those of the publisher.'
-  else:
-    note += 'Creation times are unknown here; first_seen is the first click of the log, a proxy.'
-  return SourceLog('Globo news clicks', _GLOBO_TERMS, events, True, ('click',), items=items, notes=(note,))
 
 
 def load_movielens(path: Path, actions: str = 'stars', core: int = 0) -> SourceLog:

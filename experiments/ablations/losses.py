@@ -1,0 +1,54 @@
+"""Which losses of pretraining and of fine-tuning matter (PinFM Table 3), and the ranker's loss on the module itself.
+
+Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/losses.py --split test
+           pinfm sweep experiments/globo.py --arms experiments/ablations/losses.py --split test
+           pinfm sweep experiments/quickstart.py --arms experiments/ablations/losses.py --split test
+Hardware:  2 CPU cores, 6 GB of memory
+Time:      see experiments/README.md (three pretrainings a seed)
+Expected:  see experiments/README.md
+
+A row is named "losses of pretraining / sequence losses of fine-tuning". Weights are the launch file's; a loss that it
+has switched off gets weight 1 in pretraining and 0.1 in fine-tuning.
+"""
+
+from pinfm_jax.config import Arm, Experiment
+from pinfm_jax.sweep.ablations import content_arms, without_pinfm
+from pinfm_jax.sweep.arms_file import DataFacts
+
+REFERENCE = 'ntl / ntl'
+about = (
+  'Losses of pretraining / sequence losses of fine-tuning: next token (ntl), multi token (mtl), future token (ftl). '
+  f"The paper's figures are lifts of HIT@3 on Home Feed over its row {REFERENCE}: Save / Hide (lower is better)."
+)
+baseline = REFERENCE
+
+
+def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
+  """The rows, the reference first."""
+  pretrain, finetune = experiment.pretrain, experiment.finetune
+  weights = {f'pretrain.{name}_weight': getattr(pretrain, f'{name}_weight') or 1.0 for name in ('ntl', 'mtl', 'ftl')}
+  all_losses, no_ftl = weights, weights | {'pretrain.ftl_weight': 0.0}
+  ntl_alone = no_ftl | {'pretrain.mtl_weight': 0.0}
+  weight = finetune.ntl_weight or 0.1
+  ntl = {'finetune.ntl_weight': weight, 'finetune.mtl_weight': 0.0}
+  none, both = ntl | {'finetune.ntl_weight': 0.0}, ntl | {'finetune.mtl_weight': weight}
+  return (
+    Arm(REFERENCE, ntl_alone | ntl, '0 / 0'),
+    Arm('ntl+mtl / ntl', no_ftl | ntl, '+0.42 / -1.27 %'),
+    Arm('ntl+mtl+ftl / ntl', all_losses | ntl, '+0.95 / +2.43 %'),
+    Arm('ntl+mtl+ftl / none', all_losses | none, '+0.41 / +1.06 %'),
+    Arm('ntl+mtl+ftl / ntl+mtl', all_losses | both, '+1.01 / +1.03 %'),
+    Arm('ntl+mtl+ftl / ntl, no module loss', all_losses | ntl | {'finetune.module_weight': 0.0}),
+    Arm('ntl+mtl+ftl / ntl, no tie', all_losses | ntl | {'finetune.tie_weight': 0.0}),
+    *content_arms(
+      {
+        'ntl+mtl+ftl / ntl, content': (all_losses | ntl | {'ranker.candidate_content': True}, ''),
+        'ntl+mtl+ftl / ntl, content, no alignment': (
+          all_losses | ntl | {'ranker.candidate_content': True, 'finetune.align_weight': 0.0},
+          '',
+        ),
+      },
+      facts,
+    ),
+    without_pinfm(),
+  )

@@ -1,0 +1,35 @@
+"""What longer pretraining is worth, from none at all (PinFM Figure 3).
+
+Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/pretraining_length.py --split test
+           pinfm sweep experiments/globo.py --arms experiments/ablations/pretraining_length.py --split test
+           pinfm sweep experiments/quickstart.py --arms experiments/ablations/pretraining_length.py --split test
+Hardware:  2 CPU cores, 6 GB of memory
+Time:      see experiments/README.md (pretrainings of 8 times the launch file's steps in all, for each seed)
+Expected:  see experiments/README.md
+
+Multiples of the launch file's pretrain.steps, each with its own learning-rate schedule; a warm-up longer than a quarter
+of the steps is cut to that. No pretraining means the tower from scratch, at the ranker's full rate.
+"""
+
+from fractions import Fraction
+
+from pinfm_jax.config import Arm, Experiment
+from pinfm_jax.sweep.ablations import SCRATCH, without_pinfm
+
+REFERENCE = 'no pretraining'
+about = (
+  "Steps of pretraining, as multiples of the launch file's. In the paper's figure HIT@3 of Save and Hide improve "
+  'nearly monotonically from 0 to 640,000 steps.'
+)
+baseline = REFERENCE
+
+
+def arms(experiment: Experiment) -> tuple[Arm, ...]:
+  """The rows, the reference first."""
+  steps, warmup = experiment.pretrain.steps, experiment.pretrain.update.warmup_steps
+  rows = []
+  for factor in (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4)):
+    count = max(1, round(steps * factor))
+    overrides = {'pretrain.steps': count, 'pretrain.update.warmup_steps': min(warmup, max(1, count // 4))}
+    rows.append(Arm(f'{factor} x pretraining', {} if factor == 1 else overrides))
+  return (Arm(REFERENCE, SCRATCH), *rows, without_pinfm())

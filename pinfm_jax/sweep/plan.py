@@ -1,0 +1,134 @@
+"""What a sweep has to run: its arms and seeds, the towers that they share, and what stands already."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pinfm_jax.checks import check_experiment
+from pinfm_jax.config import Arm, Experiment
+from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.stages.context import Run, needs_pretraining
+from pinfm_jax.sweep.grid import settings_text
+from pinfm_jax.sweep.jobs import Job
+from pinfm_jax.workdir import claim, has_work, is_done
+
+
+@dataclass(frozen=True)
+class Trained:
+  """A tower or a ranker of the sweep, with one seed.
+
+  Attributes:
+    kind: 'tower' or 'ranker'.
+    name: of the arm; a tower is called by its settings.
+    settings: what differs from the launch file, as text.
+    seed: of the run.
+    directory: where it stands.
+    job: that trains it, whether it is finished or not.
+  """
+
+  kind: str
+  name: str
+  settings: str
+  seed: int
+  directory: Path
+  job: Job
+
+
+@dataclass(frozen=True)
+class Plan:
+  """Everything that a sweep trains.
+
+  Attributes:
+    run: the launch file's run, with the arms and seeds of the sweep.
+    towers_alone: the launch file has no rankers: arms differ in their towers.
+    trained: towers first; arms of equal settings share a directory.
+  """
+
+  run: Run
+  towers_alone: bool
+  trained: tuple[Trained, ...]
+
+  def jobs(self) -> list[Job]:
+    """What is not finished, towers first, each once."""
+    jobs = {one.directory: one.job for one in self.trained if not is_done(one.directory)}
+    return [replace(job, needs=job.needs if job.needs in jobs else None) for job in jobs.values()]
+
+  def of(self, kind: str) -> dict[str, list[Trained]]:
+    """Name -> its runs, one a seed."""
+    named: dict[str, list[Trained]] = {}
+    for one in self.trained:
+      if one.kind == kind:
+        named.setdefault(one.name, []).append(one)
+    return named
+
+
+def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
+  """Lays out the runs, and refuses directories that hold something else.
+
+  Args:
+    run: whose experiment has the sweep's arms, baseline, seeds and split.
+    launch_arms: the launch file's own: an arm of the same settings is the same run. Without any it has no rankers.
+    logs: folder of the logs.
+
+  Raises:
+    UserError: an arm that cannot work, or a directory made with other settings.
+  """
+  experiment = run.experiment
+  check_experiment(experiment)
+  homes, towers_alone = _homes(experiment, launch_arms), not launch_arms
+  base = replace(run, experiment=replace(experiment, arms=())) if towers_alone else run
+  towers: dict[Path, Trained] = {}
+  rankers = []
+  for arm in experiment.arms:
+    own, home = base.of_arm(arm), homes[arm.name]
+    for seed in experiment.seeds:
+      alone = replace(experiment, seeds=(seed,), arms=(home,), baseline=home.name)
+      tower = None
+      if towers_alone or needs_pretraining(own.experiment):
+        tower = own.pretrain_directory(seed)
+        if tower not in towers:
+          towers[tower] = _tower(own, arm, seed, alone, tower, logs, towers_alone)
+      if not towers_alone:
+        directory = run.arm_directory(seed, home)
+        job = Job(f'{arm.name}, seed {seed}', 'finetune', alone, directory, _log(logs, directory), tower)
+        rankers.append(Trained('ranker', arm.name, settings_text(arm.overrides), seed, directory, job))
+        _check_stands(directory, own.finetune_settings(seed))
+  return Plan(run, towers_alone, (*towers.values(), *rankers))
+
+
+def _homes(experiment: Experiment, launch_arms: Sequence[Arm]) -> Mapping[str, Arm]:
+  """The arm whose directory each arm uses: the first one with equal settings, the launch file's before the sweep's."""
+  candidates = [(arm, apply_overrides(experiment, arm.overrides)) for arm in (*launch_arms, *experiment.arms)]
+  homes = {}
+  for arm in experiment.arms:
+    settings = apply_overrides(experiment, arm.overrides)
+    homes[arm.name] = next(home for home, theirs in candidates if theirs == settings)
+  for arm in launch_arms:
+    for home in homes.values():
+      if home.directory == arm.directory and home is not arm:
+        raise UserError(
+          f"arm '{home.name}' has the name of the launch file's arm '{arm.name}' but other settings; rename it"
+        )
+  return homes
+
+
+def _tower(
+  own: Run, arm: Arm, seed: int, alone: Experiment, directory: Path, logs: Path, towers_alone: bool
+) -> Trained:
+  changed = {key: value for key, value in arm.overrides.items() if key.startswith(('model.', 'pretrain.'))}
+  is_own = directory.name == 'pretrain'
+  settings = '' if is_own else settings_text(changed)
+  name = arm.name if towers_alone else settings or "the launch file's"
+  job = Job(f'pretraining ({name}), seed {seed}', 'pretrain', alone, directory, _log(logs, directory))
+  _check_stands(directory, own.pretrain_settings(seed))
+  return Trained('tower', name, settings, seed, directory, replace(job, towers_alone=towers_alone))
+
+
+def _check_stands(directory: Path, settings: Mapping) -> None:
+  if has_work(directory):
+    claim(directory, settings)
+
+
+def _log(logs: Path, directory: Path) -> Path:
+  return logs / f'{directory.parent.name}_{directory.name}.log'

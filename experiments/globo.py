@@ -32,6 +32,7 @@ from pinfm_jax.config import (
   RankerConfig,
   TableConfig,
   TowerConfig,
+  TransActConfig,
   UpdateConfig,
 )
 
@@ -57,18 +58,24 @@ experiment = Experiment(
     tower=TowerConfig(layers=2, width=64, heads=4, output_width=64, max_positions=40),
   ),
   pretrain=PretrainConfig(
-    steps=1200,
-    checkpoint_every=600,
-    batch_segments=128,
+    steps=1500,
+    checkpoint_every=750,
+    batch_segments=64,
     segment_length=32,
     pack=True,
     downstream_length=24,
     window=8,
-    pairs=3,
-    max_columns=2048,
+    pairs=2,
+    max_columns=1024,
     update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.05, warmup_steps=50),
   ),
-  ranker=RankerConfig(cross_layers=2, mlp=(128, 64), module_width=32, item_buckets=8192),
+  ranker=RankerConfig(
+    transact=TransActConfig(length=32, item_buckets=16_384),
+    cross_layers=2,
+    mlp=(128, 64),
+    module_width=32,
+    item_buckets=8192,
+  ),
   finetune=FinetuneConfig(
     epochs=1.0,
     checkpoint_every=1000,

@@ -38,7 +38,8 @@ def test_the_candidates_token_reads_the_last_embedding_feature_and_nothing_else_
   rng = np.random.default_rng(0)
   request = Request(
     0, 0, np.full(2, 9), np.array([3, 4], np.uint64), np.full(2, -1), np.zeros(2, np.uint16),
-    np.zeros((2, 1), np.uint8), np.zeros((2, 0), np.float32), np.zeros((2, 0), np.int32), rng.normal(size=(2, 7)).astype(np.float32), None,
+    np.zeros((2, 1), np.uint8), np.zeros((2, 0), np.float32), np.zeros((2, 0), np.int32),
+    rng.normal(size=(2, 7)).astype(np.float32), None,
   )  # fmt: skip
   columns = {f'candidate_{k}': v[None] for k, v in candidate_inputs(request, slice(0, 2), 2, SCHEMA, None).items()}
   history = {'item': (1, 8, 2), 'surface': (1, 8), 'actions': (1, 8), 'mask': (1, 8)}

@@ -8,7 +8,7 @@ Time:      see experiments/README.md (pretrainings of 8 times the launch file's 
 Expected:  see experiments/README.md
 
 Multiples of the launch file's pretrain.steps, each with its own learning-rate schedule; a warm-up longer than a quarter
-of the steps is cut to that. No pretraining means the tower from scratch, at the ranker's full rate.
+of the steps is cut to that. 'scratch' is no pretraining: tower and tables from scratch, at the ranker's full rate.
 """
 
 from fractions import Fraction
@@ -16,7 +16,7 @@ from fractions import Fraction
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.sweep.ablations import SCRATCH, without_pinfm
 
-REFERENCE = 'no pretraining'
+REFERENCE = 'scratch'
 about = (
   "Steps of pretraining, as multiples of the launch file's. In the paper's figure HIT@3 of Save and Hide improve "
   'nearly monotonically from 0 to 640,000 steps.'

@@ -10,8 +10,8 @@ Time:      see experiments/README.md (a pretraining for each row and seed)
 Expected:  see experiments/README.md
 
 L_d is finetune.history_length and pretrain.downstream_length, the anchor of the future-token loss; L is
-pretrain.segment_length. One of them is changed at a time, except that L grows where it must to leave events behind L_d.
-A step of pretraining sees as many positions in every row: segments twice as long are half as many.
+pretrain.segment_length, which grows where it must to leave events behind L_d. A step of pretraining sees as many
+positions in every row: segments twice as long are half as many.
 """
 
 from typing import Any
@@ -30,28 +30,29 @@ baseline = REFERENCE
 def arms(experiment: Experiment) -> tuple[Arm, ...]:
   """The rows, the reference first."""
   history, segment = experiment.finetune.history_length, experiment.pretrain.segment_length
-  block = experiment.finetune.history_block
-  rows = [Arm(REFERENCE, {})]
-  for events in (history // 4, history // 2, history * 2):
-    if events >= block:  # the window slides in whole blocks
-      rows.append(Arm(f'L_d {events}', _lengths(experiment, events, max(segment, events + experiment.pretrain.window))))
-  for events in (segment // 2, segment * 2):
-    if events > experiment.pretrain.downstream_length:
-      rows.append(Arm(f'L {events}', _lengths(experiment, None, events)))
-  if experiment.arms:
-    rows.append(without_pinfm())
-  return tuple(rows)
+  lengths = {
+    'L_d': [(events, segment) for events in (history // 4, history // 2, history * 2)],
+    'L_d and L': [(history // 2, segment // 2)],
+    'L': [(history, segment * 2)],
+  }
+  rows = [_row(experiment, kind, *values) for kind, pairs in lengths.items() for values in pairs]
+  return (Arm(REFERENCE, {}), *rows, *([without_pinfm()] if experiment.arms else []))
 
 
-def _lengths(experiment: Experiment, history: int | None, segment: int) -> dict[str, Any]:
+def _row(experiment: Experiment, kind: str, history: int, segment: int) -> Arm:
   pretrain, tower = experiment.pretrain, experiment.model.tower
   overrides: dict[str, Any] = {}
-  if history is not None:
+  if history != experiment.finetune.history_length:
     overrides |= {'finetune.history_length': history, 'pretrain.downstream_length': history}
+    overrides['finetune.history_block'] = min(experiment.finetune.history_block, history)
+  segment = max(segment, overrides.get('pretrain.downstream_length', pretrain.downstream_length) + pretrain.window)
   if segment != pretrain.segment_length:
     segments = max(1, round(pretrain.batch_segments * pretrain.segment_length / segment))
     overrides |= {'pretrain.segment_length': segment, 'pretrain.batch_segments': segments}
-  needed = max(segment, (history or experiment.finetune.history_length) + 2)  # the candidate, and maybe a token
-  if needed > tower.max_positions:
-    overrides['model.tower.max_positions'] = needed
-  return overrides
+    if pretrain.uniform_negatives:  # as many for each segment
+      overrides['pretrain.uniform_negatives'] = pretrain.uniform_negatives // pretrain.batch_segments * segments
+  positions = max(segment, history + 2)  # the candidate, and maybe a token
+  if positions > tower.max_positions:
+    overrides['model.tower.max_positions'] = positions
+  names = {'L_d': f'L_d {history}', 'L_d and L': f'L_d {history}, L {segment}', 'L': f'L {segment}'}
+  return Arm(names[kind], overrides)

@@ -104,7 +104,7 @@ class Run:
     if self.base:
       own, launch = (run.pretrain_settings(seed) for run in (self, self.base))
       if own != launch:
-        name += f'_{hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:10]}'
+        name += f'_{_digest(own)}'
     return self.workdir / f'seed{seed}' / name
 
   def arm_directory(self, seed: int, arm: Arm) -> Path:
@@ -179,3 +179,9 @@ def needs_pretraining(experiment: Experiment) -> bool:
   """Whether an arm starts from a pretrained tower."""
   finetune = experiment.finetune
   return experiment.ranker.sequence == 'pinfm' and finetune.init == 'pretrained' and not finetune.start_from
+
+
+def _digest(settings: Any) -> str:
+  """A name of settings; 1 and 1.0 are the same number, whichever of them a launch file or a saved experiment has."""
+  plain = json.loads(json.dumps(settings), parse_int=float)
+  return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]

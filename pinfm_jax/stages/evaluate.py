@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from pinfm_jax.config import Arm
+from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.errors import UserError
-from pinfm_jax.evaluate.comparison import compare
+from pinfm_jax.evaluate.comparison import RankingComparison, compare
+from pinfm_jax.evaluate.lifts import Arms
 from pinfm_jax.evaluate.ranking import RankingPredictions, reliability
 from pinfm_jax.evaluate.tables import Table
 from pinfm_jax.stages.context import Run
@@ -22,17 +23,7 @@ def evaluate_stage(run: Run) -> None:
     _retrieval_alone(run)
     return
   arms = {arm.name: [_predictions(run, seed, arm) for seed in experiment.seeds] for arm in experiment.arms}
-  evaluate = experiment.evaluate
-  comparison = compare(
-    arms,
-    experiment.baseline,
-    evaluate.utility,
-    evaluate.labels,
-    evaluate.age_edges_hours,
-    resample=evaluate.resample,
-    challenger=experiment.challenger,
-    paper={arm.name: arm.paper for arm in experiment.arms},
-  )
+  evaluate, comparison = experiment.evaluate, compare_arms(experiment, arms)
   retrieval = _retrieval_figures(run)
   tables = [_retrieval_table(retrieval, evaluate.ks)] if retrieval else []
   about = _about(run)
@@ -42,6 +33,21 @@ def evaluate_stage(run: Run) -> None:
   write_json(run.workdir / 'results.json', comparison.figures() | retrieval)
   write_text(run.workdir / 'results.md', '\n\n'.join(markdown) + '\n')
   print('\n\n'.join([about, comparison.text(), *(table.text() for table in tables)]))
+
+
+def compare_arms(experiment: Experiment, arms: Arms) -> RankingComparison:
+  """Compares predictions as the experiment's settings say; the challenger may be missing."""
+  evaluate = experiment.evaluate
+  return compare(
+    arms,
+    experiment.baseline,
+    evaluate.utility,
+    evaluate.labels,
+    evaluate.age_edges_hours,
+    resample=evaluate.resample,
+    challenger=experiment.challenger if experiment.challenger in arms else '',
+    paper={arm.name: arm.paper for arm in experiment.arms},
+  )
 
 
 def _retrieval_alone(run: Run) -> None:

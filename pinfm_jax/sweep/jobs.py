@@ -16,9 +16,12 @@ from pinfm_jax.config import Experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import to_dict
 from pinfm_jax.progress import duration
+from pinfm_jax.workdir import is_done
 
+CHILD = ('-m', 'pinfm_jax.sweep.child')
 FINISHED, FAILED, WAITING = 'finished', 'failed', 'waiting'  # waiting: for a run that failed
 _POLL_S = 0.1
+_poll = time.sleep
 _GRACE_S = 10.0
 _LAST_LINES = 12
 ERROR = 'pinfm: error: '  # begins the line on a user's mistake
@@ -108,7 +111,7 @@ def run_jobs(
           del running[slot]
           end(one.job, _outcome(one))
       if running:
-        time.sleep(_POLL_S)
+        _poll(_POLL_S)
   finally:
     _stop([one.process for one in running.values()])
   return outcomes
@@ -173,7 +176,7 @@ def _start(job: Job, workdir: Path, slot: Slot) -> subprocess.Popen:
   job.log.parent.mkdir(parents=True, exist_ok=True)
   with job.log.open('wb') as log:
     process = subprocess.Popen(
-      [sys.executable, '-m', 'pinfm_jax.sweep.child'],
+      [sys.executable, *CHILD],
       stdin=subprocess.PIPE,
       stdout=log,
       stderr=subprocess.STDOUT,
@@ -200,10 +203,10 @@ def _close_input(process: subprocess.Popen) -> None:
 def _outcome(one: _Running) -> Outcome:
   _close_input(one.process)
   seconds, code = time.monotonic() - one.begin, one.process.returncode
-  if code == 0:
+  if code == 0 and (one.job.stage == 'prepare' or is_done(one.job.directory)):
     return Outcome(FINISHED, seconds)
   lines = one.job.log.read_text(encoding='utf-8', errors='replace').splitlines()
-  how = f'killed by signal {-code}' if code < 0 else f'exit code {code}'
+  how = f'killed by signal {-code}' if code < 0 else f'exit code {code}, {one.job.directory} has no result'
   errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
   last = errors[-1:] if code == 2 else [how, *lines[-_LAST_LINES:]]
   return Outcome(FAILED, seconds, '\n'.join(last or [how]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pinfm_jax.checks import check_experiment
 from pinfm_jax.config import Arm, Experiment
+from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.stages.context import Run, needs_pretraining
@@ -41,11 +42,13 @@ class Plan:
 
   Attributes:
     run: the launch file's run, with the arms and seeds of the sweep.
+    dataset: that all runs share.
     towers_alone: the launch file has no rankers: arms differ in their towers.
     trained: towers first; arms of equal settings share a directory.
   """
 
   run: Run
+  dataset: PreparedDataset
   towers_alone: bool
   trained: tuple[Trained, ...]
 
@@ -83,7 +86,7 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
   for arm in experiment.arms:
     own, home = base.of_arm(arm), homes[arm.name]
     for seed in experiment.seeds:
-      alone = replace(experiment, seeds=(seed,), arms=(home,), baseline=home.name)
+      alone = replace(experiment, seeds=(seed,), arms=(home,), baseline=home.name, challenger='')
       tower = None
       if towers_alone or needs_pretraining(own.experiment):
         tower = own.pretrain_directory(seed)
@@ -94,7 +97,7 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
         job = Job(f'{arm.name}, seed {seed}', 'finetune', alone, directory, _log(logs, directory), tower)
         rankers.append(Trained('ranker', arm.name, settings_text(arm.overrides), seed, directory, job))
         _check_stands(directory, own.finetune_settings(seed))
-  return Plan(run, towers_alone, (*towers.values(), *rankers))
+  return Plan(run, base.dataset, towers_alone, (*towers.values(), *rankers))
 
 
 def _homes(experiment: Experiment, launch_arms: Sequence[Arm]) -> Mapping[str, Arm]:

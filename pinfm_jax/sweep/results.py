@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from pinfm_jax.config import Experiment
-from pinfm_jax.evaluate.comparison import RankingComparison, compare
+from pinfm_jax.evaluate.comparison import RankingComparison
 from pinfm_jax.evaluate.ranking import RankingPredictions, figure_name, ranking_metrics
 from pinfm_jax.evaluate.tables import Table, mean_std
+from pinfm_jax.stages.evaluate import compare_arms
 from pinfm_jax.sweep.jobs import FINISHED, Outcome
 from pinfm_jax.sweep.plan import Plan, Trained
 from pinfm_jax.workdir import is_done, read_results, write_json, write_text
@@ -125,8 +126,7 @@ def findings(plan: Plan, rows: Rows, title: str, about: str) -> Findings:
       for name, runs in done.items()
       if all(seed in runs for seed in seeds)
     }
-    evaluate = experiment.evaluate
-    comparison = compare(arms, experiment.baseline, evaluate.utility, evaluate.labels, evaluate.age_edges_hours)
+    comparison = compare_arms(experiment, arms)
   towers, tower_figures = _towers(plan, experiment.evaluate.ks)
   figures = (comparison.figures() if comparison else {}) | tower_figures
   return Findings(title, _about(plan, about, seeds), comparison, towers, _missing(plan, rows, seeds), figures)
@@ -169,7 +169,7 @@ def _over(results: Sequence[Mapping[str, float]], name: str) -> tuple[float, flo
 
 
 def _about(plan: Plan, about: str, seeds: Sequence[int]) -> str:
-  experiment, info = plan.run.experiment, plan.run.dataset.info
+  experiment, info = plan.run.experiment, plan.dataset.info
   if plan.towers_alone:
     part = "each user's last event held out"
   else:

@@ -73,39 +73,46 @@ def run_sweep(sweep: Sweep, workdir: Path) -> bool:
   return all(rows.status(one) == FINISHED for one in plan.trained)
 
 
-def sweep_arms(sweep: Sweep, facts: DataFacts) -> tuple[tuple[Arm, ...], str]:
-  """The arms and the baseline's name.
+def sweep_experiment(sweep: Sweep, facts: DataFacts) -> Experiment:
+  """The launch file's experiment with the sweep's arms, baseline and challenger.
 
   A grid alone varies the launch file's experiment and keeps its baseline beside; a grid with a file of arms runs
   every arm at every point of the grid, and the baseline as it is besides.
 
   Raises:
-    UserError: no arms, a baseline that is none of them, or --only names nothing.
+    UserError: no arms, a baseline or challenger that is none of them, or --only names nothing.
   """
   experiment, file = sweep.experiment, sweep.file
   arms = file.arms(experiment, facts) if file else experiment.arms
   baseline = (file.baseline if file else '') or experiment.baseline
-  own = [arm for arm in arms if arm.name == baseline]
-  if not own and (arms or not sweep.axes):
-    names = ', '.join(arm.name for arm in arms) or 'none'
-    raise UserError(f"the baseline is '{baseline}'; expected one of the arms: {names}")
+  names = [arm.name for arm in arms]
+  for kind, name in (
+    ('baseline', baseline if arms or not sweep.axes else ''),
+    ('challenger', file and file.challenger),
+  ):
+    if name and name not in names:
+      raise UserError(f"the {kind} is '{name}'; expected one of the arms: {', '.join(names) or 'none'}")
+  own = tuple(arm for arm in arms if arm.name == baseline)
   if sweep.axes:
-    points = grid_arms(arms if file else (Arm(''),), sweep.axes)
-    arms = (*own, *points)
-    baseline = own[0].name if own else points[0].name
-  if sweep.only:
-    names = [arm.name for arm in arms]
-    for name in sweep.only:
-      if name not in names:
-        raise UserError(f"--only got '{name}'; the arms are: {', '.join(names)}")
-    arms = tuple(arm for arm in arms if arm.name in (*sweep.only, baseline))
-  return tuple(arms), baseline
+    arms = (*own, *grid_arms(arms if file else (Arm(''),), sweep.axes))
+    baseline = baseline if own else arms[0].name
+  arms = _chosen(arms, sweep.only, baseline)
+  challenger = (file.challenger if file else '') or experiment.challenger
+  challenger = challenger if challenger in [arm.name for arm in arms] else ''
+  return replace(experiment, arms=arms, baseline=baseline, challenger=challenger)
+
+
+def _chosen(arms: Sequence[Arm], only: Sequence[str], baseline: str) -> tuple[Arm, ...]:
+  names = [arm.name for arm in arms]
+  for name in only:
+    if name not in names:
+      raise UserError(f"--only got '{name}'; the arms are: {', '.join(names)}")
+  return tuple(arm for arm in arms if not only or arm.name in (*only, baseline))
 
 
 def _plan(sweep: Sweep, workdir: Path, logs: Path) -> Plan:
   run = Run(sweep.experiment, workdir)
-  arms, baseline = sweep_arms(sweep, _facts(run))
-  experiment = replace(sweep.experiment, arms=arms, baseline=baseline)
+  experiment = sweep_experiment(sweep, _facts(run))
   return make_plan(replace(run, experiment=experiment), sweep.experiment.arms, logs)
 
 

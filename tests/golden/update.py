@@ -1,5 +1,7 @@
 """Writes tests/golden/NAME.json, the settings of each named experiment that tests/test_launch.py compares.
 
+Also tests/golden/ablations/NAME.json, the arms of each ablation on each launch file, for tests/test_ablations.py.
+
 Run it after a change that is meant to change an experiment, and read the difference before you commit it:
 
   python tests/golden/update.py && git diff tests/golden
@@ -9,11 +11,22 @@ import json
 import os
 from pathlib import Path
 
+from pinfm_jax.errors import UserError
 from pinfm_jax.launch import load_experiment
 from pinfm_jax.overrides import to_dict
+from pinfm_jax.sweep.arms_file import DataFacts, load_arms
 
 GOLDEN = Path(__file__).resolve().parent
 EXPERIMENTS = GOLDEN.parent.parent / 'experiments'
+# What the ablations ask about the data: as the data sets are today, so that no data are needed to write the files.
+FACTS = {
+  'kuairand': DataFacts(
+    39_477, False, ('click', 'like', 'follow', 'comment', 'forward', 'hate', 'long_view', 'profile_enter'), ()
+  ),
+  'globo': DataFacts(80_000, True, ('click',), ('click',)),
+  'quickstart': DataFacts(5_855, True, ('click', 'closeup', 'save', 'hide', 'share'), ()),
+  'ml1m': DataFacts(0, False, ('click', 'closeup', 'save', 'hide'), ()),
+}
 
 
 def launch_files() -> list[Path]:
@@ -31,7 +44,27 @@ def settings(launch_file: Path) -> str:
       os.environ['PINFM_DATA'] = data
 
 
+def ablation_files() -> list[Path]:
+  """The files of arms."""
+  return sorted((EXPERIMENTS / 'ablations').glob('*.py'))
+
+
+def ablation(file: Path) -> str:
+  """The arms of an ablation on each launch file as JSON text; where it does not apply, the message that says so."""
+  found, arms_file = {}, load_arms(file)
+  for name, facts in FACTS.items():
+    try:
+      arms = arms_file.arms(load_experiment(EXPERIMENTS / f'{name}.py'), facts)
+      found[name] = {arm.name: {'overrides': arm.overrides, 'paper': arm.paper} for arm in arms}
+    except UserError as error:
+      found[name] = str(error)
+  return json.dumps(found, indent=1) + '\n'
+
+
 if __name__ == '__main__':
   for path in launch_files():
     (GOLDEN / f'{path.stem}.json').write_text(settings(path), encoding='utf-8')
     print(GOLDEN / f'{path.stem}.json')
+  for path in ablation_files():
+    (GOLDEN / 'ablations' / f'{path.stem}.json').write_text(ablation(path), encoding='utf-8')
+    print(GOLDEN / 'ablations' / f'{path.stem}.json')

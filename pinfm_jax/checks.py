@@ -124,6 +124,8 @@ def _check_values(experiment: Experiment) -> None:
       raise UserError(f'{key} is {value}; expected a finite number that is not negative')
     if value == 0 and isinstance(value, int) and not key.endswith(_MAY_BE_ZERO):
       raise UserError(f'{key} is 0; expected at least 1')
+    if value == 0 and key in ('data.finetune_days', 'data.test_days'):  # these may be parts of days
+      raise UserError(f'{key} is 0; expected a positive number of days')
 
 
 def _check_lists(experiment: Experiment) -> None:

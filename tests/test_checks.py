@@ -18,7 +18,7 @@ def test_the_toy_experiment_passes():
   [
     'baseline=nobody', 'seeds=1,1', 'seeds=-1', 'evaluate.ks=0,5', 'ranker.mlp=0', 'model.tower.dropout=1.5',
     'ranker.dropout=1', 'data.simulator.seed=-1', 'data.test_days=0', 'data.test_days=-1', 'evaluate.split=tst',
-    'evaluate.resample=rows', 'challenger=nobody',
+    'data.finetune_days=0.0', 'evaluate.resample=rows', 'challenger=nobody',
     'finetune.init=foo',
     'ranker.sequence=foo', 'model.tower.width=15', 'model.tower.max_positions=3', 'model.tower.dtype=float7',
     'model.tables.rows=0', 'model.tables.rows=2000000000', 'model.tables.width=7', 'pretrain.batch_segments=0',

@@ -34,7 +34,6 @@ class _Seed:
 
   runs: Sequence[RankingPredictions]  # one an arm
   requests: Sequence[metrics.GroupedRequests]  # one an arm
-  scores: Sequence[Sequence[SortedScores]]  # by label and arm
   unit_M: np.ndarray
   unit_R: np.ndarray  # of each request
   user_M: np.ndarray
@@ -51,11 +50,7 @@ class _Seed:
     first, user_M = runs[0], np.searchsorted(users, runs[0].user_M)
     unit_M = user_M if requests is None else np.searchsorted(requests, first.request_M)
     _, first_row_R = np.unique(first.request_M, return_index=True)
-    scores = [
-      [SortedScores(run.labels_MT[:, label], run.scores_MT[:, label]) for run in runs]
-      for label in range(len(first.label_names))
-    ]
-    return cls(runs, [grouped_requests(run, weights) for run in runs], scores, unit_M, unit_M[first_row_R], user_M)
+    return cls(runs, [grouped_requests(run, weights) for run in runs], unit_M, unit_M[first_row_R], user_M)
 
 
 def resampled_figures(
@@ -152,7 +147,7 @@ def _figures(
   units = draws_RU.shape[1]
   parts = list(zip(seeds, rows, strict=True))
   hits = [_hits(s, label, rows_M, units) for s, rows_M in parts]
-  aucs = [auc_terms(s.scores[label], rows_M, s.unit_M, units) for s, rows_M in parts]
+  aucs = [auc_terms([run.sorted_scores[label] for run in s.runs], rows_M, s.unit_M, units) for s, rows_M in parts]
   losses = [_logloss(s, label, units) for s in seeds] if overall else []
   samples = iter(bootstrap.ratios([*hits, *(term for pair in aucs for term in pair), *losses], draws_RU))
   yield 'hit@3', _mean_over_seeds(hits, [next(samples) for _ in seeds])
@@ -183,7 +178,7 @@ def _logloss(seed: _Seed, label: int, units: int) -> Ratio:
 
 
 def _per_user_auc(seed: _Seed, label: int, users: int) -> Ratio:
-  each = [metrics.user_aucs(run.labels_MT[:, label], run.scores_MT[:, label], seed.user_M) for run in seed.runs]
+  each = [run.sorted_scores[label].user_aucs(seed.user_M) for run in seed.runs]
   return Ratio.of(np.stack([aucs.auc_U for aucs in each], axis=1), each[0].user_U, users)
 
 

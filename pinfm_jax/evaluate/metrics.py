@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pinfm_jax.evaluate.sorted_auc import SortedScores, UserAucs
+
 
 class PresortedAuc:
   """AUC whose rows are sorted once and whose weights, one a group of rows, change from call to call.
@@ -74,35 +76,12 @@ def auc(labels_M: np.ndarray, scores_M: np.ndarray, weights_M: np.ndarray | None
   return PresortedAuc(labels_M, scores_M, rows)(weights_M)
 
 
-class UserAucs(NamedTuple):
-  """AUC user by user: user_U (ids, ascending; those with both classes) and auc_U."""
-
-  user_U: np.ndarray
-  auc_U: np.ndarray
-
-
 def user_aucs(labels_M: np.ndarray, scores_M: np.ndarray, users_M: np.ndarray) -> UserAucs:
   """The AUC among each user's own rows, for the users with both classes; ties count half."""
   labels_M, scores_M = _checked(labels_M, scores_M)
-  if not labels_M.size:
-    return UserAucs(np.asarray(users_M)[:0], np.zeros(0))
   users_U, user_M = np.unique(users_M, return_inverse=True)
-  order = np.argsort(scores_M)
-  user_M = user_M.astype(np.min_scalar_type(users_U.size))  # up to 16 bits NumPy's stable sort is much faster
-  order = order[np.argsort(user_M[order], kind='stable')]
-  user, score, label = user_M[order].astype(np.int64), scores_M[order], labels_M[order]
-  rows = np.arange(user.size)
-  new_user = np.diff(user, prepend=-1) != 0
-  new_tie = new_user | (np.diff(score, prepend=np.nan) != 0)
-  tie_M = np.cumsum(new_tie) - 1
-  first_of_tie = rows[new_tie]
-  last_of_tie = np.append(first_of_tie[1:], rows.size) - 1
-  rank_M = (first_of_tie + last_of_tie)[tie_M] / 2 - rows[new_user][user]  # mid-rank within the user, from 0
-  positives_U = np.bincount(user, label)
-  negatives_U = np.bincount(user) - positives_U
-  won_U = np.bincount(user, rank_M * label) - positives_U * (positives_U - 1) / 2
-  both = (positives_U > 0) & (negatives_U > 0)
-  return UserAucs(users_U[both], won_U[both] / (positives_U * negatives_U)[both])
+  found = SortedScores(labels_M, scores_M).user_aucs(user_M)
+  return UserAucs(users_U[found.user_U], found.auc_U)
 
 
 def per_user_auc(labels_M: np.ndarray, scores_M: np.ndarray, users_M: np.ndarray) -> float:

@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,11 @@ class RankingPredictions:
         f'{path}: got a damaged or foreign file ({str(error) or type(error).__name__}); expected predictions written '
         'by an evaluation: delete it and run the stage again'
       ) from None
+
+  @cached_property
+  def sorted_scores(self) -> tuple[SortedScores, ...]:
+    """The scores of each label, sorted once for all that is measured."""
+    return tuple(SortedScores(*column) for column in zip(self.labels_MT.T, self.scores_MT.T, strict=True))
 
   def label(self, name: str) -> int:
     """The column of a label."""
@@ -197,22 +203,21 @@ def ranking_metrics(
     Flat figures, such as {'save/auc': 0.71, 'save/hit@3': 0.5, 'save/age<24h/auc': 0.66}; undefined ones are NaN.
   """
   requests = grouped_requests(predictions, weights)
-  columns = zip(predictions.labels_MT.T, predictions.scores_MT.T, strict=True)
-  by_label = [SortedScores(*each) for each in columns]
+  _, user_M = np.unique(predictions.user_M, return_inverse=True)
   figures: dict[str, float] = {}
   for label, bucket, rows in slices(predictions, age_edges_hours):
     column = predictions.label(label)
     labels, scores = predictions.labels_MT[rows, column], predictions.scores_MT[rows, column]
     hit_Q = requests.hit_at_k(predictions.labels_MT[:, column] * rows, HIT_K).hit_Q
     values = {
-      'auc': by_label[column].auc(rows),
+      'auc': predictions.sorted_scores[column].auc(rows),
       'logloss': metrics.logloss(labels, scores),
       'hit@3': float(hit_Q.mean()) if hit_Q.size else float('nan'),
       'hit@3_requests': float(hit_Q.size),
       'positives': float(labels.sum()),
     }
     if not bucket:
-      auc_U = metrics.user_aucs(labels, scores, predictions.user_M).auc_U
+      auc_U = predictions.sorted_scores[column].user_aucs(user_M).auc_U
       values['per_user_auc'] = float(auc_U.mean()) if auc_U.size else float('nan')
       values['per_user_auc_users'] = float(auc_U.size)
       values['normalised_entropy'] = metrics.normalised_entropy(labels, scores)

@@ -21,6 +21,13 @@ class AucShares(NamedTuple):
   above_N: np.ndarray
 
 
+class UserAucs(NamedTuple):
+  """AUC user by user: user_U (ascending; those with both classes) and auc_U."""
+
+  user_U: np.ndarray
+  auc_U: np.ndarray
+
+
 class SortedScores:
   """Scores of one label, sorted once; ties count half throughout."""
 
@@ -47,6 +54,26 @@ class SortedScores:
     below = (negatives[:-1] + negatives[1:]) / (2 * negatives[-1])
     above = 1 - (positives[:-1] + positives[1:]) / (2 * positives[-1])
     return AucShares(rows[labels], below[tie[labels]], rows[~labels], above[tie[~labels]])
+
+  def user_aucs(self, user_M: np.ndarray) -> UserAucs:
+    """The AUC among each user's own rows; users are small whole numbers, and those without both classes left out."""
+    if not user_M.size:
+      return UserAucs(user_M, np.zeros(0))
+    user = user_M[self._order].astype(np.min_scalar_type(user_M.max()))  # up to 16 bits the stable sort is much faster
+    order = np.argsort(user, kind='stable')
+    user, score, label = user[order].astype(np.int64), self._scores[order], self._labels[order]
+    rows = np.arange(user.size)
+    new_user = np.append(True, user[1:] != user[:-1])
+    new_tie = new_user | np.append(True, score[1:] != score[:-1])
+    first_of_tie = rows[new_tie]
+    last_of_tie = np.append(first_of_tie[1:], rows.size) - 1
+    first_of_user = rows[new_user][np.cumsum(new_user) - 1]
+    rank_M = (first_of_tie + last_of_tie)[np.cumsum(new_tie) - 1] / 2 - first_of_user  # mid-rank, from 0
+    positives_U = np.bincount(user, label)
+    negatives_U = np.bincount(user) - positives_U
+    won_U = np.bincount(user, rank_M * label) - positives_U * (positives_U - 1) / 2
+    both = (positives_U > 0) & (negatives_U > 0)
+    return UserAucs(np.flatnonzero(both), won_U[both] / (positives_U * negatives_U)[both])
 
   def _ties(self, rows_M: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the mask's rows by ascending score: their places, labels, where each tie ends, and the tie of each."""

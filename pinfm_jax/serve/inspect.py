@@ -157,6 +157,7 @@ def _common_lines(manifest: Manifest) -> list[tuple[str, str]]:
     ('model', _model_text(manifest)),
     ('tables', _tables_text(manifest)),
     ('history', f'{schema.history_length} events, slides in blocks of {manifest.history_block}'),
+    *([('TransAct', f'reads the newest {schema.recent_length} events')] if schema.recent_length else []),
     ('ids', f'users {ids.user}, items {ids.item}'),
     ('actions', _names(manifest.actions)),
     ('surfaces', _names(manifest.surfaces)),

@@ -63,6 +63,7 @@ class ScoringRequest:
     history_content: the same of the history's events, None if no event brings any.
     windows: what `model_window` made of the history, by the window's first event; requests with the same history may
       share it.
+    recent_columns: what `recent` made of the history, likewise.
   """
 
   request_id: int | str
@@ -73,6 +74,7 @@ class ScoringRequest:
   content: np.ndarray | None
   history_content: np.ndarray | None = None
   windows: dict[int, Window] = field(default_factory=dict, compare=False, repr=False)
+  recent_columns: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
   def model_window(self, tokens: TokenInputs) -> Window:
     """What the model reads of the history; `tokens` is the model's, always the same."""
@@ -84,10 +86,14 @@ class ScoringRequest:
     return self.windows[first]
 
   def recent(self, schema: FeatureSchema, tokens: TokenInputs) -> dict[str, np.ndarray]:
-    """What TransAct reads of the history: the columns [1, L, ...] of `serve.programs`."""
-    columns = recent_inputs(self.history, len(self.history), schema, tokens, own_content=self.history_content)
-    columns['events'] = columns.pop('item')  # beside the candidates' recent_item
-    return {f'recent_{name}': column[None] for name, column in columns.items() if name != 'hours'}
+    """What TransAct reads of the history: columns [1, L, ...] of `serve.programs`. The arguments are the model's."""
+    if not self.recent_columns:
+      columns = recent_inputs(self.history, len(self.history), schema, tokens, own_content=self.history_content)
+      columns['events'] = columns.pop('item')  # beside the candidates' recent_item
+      self.recent_columns.update(
+        {f'recent_{name}': column[None] for name, column in columns.items() if name != 'hours'}
+      )
+    return self.recent_columns
 
   @property
   def last_event_ms(self) -> int | None:
@@ -103,6 +109,7 @@ class _Events:
   content: np.ndarray | None
   timed: bool
   windows: dict[int, Window] = field(default_factory=dict)
+  recent_columns: dict[str, np.ndarray] = field(default_factory=dict)
 
   @property
   def bytes(self) -> int:
@@ -181,6 +188,7 @@ class RequestParser:
       content=self._content(listed),
       history_content=events.content,
       windows=events.windows,
+      recent_columns=events.recent_columns,
     )
 
   def _known_history(self, listed: list, before: int | None) -> _Events:

@@ -104,6 +104,10 @@ def _sizes(run: Run, experiment: Experiment, with_pinfm: bool) -> dict[str, str]
   ranker, tower, tables = experiment.ranker, run.model.tower, run.model.tables
   sizes = {'ranker': f'DCNv2 of {ranker.cross_layers} layers, MLP {" x ".join(map(str, ranker.mlp))}'}
   sizes['ranker'] += f', {ranker.item_buckets:,} buckets of item ids' if ranker.item_buckets else ', no item ids'
+  if ranker.transact.length:
+    transact = ranker.transact
+    sizes['TransAct'] = f'the newest {transact.length} events, {transact.layers} layers, width {3 * transact.width}, '
+    sizes['TransAct'] += f'{transact.heads} heads, {transact.item_buckets:,} buckets of item ids'
   if not with_pinfm:
     return sizes
   content = f' and content vectors of {run.model.content_width}' if run.model.content else ''

@@ -53,6 +53,7 @@ def test_the_results_hold_the_named_figures(finished):
   arms, labels, metrics = ('with', 'without'), ('click', 'save', 'hide'), ('auc', 'hit@3', 'logloss', 'per_user_auc')
   expected = [f'{arm} PinFM/{label}/{metric}/mean' for arm in arms for label in labels for metric in metrics]
   expected += [f'retrieval/{row}/{name}' for row in ('tower', 'popularity') for name in ('hr@5', 'ndcg@5', 'mrr')]
+  expected += [f'{arm} PinFM/save/{bucket}/positives/mean' for arm in arms for bucket in ('seen', 'unseen')]
   expected += ['retrieval/users', 'retrieval/catalogue', 'retrieval/unseen_share']
   expected += [f'bundle/{storage}/save/{name}/change' for storage in ('float32', 'int4') for name in ('auc', 'hit@3')]
   assert [name for name in expected if name not in results] == []
@@ -60,6 +61,15 @@ def test_the_results_hold_the_named_figures(finished):
   for arm in ('with PinFM', 'without PinFM'):
     assert 0.3 < results[f'{arm}/click/auc/mean'] < 1
   assert results['ranking/seeds'] == 1
+
+
+def test_every_arm_has_a_calibration_curve_of_the_main_label(finished):
+  curves = json.loads((finished.workdir / 'reliability.json').read_text())
+  assert curves['label'] == 'save'
+  assert set(curves['arms']) == {'with PinFM', 'without PinFM'}
+  rows = len(RankingPredictions.load(finished.workdir / 'seed0' / 'ranker_with_pinfm' / 'predictions.npz').request_M)
+  assert all(sum(count for *_, count in parts) == rows for parts in curves['arms'].values())
+  assert '<h2>Calibration' in (finished.workdir / 'report.html').read_text()
 
 
 def test_the_bundle_scores_what_the_evaluation_scored(finished):

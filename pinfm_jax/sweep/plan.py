@@ -119,7 +119,12 @@ def _homes(experiment: Experiment, launch_arms: Sequence[Arm]) -> Mapping[str, A
 def _tower(
   own: Run, arm: Arm, seed: int, alone: Experiment, directory: Path, logs: Path, towers_alone: bool
 ) -> Trained:
-  changed = {key: value for key, value in arm.overrides.items() if key.startswith(('model.', 'pretrain.'))}
+  launch = own.base.experiment
+  changed = {
+    key: value
+    for key, value in arm.overrides.items()
+    if key.startswith(('model.', 'pretrain.')) and apply_overrides(launch, {key: value}) != launch
+  }
   is_own = directory.name == 'pretrain'
   settings = '' if is_own else settings_text(changed)
   name = arm.name if towers_alone else settings or "the launch file's"

@@ -21,7 +21,7 @@ from pinfm_jax.workdir import is_done
 CHILD = ('-m', 'pinfm_jax.sweep.child')
 FINISHED, FAILED, WAITING = 'finished', 'failed', 'waiting'  # waiting: for a run that failed
 _POLL_S = 0.1
-_poll = time.sleep
+_poll = time.sleep  # a name of its own, so that tests can interrupt here
 _GRACE_S = 10.0
 _LAST_LINES = 12
 ERROR = 'pinfm: error: '  # begins the line on a user's mistake

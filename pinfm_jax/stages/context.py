@@ -79,7 +79,8 @@ class Run:
     """Keys of the items that pretraining may read an event of, ascending."""
     if self.base:
       return self.base.pretrained_items
-    return pretrained_items(self.dataset, self.split.pretrain_until)
+    until_U = self.split.until_by_user(self.dataset.num_users)
+    return pretrained_items(self.dataset, self.split.pretrain_until, until_U)
 
   @cached_property
   def mesh(self) -> Mesh:
@@ -153,7 +154,8 @@ class Run:
         'checksum': self.dataset.info.checksum,
         'days': [data.finetune_days, data.validation_days, data.test_days],
       }
-      | {'pretrain_overlap': data.pretrain_overlap},
+      | {'pretrain_overlap': data.pretrain_overlap}
+      | ({} if data.pretrain_overlap_users == 'all' else {'pretrain_overlap_users': data.pretrain_overlap_users}),
       'model': dataclasses.asdict(self.model),
       'pretrain': dataclasses.asdict(self.experiment.pretrain),
       'seed': seed,

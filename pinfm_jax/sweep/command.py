@@ -34,6 +34,8 @@ def add_sweep(commands) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
+  import jax
+
   from pinfm_jax.errors import UserError
   from pinfm_jax.launch import load_experiment
   from pinfm_jax.overrides import parse_assignments
@@ -41,6 +43,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
   from pinfm_jax.sweep.grid import parse_grid
   from pinfm_jax.sweep.sweep import Sweep, run_sweep
 
+  jax.config.update('jax_platforms', 'cpu')  # of this process alone: accelerators and their memory are for the runs
   settings = parse_assignments(arguments.assignments)
   experiment = load_experiment(arguments.file, settings)
   if arguments.seeds is not None:

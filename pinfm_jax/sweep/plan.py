@@ -54,7 +54,10 @@ class Plan:
 
   def jobs(self) -> list[Job]:
     """What is not finished, towers first, each once."""
-    jobs = {one.directory: one.job for one in self.trained if not is_done(one.directory)}
+    jobs: dict[Path, Job] = {}
+    for one in self.trained:
+      if not is_done(one.directory):
+        jobs.setdefault(one.directory, one.job)
     return [replace(job, needs=job.needs if job.needs in jobs else None) for job in jobs.values()]
 
   def of(self, kind: str) -> dict[str, list[Trained]]:
@@ -71,7 +74,8 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
 
   Args:
     run: whose experiment has the sweep's arms, baseline, seeds and split.
-    launch_arms: the launch file's own: an arm of the same settings is the same run. Without any it has no rankers.
+    launch_arms: the launch file's own: an arm of the same settings is the same run. Without any it has no rankers,
+      and arms that start from no pretrained tower are left out.
     logs: folder of the logs.
 
   Raises:
@@ -85,6 +89,8 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
   rankers = []
   for arm in experiment.arms:
     own, home = base.of_arm(arm), homes[arm.name]
+    if towers_alone and not needs_pretraining(own.experiment):
+      continue  # nothing to measure: it has no pretrained tower
     for seed in experiment.seeds:
       alone = replace(experiment, seeds=(seed,), arms=(home,), baseline=home.name, challenger='')
       tower = None
@@ -119,7 +125,12 @@ def _homes(experiment: Experiment, launch_arms: Sequence[Arm]) -> Mapping[str, A
 def _tower(
   own: Run, arm: Arm, seed: int, alone: Experiment, directory: Path, logs: Path, towers_alone: bool
 ) -> Trained:
-  changed = {key: value for key, value in arm.overrides.items() if key.startswith(('model.', 'pretrain.'))}
+  launch = own.base.experiment
+  changed = {
+    key: value
+    for key, value in arm.overrides.items()
+    if key.startswith(('model.', 'pretrain.')) and apply_overrides(launch, {key: value}) != launch
+  }
   is_own = directory.name == 'pretrain'
   settings = '' if is_own else settings_text(changed)
   name = arm.name if towers_alone else settings or "the launch file's"

@@ -112,7 +112,8 @@ class Findings:
     """The same for the terminal."""
     parts = [self.about, *([self.comparison.text()] if self.comparison else [])]
     parts += [self.towers.text()] if self.towers else []
-    return '\n\n'.join([*parts, *self.failed])
+    parts += ['\n'.join(['Not complete', '', *self.failed])] if self.failed else []
+    return '\n\n'.join(parts)
 
 
 def findings(plan: Plan, rows: Rows, title: str, about: str) -> Findings:

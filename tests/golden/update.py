@@ -25,7 +25,7 @@ FACTS = {
   ),
   'globo': DataFacts(80_000, True, ('click',), ('click',)),
   'quickstart': DataFacts(5_855, True, ('click', 'closeup', 'save', 'hide', 'share'), ()),
-  'ml1m': DataFacts(0, False, ('click', 'closeup', 'save', 'hide'), ()),
+  'ml1m': DataFacts(0, False, ('hide', 'click', 'closeup', 'save'), ()),
 }
 
 

@@ -13,9 +13,11 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.ranking import RankingPredictions
 from pinfm_jax.overrides import from_dict, to_dict
 from pinfm_jax.stages.context import Run
+from pinfm_jax.sweep import sweep as sweep_module
 from pinfm_jax.sweep.jobs import FAILED, Outcome
 from pinfm_jax.sweep.plan import make_plan
 from pinfm_jax.sweep.results import Rows, findings
+from pinfm_jax.sweep.sweep import Sweep, run_sweep
 from pinfm_jax.workdir import claim, write_json
 
 NONE, HALF = Arm('none', {'ranker.sequence': 'none'}), {'pretrain.steps': 3}
@@ -210,3 +212,21 @@ def test_rows_say_what_became_of_each_run_and_keep_the_seconds(plan):
   assert again.status(bad) == 'not run'  # of this call
   lines = findings(plan, rows, 'x', '').failed
   assert any(line.startswith('half, seed 0: failed (last words') for line in lines)
+
+
+def test_a_split_without_requests_is_refused_before_anything_trains(run, tmp_path, monkeypatch):
+  monkeypatch.setattr(sweep_module, 'run_jobs', None)  # would fail if a run were started
+  data = replace(toy.EXPERIMENT.data, validation_days=0)
+  split = replace(toy.EXPERIMENT.evaluate, split='validation')
+  claim(tmp_path / 'prepare', {'data': {'source': 'simulator', 'path': '', 'simulator': dict(data.simulator)}})
+  sweep = Sweep(replace(toy.EXPERIMENT, data=data, evaluate=split), 'x')
+  with pytest.raises(UserError, match='no request between'):
+    run_sweep(sweep, tmp_path)
+
+
+def test_the_facts_are_those_of_the_data(run):
+  facts = sweep_module._facts(run)
+  assert facts.requests == len(run.requests('finetune'))
+  assert facts.content  # the simulated items have content vectors
+  assert set(facts.actions) == {'click', 'closeup', 'save', 'hide', 'share'}
+  assert facts.labels == run.dataset.info.labels

@@ -124,7 +124,10 @@ def _facts(run: Run) -> DataFacts:
     has_content = bool(content.schema)
   except UserError:
     has_content = False
-  requests = len(run.requests('finetune')) if run.experiment.arms else 0
+  requests = 0
+  if run.experiment.arms:
+    run.requests(run.experiment.evaluate.split)  # fails here if there are none, not after the pretraining
+    requests = len(run.requests('finetune'))
   return DataFacts(requests, has_content, info.actions, info.labels)
 
 

@@ -9,8 +9,10 @@ Protocol, fixed before the test split was looked at. A request is one click of a
 from the clicks of the hour before it as often as each was clicked; the user had read none of the 10 before. Main
 metric: HIT@3 of click. Articles live for hours (about half of the clicks go to articles under 24 hours old, and a model
 that is a day old knows 5 % of what is read), so the parts are hours of Monday, 16 October 2017 (UTC), the last full day
-of the log: 18 to 24 h tests, 15 to 18 h validates, 9 to 15 h trains the rankers, and all clicks before pretrain the
-tower. The thin tail of the log from 17 October on is left out.
+of the log: 18 to 24 h tests, 15 to 18 h validates, 9 to 15 h trains the rankers, and all clicks before 9 h pretrain the
+tower, with the clicks from 9 to 15 h of those users that the rankers do not train on (pretrain_overlap_users: a tower
+that has seen what a ranker trains on makes it trust the tower too much). The thin tail of the log from 17 October on is
+left out.
 
 Every ranker sees, known strictly before the request: clicks on the article in the last hour, the last 24 hours and so
 far, the time since its last one, its age, the user's and the session's clicks so far, device, place, referrer and
@@ -50,6 +52,8 @@ experiment = Experiment(
     test_days=0.25,
     validation_days=0.125,
     finetune_days=0.25,
+    pretrain_overlap=True,
+    pretrain_overlap_users='others',
   ),
   model=PinFMConfig(
     tables=TableConfig(sub_tables=8, rows=20_000, width=8, init_scale=0.1),

@@ -36,6 +36,7 @@ _MAY_BE_ZERO = (
   'update.warmup_steps',
 )
 _CHOICES = {
+  'data.pretrain_overlap_users': ('all', 'others'),
   'evaluate.resample': ('users', 'requests'),
   'evaluate.split': ('test', 'validation'),
   'model.tables.dtype': ('float32', 'bfloat16'),

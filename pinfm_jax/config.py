@@ -25,6 +25,9 @@ class DataConfig:
   validation_days: float = 1
   finetune_days: float = 10
   pretrain_overlap: bool = False
+  # Whose events of the fine-tuning days an overlap reads: 'all' users', or 'others' than those with requests in them,
+  # so that no ranker trains on what its tower has seen.
+  pretrain_overlap_users: str = 'all'
   min_candidates: int = 4  # smaller requests are not evaluated
 
 

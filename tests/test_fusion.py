@@ -174,7 +174,7 @@ def test_arms_with_the_same_pretraining_share_a_tower(tmp_path):
   pretrain_stage(run)
   assert {path.name for path in (tmp_path / 'seed0').iterdir()} == {own['own'].name, own['short'].name}
   finetune_stage(run)
-  assert all((run.arm_directory(0, arm) / 'predictions.npz').exists() for arm in arms)
+  assert all((run.measured_directory(0, arm) / 'predictions.npz').exists() for arm in arms)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def _oracle(log: list[dict], shown: list[dict], cap: int) -> dict:
   times = defaultdict(list)
   for row in log:
     times[row['user_id']].append(row['timestamp'])
+  seen = {i: min(r['timestamp'] for r in log + shown if r['item_id'] == i) for i in range(14)}
   grouped = defaultdict(list)
   for i, row in enumerate(shown):
     grouped[row['user_id'], row['request_id']].append((row['timestamp'], i, row))
@@ -93,6 +94,10 @@ def _oracle(log: list[dict], shown: list[dict], cap: int) -> dict:
       first = candidates.setdefault(row['item_id'], dict(row))
       first['save'] |= row['save']
       first['hide'] |= row['hide']
+    begin = min(row[0] for row in rows)
+    for item, row in candidates.items():  # without a stated time, the item's first event or impression before
+      if row['item_created_at'] is None and seen[item] < begin:
+        row['item_created_at'] = seen[item]
     stored = sorted(times[user])[-cap:]
     start = min(row[0] for row in rows)
     end = sum(time < start for time in stored)
@@ -260,6 +265,7 @@ def test_features_of_item_and_user_files(tmp_path):
   assert stored['created_at'].to_list() == [T0 - i for i in range(5)] + [None] * 9
   assert stored['content'].to_list() == [[0.5, i] for i in range(5)] + [None] * 9
   users = dataset.users['user_id'].to_list()
+  seen = {i: min(row['timestamp'] for row in log + shown if row['item_id'] == i) for i in range(14)}
   for request in dataset.all_requests():
     user = users[request.user_row]
     code = 0 if user >= 6 else encode_sparse(dataset.info.features.sparse[0], 'de' if user < 3 else 'fr')
@@ -268,7 +274,8 @@ def test_features_of_item_and_user_files(tmp_path):
       request.item.tolist(), request.created_at, request.dense[:, 0], request.embedding, strict=True
     ):
       known = item < 5
-      assert created == (T0 - item if known else -1)
+      first = seen[item] if seen[item] < request.timestamp.min() else -1
+      assert created == (T0 - item if known else first)
       np.testing.assert_array_equal(dense, np.float32(item / 2 if known else np.nan))
       assert vector.tolist() == ([item, 0, 1] if known else [0, 0, 0])
 

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,21 +62,21 @@ def test_towers_are_shared_by_arms_of_equal_pretraining(run):
     made = Run(from_dict(Experiment, to_dict(job.experiment)), run.workdir)  # as it reaches the run's process
     (arm,), (seed,) = made.experiment.arms, made.experiment.seeds
     own = made.of_arm(arm)
-    made_directory = own.pretrain_directory(seed) if job.stage == 'pretrain' else made.arm_directory(seed, arm)
+    made_directory = own.pretrain_directory(seed) if job.stage == 'pretrain' else made.measured_directory(seed, arm)
     assert made_directory == job.directory  # the run fills the folder that the sweep looks into
 
 
 def test_an_arm_with_a_launch_arms_settings_is_that_run(run):
-  folders = {name: runs[0].directory.name for name, runs in _plan(run).of('ranker').items()}
+  folders = {name: runs[0].directory.parent.name for name, runs in _plan(run).of('ranker').items()}
   assert folders['none'] == 'ranker_without_pinfm'
   assert folders['all'] == 'ranker_with_pinfm'
   assert folders['half'] == 'ranker_half'
   twice = replace(run, experiment=_experiment((*ARMS, Arm('half again', HALF))))
-  assert _plan(twice).of('ranker')['half again'][0].directory.name == 'ranker_half'
+  assert _plan(twice).of('ranker')['half again'][0].directory.parent.name == 'ranker_half'
   assert len(_plan(twice).jobs()) == len(_plan(run).jobs())
   validation = replace(toy.EXPERIMENT.evaluate, split='validation')
   other = replace(run, experiment=_experiment(evaluate=validation))
-  assert _plan(other).of('ranker')['half'][0].directory.name == 'validation_ranker_half'
+  assert _plan(other).of('ranker')['half'][0].directory.relative_to(run.workdir) == Path('seed0/ranker_half/validation')
 
 
 def test_an_arm_may_not_take_a_launch_arms_name_for_other_settings(run):
@@ -90,9 +91,7 @@ def test_finished_runs_are_not_run_again(run):
   write_json(tower / 'results.json', {})
   jobs = _plan(run).jobs()
   assert tower not in [job.directory for job in jobs]
-  ranker = next(
-    job for job in jobs if job.directory.name == 'ranker_with_pinfm' and job.directory.parent.name == 'seed0'
-  )
+  ranker = next(job for job in jobs if job.directory == run.workdir / 'seed0' / 'ranker_with_pinfm' / 'test')
   assert ranker.needs is None
 
 
@@ -138,6 +137,7 @@ def _finish(plan, name, seeds, quality):
       ages = np.full(400, 30, np.float32)
       names = ('click', 'closeup', 'save', 'hide', 'share')
       one.directory.mkdir(parents=True)
+      claim(one.directory, plan.run.measured_settings())
       RankingPredictions(
         request_M, request_M // 2, np.arange(400, dtype=np.uint64), ages, labels_MT, scores_MT, None, names
       ).save(one.directory / 'predictions.npz')

@@ -12,6 +12,7 @@ from pinfm_jax.config import TransActConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.batches import Sizes
 from pinfm_jax.serve.bundle import load_bundle
+from pinfm_jax.serve.convert import refresh_bundle
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.portable.export import export_portable
 from pinfm_jax.serve.scorer import Scorer
@@ -103,6 +104,13 @@ def test_onnx_scores_equal_the_training_path(served, dataset, tmp_path):
   inputs = client.portable.programs['crossing']['inputs']
   assert inputs['recent_events'] == {'type': 'int32', 'shape': ['U', LENGTH]}
   assert not any(name.startswith('recent') for name in client.portable.programs.get('pairs', {'inputs': ()})['inputs'])
+
+
+def test_a_bundle_is_lowered_again_from_its_configuration(dataset, tmp_path):
+  toy = toy_bundle.make_toy('none', transact=TRANSACT)
+  path = refresh_bundle(toy.export(tmp_path / 'bundle'), tmp_path / 'again')
+  found = Scorer(load_bundle(path), Sizes(max_users=8, max_rows=16)).score(_documents(dataset))
+  np.testing.assert_allclose(_probabilities(found), dataset.expected(toy), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_bundles_score_what_a_run_evaluated(toy_run, tmp_path):
   run = Run(replace(toy.EXPERIMENT, data=data, arms=(ALONE, BOTH), baseline=ALONE.name), tmp_path / 'run')
   finetune_stage(run)
   for arm in (ALONE, BOTH):
-    evaluated = RankingPredictions.load(run.arm_directory(0, arm) / 'predictions.npz')
+    evaluated = RankingPredictions.load(run.measured_directory(0, arm) / 'predictions.npz')
     bundle = export_arm(run, tmp_path / arm.directory, arm.name, storage='float32')
     np.testing.assert_allclose(served_predictions(run, arm, bundle).scores_MT, evaluated.scores_MT, atol=1e-5)
     assert np.ptp(evaluated.scores_MT, axis=0).min() > 1e-3  # the comparison can fail

@@ -10,7 +10,7 @@ import numpy as np
 from pinfm_jax.config import FinetuneConfig, PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, event_inputs, history_inputs, recent_inputs
-from pinfm_jax.data.splits import usable_events
+from pinfm_jax.data.splits import usable_histories
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 
@@ -35,16 +35,21 @@ class Segments:
 
   @classmethod
   def before(
-    cls, dataset: PreparedDataset, until_ms: int | None, length: int, tokens: TokenInputs = PLAIN
+    cls,
+    dataset: PreparedDataset,
+    until_ms: int | None,
+    length: int,
+    tokens: TokenInputs = PLAIN,
+    until_U: np.ndarray | None = None,
   ) -> 'Segments':
-    """Cuts every user's usable events (see `usable_events`).
+    """Cuts every user's usable events (see `usable_histories`).
 
     Segments of fewer than two events have no target and are left out.
 
     Raises:
       UserError: nothing is left.
     """
-    usable = [usable_events(history, until_ms) for history in dataset.histories()]
+    usable = [events for _, events in usable_histories(dataset, until_ms, until_U)]
     rows, starts, stops = [], [], []
     for row, events in enumerate(usable):
       for stop in range(events, 1, -length):

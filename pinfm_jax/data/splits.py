@@ -1,6 +1,7 @@
 """The time split: which events pretrain, which requests fine-tune, validate and test."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,13 +15,23 @@ from pinfm_jax.errors import UserError
 class Split:
   """Boundaries in milliseconds since 1970; each part ends where the next begins.
 
-  `pretrain_until` is None for a log without impressions: then each user's last event is held out.
+  `pretrain_until` is None for a log without impressions: then each user's last event is held out. `spared` are the rows
+  of users of whom pretraining reads the events before fine-tuning begins alone.
   """
 
   pretrain_until: int | None
   finetune: tuple[int, int]
   validation: tuple[int, int]
   test: tuple[int, int]
+  spared: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), compare=False)
+
+  def until_by_user(self, users: int) -> np.ndarray | None:
+    """The time before which pretraining reads each user's events, int64 [users]; None: `pretrain_until` for all."""
+    if not len(self.spared):
+      return None
+    until_U = np.full(users, self.pretrain_until)
+    until_U[self.spared] = self.finetune[0]
+    return until_U
 
 
 def split_by_time(dataset: PreparedDataset, config: DataConfig) -> Split:
@@ -51,6 +62,9 @@ def split_by_time(dataset: PreparedDataset, config: DataConfig) -> Split:
     if stop > begin and not np.any((timestamp >= begin) & (timestamp < stop)):
       days = f'data.{name}_days={getattr(config, f"{name}_days")}'
       raise UserError(f'no request falls into the {name} part ({days}); the log ends {_day(end)}; change the days')
+  if config.pretrain_overlap and config.pretrain_overlap_users == 'others':
+    trains = (timestamp >= finetune) & (timestamp < validation)
+    return replace(split, spared=np.unique(dataset.requests['user_row'].to_numpy()[trains]).astype(np.int64))
   return split
 
 
@@ -63,7 +77,15 @@ def usable_events(history: History, until_ms: int | None) -> int:
   return max(len(history) - 1, 0) if until_ms is None else int(np.searchsorted(history.timestamp, until_ms))
 
 
-def pretrained_items(dataset: PreparedDataset, until_ms: int | None) -> np.ndarray:
+def usable_histories(
+  dataset: PreparedDataset, until_ms: int | None, until_U: np.ndarray | None = None
+) -> Iterator[tuple[History, int]]:
+  """Every history with its `usable_events`, before a time of each user's own if `until_U` [users] is given."""
+  for row, history in enumerate(dataset.histories()):
+    yield history, usable_events(history, until_ms if until_U is None else int(until_U[row]))
+
+
+def pretrained_items(dataset: PreparedDataset, until_ms: int | None, until_U: np.ndarray | None = None) -> np.ndarray:
   """Keys of the items that pretraining may read an event of, ascending: all others are unseen by it.
 
   It goes through the histories, since an item's `first_seen` says less: it may be the time of an impression that
@@ -72,13 +94,14 @@ def pretrained_items(dataset: PreparedDataset, until_ms: int | None) -> np.ndarr
   Args:
     dataset: the data.
     until_ms: `Split.pretrain_until`.
+    until_U: `Split.until_by_user`.
 
   Returns:
     uint64.
   """
   seen, chunk, size = np.zeros(0, np.uint64), [], 0
-  for history in dataset.histories():
-    chunk.append(history.item[: usable_events(history, until_ms)])
+  for history, usable in usable_histories(dataset, until_ms, until_U):
+    chunk.append(history.item[:usable])
     size += len(chunk[-1])
     if size >= 1 << 22:  # no copy of the whole log
       seen, chunk, size = np.unique(np.concatenate([seen, *chunk])), [], 0

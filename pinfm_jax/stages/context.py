@@ -79,7 +79,8 @@ class Run:
     """Keys of the items that pretraining may read an event of, ascending."""
     if self.base:
       return self.base.pretrained_items
-    return pretrained_items(self.dataset, self.split.pretrain_until)
+    until_U = self.split.until_by_user(self.dataset.num_users)
+    return pretrained_items(self.dataset, self.split.pretrain_until, until_U)
 
   @cached_property
   def mesh(self) -> Mesh:
@@ -108,9 +109,12 @@ class Run:
     return self.workdir / f'seed{seed}' / name
 
   def arm_directory(self, seed: int, arm: Arm) -> Path:
-    """Directory of a seed's fine-tuned arm; what is measured on the validation split stands apart."""
-    split = self.experiment.evaluate.split
-    return self.workdir / f'seed{seed}' / (arm.directory if split == 'test' else f'{split}_{arm.directory}')
+    """Directory of a seed's fine-tuned arm."""
+    return self.workdir / f'seed{seed}' / arm.directory
+
+  def measured_directory(self, seed: int, arm: Arm) -> Path:
+    """Directory of an arm's predictions on the evaluation split: trained once, it may be measured on both."""
+    return self.arm_directory(seed, arm) / self.experiment.evaluate.split
 
   @cached_property
   def schema(self) -> FeatureSchema:
@@ -153,26 +157,24 @@ class Run:
         'checksum': self.dataset.info.checksum,
         'days': [data.finetune_days, data.validation_days, data.test_days],
       }
-      | {'pretrain_overlap': data.pretrain_overlap},
+      | {'pretrain_overlap': data.pretrain_overlap}
+      | ({} if data.pretrain_overlap_users == 'all' else {'pretrain_overlap_users': data.pretrain_overlap_users}),
       'model': dataclasses.asdict(self.model),
       'pretrain': dataclasses.asdict(self.experiment.pretrain),
       'seed': seed,
     }
 
   def finetune_settings(self, seed: int) -> dict[str, Any]:
-    """Everything that fine-tuning and its predictions depend on."""
+    """Everything that fine-tuning depends on."""
     experiment, settings = self.experiment, self.pretrain_settings(seed)
     if not needs_pretraining(experiment):
       settings['pretrain'] = {'positive_actions': experiment.pretrain.positive_actions}  # of the next-token loss
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
-    return (
-      settings
-      | {k: dataclasses.asdict(v) for k, v in own.items()}
-      | {
-        'split': experiment.evaluate.split,
-        'min_candidates': experiment.data.min_candidates,
-      }
-    )
+    return settings | {k: dataclasses.asdict(v) for k, v in own.items()}
+
+  def measured_settings(self) -> dict[str, Any]:
+    """What predictions depend on besides the ranker and the split."""
+    return {'min_candidates': self.experiment.data.min_candidates}
 
 
 def needs_pretraining(experiment: Experiment) -> bool:

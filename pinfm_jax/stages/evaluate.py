@@ -62,11 +62,12 @@ def _retrieval_alone(run: Run) -> None:
 
 
 def _predictions(run: Run, seed: int, arm: Arm) -> RankingPredictions:
-  directory = run.arm_directory(seed, arm)
-  if not is_done(directory):
-    raise UserError(f'{directory} is not fine-tuned yet; run the finetune stage first (pinfm run FILE)')
-  claim(directory, run.of_arm(arm).finetune_settings(seed))  # other settings, or another split: refused
-  return RankingPredictions.load(directory / 'predictions.npz')
+  measured = run.measured_directory(seed, arm)
+  if not is_done(measured):
+    raise UserError(f'{measured} has no predictions yet; run the finetune stage first (pinfm run FILE)')
+  claim(run.arm_directory(seed, arm), run.of_arm(arm).finetune_settings(seed))  # other settings: refused
+  claim(measured, run.measured_settings())
+  return RankingPredictions.load(measured / 'predictions.npz')
 
 
 def _retrieval_figures(run: Run) -> dict[str, float]:

@@ -41,6 +41,7 @@ def export_stage(run: Run) -> None:
     return
   arm, seed, state = pinfm_arms(run)[-1], run.experiment.seeds[0], run.workdir / 'export'
   settings = run.of_arm(arm).finetune_settings(seed)
+  settings |= {'split': run.experiment.evaluate.split} | run.measured_settings()
   settings |= {**to_dict(run.experiment.serve), 'utility': dict(run.experiment.evaluate.utility)}
   try:
     claim(state, settings, is_done(state))
@@ -58,7 +59,7 @@ def export_stage(run: Run) -> None:
 def _export_and_check(run: Run, arm: Arm, seed: int) -> dict[str, float]:
   storage = run.experiment.serve.storage
   bundle = export_arm(run, run.workdir / 'bundle', overwrite=True)
-  evaluated = RankingPredictions.load(run.arm_directory(seed, arm) / 'predictions.npz')
+  evaluated = RankingPredictions.load(run.measured_directory(seed, arm) / 'predictions.npz')
   for leftover in run.workdir.glob('.check-*'):  # of a run that was killed here
     shutil.rmtree(leftover)
   with tempfile.TemporaryDirectory(dir=run.workdir, prefix='.check-') as scratch:

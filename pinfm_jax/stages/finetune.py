@@ -15,7 +15,7 @@ from pinfm_jax.workdir import claim, has_work, is_done, write_json
 
 
 def finetune_stage(run: Run) -> None:
-  """Fine-tunes every arm and seed that has not finished."""
+  """Fine-tunes every arm and seed, and measures it on the evaluation split, where that has not been done."""
   for seed in run.experiment.seeds:
     for arm in run.experiment.arms:
       directory = run.arm_directory(seed, arm)
@@ -26,9 +26,10 @@ def finetune_stage(run: Run) -> None:
 
 
 def _finished(run: Run, seed: int, arm: Arm) -> bool:
-  directory = run.arm_directory(seed, arm)
+  directory, measured = run.arm_directory(seed, arm), run.measured_directory(seed, arm)
   claim(directory, run.of_arm(arm).finetune_settings(seed), has_work(directory))
-  return is_done(directory)
+  claim(measured, run.measured_settings(), is_done(measured))
+  return is_done(measured)
 
 
 def _finetune(run: Run, seed: int, arm: Arm) -> None:
@@ -50,7 +51,9 @@ def _finetune(run: Run, seed: int, arm: Arm) -> None:
     predictions = predict(task, state.params, rows_GE, state.constants, part, label, experiment.mesh, seen)
 
   def write() -> None:
-    predictions.save(directory / 'predictions.npz')
+    measured = run.measured_directory(seed, arm)
+    predictions.save(measured / 'predictions.npz')
+    write_json(measured / 'results.json', {'requests': len(part)})
     write_json(directory / 'results.json', {'steps': task.steps, 'requests': len(requests)})
 
   on_first('finetune: results', write)

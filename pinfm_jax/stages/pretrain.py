@@ -49,8 +49,9 @@ def _pretrain(run: Run, seed: int) -> None:
   until, start = run.split.pretrain_until, None
   if config.start_from:
     start = open_start(config.start_from, 'pretrain.start_from', run.model.tables, run.dataset.info)
+  until_U = run.split.until_by_user(run.dataset.num_users)
   state = pretrain(
-    run.dataset, until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile, start
+    run.dataset, until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile, start, until_U
   )
   task = retrieval_task(
     run.dataset,

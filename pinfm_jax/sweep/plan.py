@@ -24,7 +24,7 @@ class Trained:
     name: of the arm; a tower is called by its settings.
     settings: what differs from the launch file, as text.
     seed: of the run.
-    directory: where it stands.
+    directory: where its results stand: a tower's own, or a ranker's of the measured split.
     job: that trains it, whether it is finished or not.
   """
 
@@ -99,10 +99,12 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
         if tower not in towers:
           towers[tower] = _tower(own, arm, seed, alone, tower, logs, towers_alone)
       if not towers_alone:
-        directory = run.arm_directory(seed, home)
-        job = Job(f'{arm.name}, seed {seed}', 'finetune', alone, directory, _log(logs, directory), tower)
+        trained, directory = run.arm_directory(seed, home), run.measured_directory(seed, home)
+        job = Job(f'{arm.name}, seed {seed}', 'finetune', alone, directory, _log(logs, trained), tower)
         rankers.append(Trained('ranker', arm.name, settings_text(arm.overrides), seed, directory, job))
-        _check_stands(directory, own.finetune_settings(seed))
+        _check_stands(trained, own.finetune_settings(seed))
+        if is_done(directory):
+          claim(directory, run.measured_settings())
   return Plan(run, base.dataset, towers_alone, (*towers.values(), *rankers))
 
 

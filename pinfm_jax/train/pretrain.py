@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfig
@@ -143,8 +144,11 @@ def pretrain(
   layout: MeshConfig = MeshConfig(),
   profile: Window | None = None,
   start: Start | None = None,
+  until_U: np.ndarray | None = None,
 ) -> TrainState:
   """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
+
+  With `until_U`, before a time of each user's own, `until_ms` at the latest (see `Split.until_by_user`).
 
   With `config.eval_every`, a share of the users does not train; the losses on their segments are logged as eval/....
   With `config.continue_from` it starts from what an earlier run has learned (see `train.growth`), else from `start`.
@@ -153,7 +157,7 @@ def pretrain(
     UserError: the configuration does not fit the data, or see `train`.
   """
   _check_lengths(config)
-  segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset))
+  segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset), until_U)
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
   position = _position(dataset, until_ms, model, config, seed)
   warm_start, evaluate = start, None

@@ -57,7 +57,7 @@ def test_the_losses_are_there_and_finite(finished):
 def test_the_bundle_scores_what_the_evaluation_scored(finished):
   results = read_results(finished.workdir)
   assert results['bundle/float32/max_difference'] <= 1e-5
-  predictions = RankingPredictions.load(finished.arm_directory(0, Arm('with PinFM')) / 'predictions.npz')
+  predictions = RankingPredictions.load(finished.measured_directory(0, Arm('with PinFM')) / 'predictions.npz')
   assert np.ptp(predictions.scores_MT, axis=0).min() > 1e-3  # the comparison can fail
 
 

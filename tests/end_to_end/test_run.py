@@ -67,7 +67,9 @@ def test_every_arm_has_a_calibration_curve_of_the_main_label(finished):
   curves = json.loads((finished.workdir / 'reliability.json').read_text())
   assert curves['label'] == 'save'
   assert set(curves['arms']) == {'with PinFM', 'without PinFM'}
-  rows = len(RankingPredictions.load(finished.workdir / 'seed0' / 'ranker_with_pinfm' / 'predictions.npz').request_M)
+  rows = len(
+    RankingPredictions.load(finished.workdir / 'seed0' / 'ranker_with_pinfm' / 'test' / 'predictions.npz').request_M
+  )
   assert all(sum(count for *_, count in parts) == rows for parts in curves['arms'].values())
   assert '<h2>Calibration' in (finished.workdir / 'report.html').read_text()
 
@@ -85,7 +87,7 @@ def test_the_figures_are_those_of_the_predictions(finished):
   results = json.loads((finished.workdir / 'results.json').read_text())
   for arm in ('with PinFM', 'without PinFM'):
     folder = 'ranker_' + arm.lower().replace(' ', '_')
-    predictions = RankingPredictions.load(finished.workdir / 'seed0' / folder / 'predictions.npz')
+    predictions = RankingPredictions.load(finished.workdir / 'seed0' / folder / 'test' / 'predictions.npz')
     place = predictions.label_names.index('save')
     expected = auc(predictions.labels_MT[:, place], predictions.scores_MT[:, place])
     assert results[f'{arm}/save/auc/mean'] == pytest.approx(expected, abs=1e-9)
@@ -214,7 +216,7 @@ def test_export_and_score(finished, tmp_path, capsys):
   values = [np.array([[s['click'], s['save']] for r in results for s in r['scores']]) for results in (found, int4)]
   np.testing.assert_allclose(*values, atol=0.1)
   assert np.any(values[0] != values[1])
-  evaluated = RankingPredictions.load(finished.workdir / 'seed0' / 'ranker_with_pinfm' / 'predictions.npz')
+  evaluated = RankingPredictions.load(finished.workdir / 'seed0' / 'ranker_with_pinfm' / 'test' / 'predictions.npz')
   last = evaluated.request_M >= np.unique(evaluated.request_M)[-20]  # the examples are the last requests
   places = [evaluated.label_names.index(name) for name in ('click', 'save')]
   np.testing.assert_allclose(values[0], evaluated.scores_MT[last][:, places], atol=2e-3)
@@ -298,7 +300,7 @@ def test_a_run_killed_again_and_again_ends_bit_identical(finished, tmp_path):
     a, b = ([(row['step'], row['loss']) for row in part] for part in rows)
     assert a == b
   for folder in ('ranker_with_pinfm', 'ranker_without_pinfm'):
-    a, b = (np.load(root / 'seed0' / folder / 'predictions.npz') for root in (whole, killed))
+    a, b = (np.load(root / 'seed0' / folder / 'test' / 'predictions.npz') for root in (whole, killed))
     assert a.files == b.files
     for name in a.files:
       np.testing.assert_array_equal(a[name], b[name], err_msg=name)

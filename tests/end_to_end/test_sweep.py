@@ -50,7 +50,7 @@ def swept(tmp_path_factory):
   command = ['sweep', str(root / 'launch.py'), '--arms', str(root / 'steps.py'), '--workdir', str(workdir)]
   command += ['--set', 'pretrain.steps=40', 'pretrain.checkpoint_every=5', 'finetune.epochs=0.15']
   _kill_while_it_pretrains(command, workdir)
-  in_the_way = workdir / 'seed0' / 'validation_ranker_half_without_tie' / 'checkpoints'
+  in_the_way = workdir / 'seed0' / 'ranker_half_without_tie' / 'checkpoints'
   in_the_way.parent.mkdir(parents=True)
   in_the_way.write_text('no folder')  # so that this run cannot write its checkpoints
   process = _start(command)
@@ -117,7 +117,7 @@ def test_every_run_has_a_row_and_a_tower_is_trained_once(swept):
 @pytest.mark.slow
 def test_the_failed_run_is_told_and_left_out(swept):
   assert 'half without tie, seed 0: FAILED after' in swept.output
-  log = swept.workdir / 'sweeps' / 'steps_validation' / 'logs' / 'seed0_validation_ranker_half_without_tie.log'
+  log = swept.workdir / 'sweeps' / 'steps_validation' / 'logs' / 'seed0_ranker_half_without_tie.log'
   assert str(log) in swept.output
   last = log.read_text().splitlines()[-1]
   assert last in swept.output
@@ -147,7 +147,7 @@ def test_the_next_call_runs_the_failed_one_alone(swept, capsys):
   output, after = capsys.readouterr().out, _training(swept.workdir)
   assert 'to do: 0 pretrainings, 1 rankers' in output
   assert output.count('start ') == 1
-  assert set(after) - set(before) == {'validation_ranker_half_without_tie'}
+  assert set(after) - set(before) == {'ranker_half_without_tie'}
   assert {name: after[name] for name in before} == before
   assert {row['status'] for row in _rows(swept.workdir)} == {'finished'}
   assert all(row['seconds'] for row in _rows(swept.workdir))  # those of the earlier calls are kept
@@ -179,6 +179,16 @@ def test_runs_are_shared_with_pinfm_run(swept, capsys):
   assert main([*command, 'evaluate.split=validation']) == 0
   assert capsys.readouterr().out.count('finished earlier') == 3
   assert _training(swept.workdir) == before
+
+
+@pytest.mark.slow
+def test_a_ranker_is_trained_once_and_measured_on_both_splits(swept):
+  before = _training(swept.workdir)
+  assert main([*swept.command, '--split', 'test', '--only', 'all']) == 0
+  assert _training(swept.workdir) == before
+  folder = swept.workdir / 'seed0' / 'ranker_with_pinfm'
+  parts = [RankingPredictions.load(folder / split / 'predictions.npz').request_M for split in ('test', 'validation')]
+  assert set(parts[0]).isdisjoint(parts[1])
 
 
 @pytest.mark.slow

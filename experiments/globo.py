@@ -60,16 +60,18 @@ experiment = Experiment(
     tower=TowerConfig(layers=2, width=64, heads=4, output_width=64, max_positions=32),
   ),
   pretrain=PretrainConfig(
-    steps=1500,
-    checkpoint_every=750,
+    steps=1200,  # a little less than one pass
+    checkpoint_every=600,
     batch_segments=64,
     segment_length=32,
     pack=True,
     downstream_length=24,
     window=8,
-    pairs=2,
+    pairs=1,
+    mtl_weight=0.5,
+    ftl_weight=0.0,
     max_columns=1024,
-    update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.05, warmup_steps=50),
+    update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.1, warmup_steps=50),
   ),
   ranker=RankerConfig(
     transact=TransActConfig(length=16, item_buckets=16_384),

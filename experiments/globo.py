@@ -74,7 +74,8 @@ experiment = Experiment(
     update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.1, warmup_steps=50),
   ),
   ranker=RankerConfig(
-    transact=TransActConfig(length=16, item_buckets=16_384),
+    # Off: on the validation hours TransAct (length=16) costs both rankers HIT@3; experiments/ablations/fusion.py has it.
+    transact=TransActConfig(length=0, width=16, outputs=5, item_buckets=16_384),
     cross_layers=2,
     mlp=(128, 64),
     module_width=32,

@@ -8,9 +8,9 @@ Hardware:  2 CPU cores, 6 GB of memory
 Time:      see experiments/README.md
 Expected:  see experiments/README.md
 
-A row is the launch file's experiment with that one thing changed. The launch file's TransAct (the ranker's own sequence
-module, trained from scratch) is in all rows but the two that name its absence, so 'without PinFM' is the ranker with a
-from-scratch sequence transformer, as in the paper. From scratch, the tower and the tables learn at the ranker's full
+A row is the launch file's experiment with that one thing changed. TransAct (the ranker's own sequence module, trained from
+scratch) is in all rows or in none, as the launch file says, but for the four rows that name it: the ranker with a
+from-scratch sequence transformer is the paper's baseline. From scratch, the tower and the tables learn at the ranker's full
 rate; one row keeps the tenth that protects pretrained weights. The epochs of the same compute are those of
 `pinfm_jax.sweep.ablations.equal_compute_epochs`.
 """
@@ -41,10 +41,14 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
   early = {'ranker.fusion': 'early', 'ranker.bidirectional': False}
   content, token = {'ranker.candidate_content': True}, {'ranker.learnable_token': True}
   same_compute = {'finetune.epochs': equal_compute_epochs(experiment, facts.requests)}
+  transact = {'ranker.transact.length': experiment.ranker.transact.length or 16}
+  none = {'ranker.sequence': 'none'}
   return (
     without_pinfm(),
-    Arm('neither PinFM nor TransAct', {'ranker.sequence': 'none', 'ranker.transact.length': 0}),
+    Arm('neither PinFM nor TransAct', none | {'ranker.transact.length': 0}),
+    Arm('TransAct, no PinFM', none | transact),
     with_pinfm(),
+    Arm('PinFM and TransAct', transact),
     Arm('early', early | PLAIN_CANDIDATE, '+2.91 %'),
     Arm('early + token', early | PLAIN_CANDIDATE | token),
     *content_arms(

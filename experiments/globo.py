@@ -74,7 +74,7 @@ experiment = Experiment(
     update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.1, warmup_steps=50),
   ),
   ranker=RankerConfig(
-    # Off: on the validation hours TransAct (length=16) costs both rankers HIT@3; experiments/ablations/fusion.py has it.
+    # Off: on the validation hours TransAct (length=16) costs both rankers HIT@3; ablations/fusion.py has it.
     transact=TransActConfig(length=0, width=16, outputs=5, item_buckets=16_384),
     cross_layers=2,
     mlp=(128, 64),

@@ -8,10 +8,10 @@ Hardware:  2 CPU cores, 6 GB of memory
 Time:      see experiments/README.md
 Expected:  see experiments/README.md
 
-A row is the launch file's experiment with that one thing changed. TransAct (the ranker's own sequence module, trained from
-scratch) is in all rows or in none, as the launch file says, but for the four rows that name it: the ranker with a
-from-scratch sequence transformer is the paper's baseline. From scratch, the tower and the tables learn at the ranker's full
-rate; one row keeps the tenth that protects pretrained weights. The epochs of the same compute are those of
+A row is the launch file's experiment with that one thing changed. TransAct (the ranker's own sequence module, trained
+from scratch) is in all rows or in none, as the launch file says, but for the four rows that name it: the ranker with a
+from-scratch sequence transformer is the paper's baseline. From scratch, the tower and the tables learn at the ranker's
+full rate; one row keeps the ratio that protects pretrained weights. The epochs of the same compute are those of
 `pinfm_jax.sweep.ablations.equal_compute_epochs`.
 """
 
@@ -66,6 +66,6 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
     Arm('without similarity', {'ranker.similarity': False}),
     Arm('PinFM, no TransAct', {'ranker.transact.length': 0}),
     Arm('scratch', SCRATCH),
-    Arm('scratch at a tenth', {'finetune.init': 'scratch'}),
+    Arm('scratch at the ratio', {'finetune.init': 'scratch'}),
     Arm('scratch, same compute', SCRATCH | same_compute),
   )

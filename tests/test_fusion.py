@@ -136,21 +136,23 @@ def test_the_alignment_is_the_mean_cosine_distance_of_known_candidates(toy_run, 
   np.testing.assert_allclose(figures['align'], expected, rtol=1e-4)
 
 
-def test_what_is_frozen_does_not_move(toy_run, inputs):
+@pytest.mark.parametrize(
+  'frozen', [('tower',), pytest.param(('tables',), marks=pytest.mark.slow), ('tower', 'tables')], ids=' '.join
+)
+def test_what_is_frozen_does_not_move(toy_run, inputs, frozen):
   batch, stats = inputs  # noqa: F811
-  for frozen in (('tower',), ('tables',), ('tower', 'tables')):
-    task = _task(toy_run, **{'finetune.update.frozen': frozen})
-    mesh = toy_mesh()
-    with jax.set_mesh(mesh):
-      state = init_state(task, mesh, 0, stats)()
-      before = jax.tree.map(np.array, (state.params, state.tables))
-      state, _ = make_step(task)(state, batch)
-    same = jax.tree.map(np.array_equal, before, (state.params, state.tables))
-    assert all(jax.tree.leaves(same[1])) == ('tables' in frozen)
-    assert all(jax.tree.leaves(same[0]['pinfm'])) == ('tower' in frozen)
-    assert not any(jax.tree.leaves(same[0]['ranker']['heads']))
+  task, mesh = _task(toy_run, **{'finetune.update.frozen': frozen}), toy_mesh()
+  with jax.set_mesh(mesh):
+    state = init_state(task, mesh, 0, stats)()
+    before = jax.tree.map(np.array, (state.params, state.tables))
+    state, _ = make_step(task)(state, batch)
+  same = jax.tree.map(np.array_equal, before, (state.params, state.tables))
+  assert all(jax.tree.leaves(same[1])) == ('tables' in frozen)
+  assert all(jax.tree.leaves(same[0]['pinfm'])) == ('tower' in frozen)
+  assert not any(jax.tree.leaves(same[0]['ranker']['heads']))
 
 
+@pytest.mark.slow
 def test_arms_with_the_same_pretraining_share_a_tower(tmp_path):
   steps = {'pretrain.steps': 2}
   arms = (

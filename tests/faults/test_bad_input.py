@@ -197,7 +197,7 @@ def test_a_stage_before_its_time(fails, launch, tmp_path, toy_run):
   before = ['work/experiment.json', 'work/prepare/settings.json']
   new = [name for name in before if not (tmp_path / name).exists()]
   line = fails('run', launch, '--workdir', 'work', '--stages', 'evaluate', new=new)
-  assert 'is not fine-tuned yet' in line
+  assert 'has no predictions yet; run the finetune stage first' in line
 
 
 def test_a_flipped_byte_in_any_file_of_a_bundle(fails, bundle, tmp_path):

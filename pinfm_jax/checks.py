@@ -275,6 +275,16 @@ def _check_lengths(experiment: Experiment) -> None:
     raise UserError('pretrain.ntl_weight, mtl_weight and ftl_weight are all 0: nothing would be learned; set one')
   if pretrain.action_mask >= 1:
     raise UserError(f'pretrain.action_mask is {pretrain.action_mask}; expected a share below 1')
+  if finetune.init == 'scratch' and finetune.update.frozen:
+    raise UserError(
+      f"finetune.init is 'scratch', and finetune.update.frozen is {','.join(finetune.update.frozen)}: that would never "
+      'learn; set one of both'
+    )
+  if pretrain.continue_from and experiment.data.pretrain_overlap_users == 'others' and experiment.data.pretrain_overlap:
+    raise UserError(
+      "data.pretrain_overlap_users is 'others' and pretrain.continue_from is set: what the other users did in the "
+      'fine-tuning days would count as read by all; set data.pretrain_overlap_users=all'
+    )
   if pretrain.start_from and pretrain.continue_from:
     raise UserError('pretrain.start_from and pretrain.continue_from are both set: a run starts from one of them')
   if pretrain.temperature <= 0:

@@ -1,5 +1,6 @@
 """Frozen dataclasses that configure every stage of an experiment."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -252,7 +253,10 @@ class Arm:
   @property
   def directory(self) -> str:
     """Name of the arm's folder in a seed's folder."""
-    return 'ranker_' + ''.join(c if c.isalnum() else '_' for c in self.name.lower())
+    name = ''.join(c if c.isalnum() else '_' for c in self.name.lower())
+    if len(name) > 80:  # file systems end at 255 bytes, and logs have longer names still
+      name = f'{name[:69]}_{hashlib.sha256(self.name.encode()).hexdigest()[:10]}'
+    return f'ranker_{name}'
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
   for name, value in values.items():
     if name not in hints:
       raise UserError(_unknown(name, name, kind, hints))
-    fields[name] = _coerce(value, hints[name], f'{kind.__name__}.{name}')
+    fields[name] = coerce(value, hints[name], f'{kind.__name__}.{name}')
   try:
     return kind(**fields)
   except TypeError as e:  # a field without a default is not given
@@ -77,9 +77,9 @@ def _replace(config: Any, path: list[str], value: Any, key: str) -> Any:
     raise UserError(_unknown(name, key, type(config), hints))
   current = getattr(config, name)
   if rest and isinstance(current, Mapping):  # a free mapping, such as utility weights: any name may be set
-    new = {**current, '.'.join(rest): _coerce(value, typing.get_args(hints[name])[1], key)}
+    new = {**current, '.'.join(rest): coerce(value, typing.get_args(hints[name])[1], key)}
   else:
-    new = _replace(current, rest, value, key) if rest else _coerce(value, hints[name], key)
+    new = _replace(current, rest, value, key) if rest else coerce(value, hints[name], key)
   return dataclasses.replace(config, **{name: new})
 
 
@@ -92,8 +92,12 @@ def _unknown(name: str, key: str, kind: type, known: Mapping[str, Any]) -> str:
   return f"unknown setting '{key}': {kind.__name__} has no '{name}'; nearest is '{near[0]}' (all: {', '.join(known)})"
 
 
-def _coerce(value: Any, kind: Any, key: str) -> Any:
-  """Reads `value` (a string of the command line, a JSON value or a Python one) as the annotated type."""
+def coerce(value: Any, kind: Any, key: str) -> Any:
+  """Reads `value` (a string of the command line, a JSON value or a Python one) as the annotated type.
+
+  Raises:
+    UserError: it does not fit; `key` names the setting.
+  """
   try:
     return _convert(value, kind, key)
   except (ValueError, TypeError, SyntaxError, OverflowError) as e:
@@ -122,11 +126,11 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
   if origin is tuple:
     item = typing.get_args(kind)[0]
     parts = _sequence(value)
-    return tuple(_coerce(part, item, key) for part in parts)
+    return tuple(coerce(part, item, key) for part in parts)
   if origin is not None and issubclass(origin, Mapping):
     inner = typing.get_args(kind)[1]
     items = literal(value)
-    return {str(k): _coerce(v, inner, f'{key}.{k}') for k, v in dict(items).items()}
+    return {str(k): coerce(v, inner, f'{key}.{k}') for k, v in dict(items).items()}
   raise TypeError(f'no way to read a {kind}')
 
 

@@ -33,7 +33,7 @@ def claim(directory: Path, settings: Mapping[str, Any], started: bool = True) ->
   path = directory / SETTINGS
   settings = json.loads(json.dumps(settings))
   if started and path.exists():
-    found, expected = _flat(_read(path)), _flat(settings)
+    found, expected = _flat(read_json(path)), _flat(settings)
     for name in (*expected, *found):  # a setting that is no longer there differs too
       newer = name not in found and not expected[name]
       if not newer and found.get(name) != expected.get(name):
@@ -75,7 +75,7 @@ def read_results(directory: Path) -> dict[str, float]:
   """
   if not is_done(directory):
     raise UserError(f'{directory} has no {RESULTS}: run that stage first (pinfm run FILE)')
-  return _read(directory / RESULTS)
+  return read_json(directory / RESULTS)
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -87,10 +87,15 @@ def read_settings(directory: Path) -> dict[str, Any]:
   path = directory / SETTINGS
   if not path.is_file():
     raise UserError(f'{directory} has no {SETTINGS}: expected the directory of a stage of an earlier run')
-  return _read(path)
+  return read_json(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON file that a stage wrote.
+
+  Raises:
+    UserError: it is damaged.
+  """
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:

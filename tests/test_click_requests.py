@@ -8,11 +8,12 @@ import pytest
 from clicks import START_MS, random_clicks, write_clicks
 
 from pinfm_jax.config import DAY_MS, HOUR_MS
+from pinfm_jax.data.events import NO_SURFACE
 from pinfm_jax.data.public.click_log import ClickLog
 from pinfm_jax.data.public.click_requests import RequestOptions, make_requests, mix
 from pinfm_jax.data.public.globo import DENSE, SPARSE, load_globo, time_ms
 from pinfm_jax.data.public.readers import WIDTH, ReaderVectors, user_vectors
-from pinfm_jax.data.sources import prepare_source
+from pinfm_jax.data.sources import load_source, prepare_source
 from pinfm_jax.errors import UserError
 
 OPTIONS = RequestOptions(START_MS + 24 * HOUR_MS, START_MS + 48 * HOUR_MS, START_MS + 24 * HOUR_MS, candidates=5)
@@ -81,9 +82,25 @@ def test_features_count_what_came_strictly_before(clicks, made):
     number = own[row['user_id'], clicked[row['request_id']], now]
     assert row['session_clicks'] == np.sum((session == number) & past)
     first = clicks.filter(pl.col('session_id') == number).row(0, named=True)
-    assert row['referrer'] == row['surface'] == str(first['click_referrer_type'])
+    # The referrer of a session's first click belongs to that click: it is not known when it is asked for.
+    referrer = str(first['click_referrer_type']) if row['session_clicks'] else None
+    assert (row['referrer'], row['surface']) == (referrer, referrer or NO_SURFACE)
     assert row['region'] == str(first['click_region'])
     assert row['hour_of_day'] == int(row['hour']) == now // HOUR_MS % 24
+
+
+def test_without_a_click_that_makes_a_request_a_limit_changes_nothing_but_the_message(clicks, tmp_path):
+  clicks.write_parquet(tmp_path / 'clicks.parquet')
+  options = {'requests': 'true', 'impressions_from': '2001-01-01', 'impressions_until': '2001-01-02'}
+  with pytest.raises(UserError, match='no click makes a request'):
+    load_source('globo', tmp_path, **options, max_requests='5')
+
+
+def test_options_are_read_by_their_types(clicks, tmp_path):
+  clicks.write_parquet(tmp_path / 'clicks.parquet')
+  assert load_source('globo', tmp_path, requests='false').impressions is None
+  with pytest.raises(UserError, match="setting 'candidates' got 'ten'; expected a value of type int"):
+    load_source('globo', tmp_path, requests='true', candidates='ten')
 
 
 def test_draws_come_up_as_often_as_articles_are_clicked():

@@ -119,6 +119,12 @@ def test_the_multi_token_loss_is_that_of_pretraining(toy_run, inputs):
   np.testing.assert_allclose(figures['mtl'], expected['mtl'], rtol=1e-5)
 
 
+def test_a_bidirectional_history_has_no_sequence_loss(toy_run, inputs):
+  """Its events see the next one, so a loss that asks for it would teach to copy."""
+  _, _, figures, _ = _loss(_task(toy_run, **{'ranker.bidirectional': True, 'finetune.mtl_weight': 0.3}), inputs)
+  assert set(figures) == {'ranking', 'module', 'tie'}
+
+
 def test_the_alignment_is_the_mean_cosine_distance_of_known_candidates(toy_run, inputs):
   task = _task(toy_run, **{'ranker.candidate_content': True, 'finetune.align_weight': 0.5,
                            'finetune.cold_start.randomise': 0.4})  # fmt: skip
@@ -187,6 +193,7 @@ def test_arms_with_the_same_pretraining_share_a_tower(tmp_path):
     ({'ranker.bidirectional': True, 'model.tower.backbone': 'hstu'}, 'ranker.bidirectional needs plain attention'),
     ({'finetune.update.frozen': ('towers',)}, "some of 'tower', 'tables'"),
     ({'pretrain.update.frozen': ('tower',)}, 'pretraining trains all of it'),
+    ({'finetune.init': 'scratch', 'finetune.update.frozen': ('tower',)}, 'that would never learn'),
     ({'ranker.transact.heads': 5}, 'ranker.transact.width 32'),
     ({'finetune.cold_start.age_edges_hours': (6.0, 1.0)}, 'hours that ascend'),
   ],

@@ -28,6 +28,7 @@ def _values(*words):
     ('ranker.cross_layers= 1 , 2 ', (1, 2)),
     ('finetune.update.learning_rate=1e-3,0.01', (1e-3, 0.01)),
     ('ranker.mlp=(64,32),(128,)', ((64, 32), (128,))),
+    ("finetune.update.frozen=(),('tower','tables')", ((), ('tower', 'tables'))),
     ('ranker.mlp=[64, 32],16', ((64, 32), (16,))),
     ('pretrain.positive_actions=(click,save),(save),()', (('click', 'save'), ('save',), ())),
     ('ranker.learnable_token=true,false', (True, False)),
@@ -82,6 +83,13 @@ def test_every_combination_is_an_arm_with_a_folder_of_its_own():
 
 def _rankers(arms):
   return [apply_overrides(toy.EXPERIMENT, arm.overrides).ranker for arm in arms]
+
+
+def test_the_folder_of_a_long_name_fits_a_file_system():
+  long = ' '.join(f'finetune.update.some_learning_rate_{i}=0.001' for i in range(9))
+  folders = {Arm(name).directory for name in (long, long + '1', long + '2')}
+  assert len(folders) == 3
+  assert max(map(len, folders)) < 100
 
 
 def test_settings_are_written_as_the_command_line_takes_them():

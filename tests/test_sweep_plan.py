@@ -18,7 +18,7 @@ from pinfm_jax.sweep import sweep as sweep_module
 from pinfm_jax.sweep.jobs import FAILED, Outcome
 from pinfm_jax.sweep.plan import make_plan
 from pinfm_jax.sweep.results import Rows, findings
-from pinfm_jax.sweep.sweep import Sweep, run_sweep
+from pinfm_jax.sweep.sweep import Sweep, _check_name, run_sweep
 from pinfm_jax.workdir import claim, write_json
 
 NONE, HALF = Arm('none', {'ranker.sequence': 'none'}), {'pretrain.steps': 3}
@@ -77,6 +77,16 @@ def test_an_arm_with_a_launch_arms_settings_is_that_run(run):
   validation = replace(toy.EXPERIMENT.evaluate, split='validation')
   other = replace(run, experiment=_experiment(evaluate=validation))
   assert _plan(other).of('ranker')['half'][0].directory.relative_to(run.workdir) == Path('seed0/ranker_half/validation')
+
+
+def test_results_of_other_arms_are_not_written_over(run, tmp_path):
+  path = tmp_path / 'experiment.json'
+  _check_name(path, run.experiment)
+  write_json(path, to_dict(run.experiment))
+  _check_name(path, run.experiment)
+  fewer = replace(run.experiment, arms=run.experiment.arms[:2])
+  with pytest.raises(UserError, match='holds the results of other arms too .*give this sweep a --name'):
+    _check_name(path, fewer)
 
 
 def test_an_arm_may_not_take_a_launch_arms_name_for_other_settings(run):

@@ -30,7 +30,8 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
   all_losses, no_ftl = weights, weights | {'pretrain.ftl_weight': 0.0}
   ntl_alone = no_ftl | {'pretrain.mtl_weight': 0.0}
   weight = finetune.ntl_weight or 0.1
-  ntl = {'finetune.ntl_weight': weight, 'finetune.mtl_weight': 0.0}
+  plain = {'ranker.candidate_content': False}
+  ntl = {'finetune.ntl_weight': weight, 'finetune.mtl_weight': 0.0} | plain
   none, both = ntl | {'finetune.ntl_weight': 0.0}, ntl | {'finetune.mtl_weight': weight}
   return (
     Arm(REFERENCE, ntl_alone | ntl, '0 / 0'),

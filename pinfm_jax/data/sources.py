@@ -3,6 +3,7 @@
 import inspect
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from pinfm_jax.data.public.kuairand import load_kuairand
 from pinfm_jax.data.public.schema import SourceLog
 from pinfm_jax.data.public.sequences import load_amazon, load_movielens
 from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import coerce
 
 SOURCES: Mapping[str, Callable[..., SourceLog]] = {
   'kuairand': load_kuairand,
@@ -71,8 +73,10 @@ def load_source(name: str, path: str | Path, **options: Any) -> SourceLog:
   for option in options:
     if option not in known:
       raise UserError(f'{name} has no option {option!r}; it has: {", ".join(known + list(_PREPARE_OPTIONS))}')
+  kinds = typing.get_type_hints(loader)
+  values = {option: coerce(value, kinds[option], option) for option, value in options.items() if value is not None}
   with _published_files(name, path):
-    return loader(Path(path), **options)
+    return loader(Path(path), **values)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def _finetune(run: Run, seed: int, arm: Arm) -> None:
   def write() -> None:
     measured = run.measured_directory(seed, arm)
     predictions.save(measured / 'predictions.npz')
-    write_json(measured / 'results.json', {'requests': len(part)})
     write_json(directory / 'results.json', {'steps': task.steps, 'requests': len(requests)})
+    write_json(measured / 'results.json', {'requests': len(part)})  # the last: it says that all is there
 
   on_first('finetune: results', write)

@@ -58,7 +58,7 @@ def _pretrain(run: Run, seed: int) -> None:
     until,
     config.downstream_length,
     run.experiment.finetune.history_block,
-    action_bits(config, run.dataset.info.actions),
+    action_bits((run.base or run).experiment.pretrain, run.dataset.info.actions),  # all arms are asked for the same
     evaluate.retrieval_users,
     tokens=TokenInputs.of(run.model, run.dataset),
   )

@@ -109,6 +109,7 @@ def _split(key: str, text: str) -> tuple[str, ...]:
 
 def _value(key: str, text: str, experiment: Experiment) -> Any:
   bare = text[1:-1].strip().rstrip(',') if text[0] in '([\'"' else text  # a tuple without brackets is what --set takes
+  bare = text if text[0] in '([' and any(quote in bare for quote in '\'"') else bare  # quoted parts need them
   changed = apply_overrides(experiment, {key: bare})
   for name in key.split('.'):
     changed = changed[name] if isinstance(changed, Mapping) else getattr(changed, name)

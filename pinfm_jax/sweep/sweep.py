@@ -17,7 +17,7 @@ from pinfm_jax.sweep.grid import Axis, grid_arms
 from pinfm_jax.sweep.jobs import FINISHED, Job, machine_slots, run_jobs
 from pinfm_jax.sweep.plan import Plan, make_plan
 from pinfm_jax.sweep.results import Rows, findings
-from pinfm_jax.workdir import write_json
+from pinfm_jax.workdir import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def run_sweep(sweep: Sweep, workdir: Path) -> bool:
     directory.mkdir(parents=True, exist_ok=True)
     _prepare(sweep.experiment, workdir, directory / 'logs')
     plan = _plan(sweep, workdir, directory / 'logs')
+    _check_name(directory / 'experiment.json', plan.run.experiment)
     write_json(directory / 'experiment.json', to_dict(plan.run.experiment))
     rows = Rows(plan, directory / 'runs.csv')
     rows.write()
@@ -71,6 +72,18 @@ def run_sweep(sweep: Sweep, workdir: Path) -> bool:
     found.write(directory)
   print(f'\n{found.text()}\n\n{directory / "results.md"}')
   return all(rows.status(one) == FINISHED for one in plan.trained)
+
+
+def _check_name(path: Path, experiment: Experiment) -> None:
+  """Refuses to write over the results of arms that are not among this sweep's."""
+  if not path.exists():
+    return
+  own, earlier = ({arm['name'] for arm in found['arms']} for found in (to_dict(experiment), read_json(path)))
+  if not earlier <= own:
+    raise UserError(
+      f'{path.parent} holds the results of other arms too ({", ".join(sorted(earlier - own))}); '
+      'give this sweep a --name of its own'
+    )
 
 
 def sweep_experiment(sweep: Sweep, facts: DataFacts) -> Experiment:

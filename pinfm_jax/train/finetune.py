@@ -113,7 +113,9 @@ class FinetuneTask:
       pairs=self.config.mtl_pairs,
       max_columns=self.config.ntl_columns,
     )
-    need_history = self.tables is not None and (sequence.ntl_weight > 0 or sequence.mtl_weight > 0)
+    # A bidirectional history's events see the very events that these losses ask for.
+    asks_history = self.tables is not None and not self.ranker.bidirectional
+    need_history = asks_history and (sequence.ntl_weight > 0 or sequence.mtl_weight > 0)
     seed = fold_seed(self.seed, step)
     output = self.module.apply(
       weights, *vectors, inputs, constants, seed, train=True, need_history_output=need_history, rngs={'dropout': key}
@@ -147,7 +149,7 @@ class FinetuneTask:
     own_UC = jnp.all(self.ids(batch, step)[1] == candidates.item_UC2, axis=-1)
     if candidates.hidden_id_UC is not None:
       own_UC &= ~candidates.hidden_id_UC
-    content_UCW = candidates.embedding_UCF[..., -self.schema.content_width :]
+    content_UCW = candidates.embedding_UCF[..., -self.schema.candidate_width :]
     return candidates.mask_UC & own_UC & jnp.any(content_UCW != 0, axis=-1)
 
   def _hide_ids(self, batch: RankingBatch, step: Array) -> RankingBatch:

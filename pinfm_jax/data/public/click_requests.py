@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from pinfm_jax.config import DAY_MS, HOUR_MS
+from pinfm_jax.data.events import NO_SURFACE
 from pinfm_jax.data.public.click_log import CONTEXT, ClickLog, hour_of
 from pinfm_jax.data.public.readers import WIDTH, ReaderVectors
 from pinfm_jax.errors import UserError
@@ -78,7 +79,7 @@ def make_requests(log: ClickLog, options: RequestOptions) -> MadeRequests:
   alive = log.item_times.between(item, time - window, time) > 0
   left['on an article that nobody had read in the window before'] = int(np.sum(unread & ~alive))
   place = place[unread & alive]
-  if options.max_requests:
+  if options.max_requests and len(place):
     chosen = _of_whole_users(log, place, options)
     left["beyond the day's limit (the other users')"] = int(np.sum(~chosen))
     place = place[chosen]
@@ -175,8 +176,10 @@ def _impressions(log: ClickLog, place: np.ndarray, items_RC: np.ndarray, options
     )
     for i in range(0, len(rows), 200_000)
   )
-  surface = pl.col('referrer').cast(pl.String).alias('surface')
-  return pl.DataFrame(columns).with_columns(surface, pl.col(*CONTEXT, 'hour').cast(pl.String), vectors)
+  # A session's first click is the request itself, and how it came about (a search, a link) tells which article it was.
+  referrer = pl.when(pl.col('session_clicks') > 0).then(pl.col('referrer'))
+  table = pl.DataFrame(columns).with_columns(referrer).with_columns(pl.col(*CONTEXT, 'hour').cast(pl.String), vectors)
+  return table.with_columns(surface=pl.col('referrer').fill_null(NO_SURFACE))
 
 
 def _note(options: RequestOptions, clicks: int, made: int, left: dict[str, int]) -> str:
@@ -186,7 +189,8 @@ def _note(options: RequestOptions, clicks: int, made: int, left: dict[str, int])
     f'{options.window_hours:g} h before it, as often as each was clicked, that the user had not read: {made:,} '
     f'requests of {clicks:,} clicks (left out: {reasons or "none"}). The candidates are distinct, so an article that '
     'takes a large share of the clicks is still one of them. The log sets the time of the last click of a session to '
-    '30 s after the one before it. Surface and context of a request are those of the first click of its session.'
+    '30 s after the one before it. Device and place of a request are those of its session; the referrer, which is also '
+    'the surface, is that of the first click of its session, and unknown where that is the request itself.'
   )
 
 

@@ -2,8 +2,8 @@
 
 Command:   PINFM_DATA=DIR pinfm run experiments/ml1m.py      (DIR holds ml1m/; or --set data.path=DIR)
 Hardware:  2 CPU cores, 4 GB of memory
-Time:      see experiments/README.md
-Expected:  HR@10 of the next film above the popularity row's; see experiments/README.md
+Time:      not measured yet
+Expected:  HR@10 of the next film above the popularity row; not measured yet
 
 Each user's last film is held out and all films are ranked. The log has an order but no times and no impressions; stars
 stand for actions. It serves experiments/ablations/sequence_length.py: half of the users have 96 films or more.

@@ -89,6 +89,8 @@ def check_experiment(experiment: Experiment) -> None:
     _check_ranker(each.ranker, each.model)
     _check_mesh(each.mesh)
     _check_lengths(each)
+    _check_ages(each)
+    _check_training(each)
     _check_lists(each)
     _check_held_out(each.pretrain)
     _check_negatives(each.pretrain)
@@ -249,13 +251,15 @@ def _check_lengths(experiment: Experiment) -> None:
     raise UserError(
       f'finetune.history_block {finetune.history_block} exceeds finetune.history_length {finetune.history_length}'
     )
-  cold = finetune.cold_start
+
+
+def _check_ages(experiment: Experiment) -> None:
+  cold, edges = experiment.finetune.cold_start, experiment.evaluate.age_edges_hours
   if len(cold.age_edges_hours) != len(cold.age_dropout) or not all(0 <= rate < 1 for rate in cold.age_dropout):
     raise UserError(
       f'finetune.cold_start.age_dropout is {cold.age_dropout}; expected a rate of at least 0 and below 1 for each of '
       f'the {len(cold.age_edges_hours)} age_edges_hours'
     )
-  edges = experiment.evaluate.age_edges_hours
   for key, values in (('finetune.cold_start.age_edges_hours', cold.age_edges_hours),
                       ('evaluate.age_edges_hours', edges)):  # fmt: skip
     if list(values) != sorted(set(values)) or any(not np.isfinite(v) or v <= 0 for v in values):
@@ -264,6 +268,10 @@ def _check_lengths(experiment: Experiment) -> None:
     raise UserError('evaluate.age_edges_hours is empty; expected at least one number of hours')
   if cold.randomise > 1:
     raise UserError(f'finetune.cold_start.randomise is {cold.randomise}; expected a share of at most 1')
+
+
+def _check_training(experiment: Experiment) -> None:
+  pretrain, finetune = experiment.pretrain, experiment.finetune
   for name, update in (('pretrain', pretrain.update), ('finetune', finetune.update)):
     unknown = set(update.frozen) - {'tower', 'tables'}
     if unknown or (name == 'pretrain' and update.frozen):

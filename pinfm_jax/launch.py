@@ -22,18 +22,27 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
   if not path.is_file():
     problem = 'is a directory' if path.is_dir() else 'does not exist'
     raise UserError(f'{path} {problem}; give a launch file such as experiments/quickstart.py')
-  try:
-    names = runpy.run_path(str(path))
-  except UserError:
-    raise
-  except Exception as error:  # whatever the user's file raises is the user's to mend: say where
-    raise UserError(f'{path} failed: {type(error).__name__}: {error}; mend the launch file') from error
+  names = run_file(path, 'launch file')
   experiment = names.get('experiment')
   if not isinstance(experiment, Experiment):
     raise UserError(f"{path} defines no `experiment`; expected `experiment = Experiment(name='...', ...)`")
   experiment = apply_overrides(experiment, overrides or {})
   check_experiment(experiment)
   return experiment
+
+
+def run_file(path: Path, kind: str) -> dict[str, Any]:
+  """The names that a user's Python file defines.
+
+  Raises:
+    UserError: an error in it; `kind` says what it is.
+  """
+  try:
+    return runpy.run_path(str(path))
+  except UserError:
+    raise
+  except Exception as error:  # whatever the user's file raises is the user's to mend: say where
+    raise UserError(f'{path} failed: {type(error).__name__}: {error}; mend the {kind}') from error
 
 
 def saved_experiment(workdir: str | Path) -> Experiment:

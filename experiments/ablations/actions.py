@@ -4,8 +4,8 @@ Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/acti
            pinfm sweep experiments/quickstart.py --arms experiments/ablations/actions.py --split test
            (not globo: its only action is the click)
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      see experiments/README.md (a pretraining for each row and seed)
-Expected:  see experiments/README.md
+Time:      not measured yet (a pretraining for each row and seed)
+Expected:  not measured yet
 
 The main action is the launch file's evaluate.main_label, where the paper has Save; negative actions are those with a
 negative weight in evaluate.utility, as Hide. The next-token loss of fine-tuning takes the same set.

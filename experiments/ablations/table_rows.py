@@ -4,8 +4,8 @@ Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/tabl
            pinfm sweep experiments/globo.py --arms experiments/ablations/table_rows.py --split test
            pinfm sweep experiments/quickstart.py --arms experiments/ablations/table_rows.py --split test
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      see experiments/README.md (four pretrainings a seed)
-Expected:  see experiments/README.md
+Time:      not measured yet (four pretrainings a seed)
+Expected:  not measured yet
 
 A quarter, a half, all and twice the launch file's rows, as 20 M, 40 M, 80 M and 160 M are to the paper's 80 M.
 """

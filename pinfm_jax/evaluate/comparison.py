@@ -99,15 +99,8 @@ def compare(
     UserError: a weight or a label to show names no label of the data.
   """
   _check_paired(arms, baseline)
-  names = arms[baseline][0].label_names
-  for label in labels_shown:
-    if label not in names:
-      raise UserError(
-        f"got '{label}' among the labels to show; expected some of {', '.join(names)}: set evaluate.labels"
-      )
-  if challenger and challenger not in arms:
-    raise ValueError(f"got the challenger '{challenger}'; expected one of {', '.join(arms)}")
-  arms = same_rows(arms)
+  _check_names(arms, baseline, labels_shown, challenger)
+  names, arms = arms[baseline][0].label_names, same_rows(arms)
   by_arm = {
     arm: [ranking_metrics(predictions, weights, age_edges_hours) for predictions in runs] for arm, runs in arms.items()
   }
@@ -132,6 +125,17 @@ def compare(
     against={arm: lifts(challenger, arm) for arm in arms if arm != challenger} if challenger else {},
     paper={arm: text for arm, text in (paper or {}).items() if text and arm in arms},
   )
+
+
+def _check_names(arms: Arms, baseline: str, labels_shown: Sequence[str], challenger: str) -> None:
+  names = arms[baseline][0].label_names
+  for label in labels_shown:
+    if label not in names:
+      raise UserError(
+        f"got '{label}' among the labels to show; expected some of {', '.join(names)}: set evaluate.labels"
+      )
+  if challenger and challenger not in arms:
+    raise ValueError(f"got the challenger '{challenger}'; expected one of {', '.join(arms)}")
 
 
 def _difference(key: str, lift: Lift) -> dict[str, float]:

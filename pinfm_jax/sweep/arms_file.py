@@ -1,13 +1,13 @@
 """Files of arms: what a sweep compares, for example experiments/ablations/fusion.py."""
 
 import inspect
-import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.errors import UserError
+from pinfm_jax.launch import run_file
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,7 @@ def load_arms(path: str | Path) -> ArmsFile:
   path = Path(path)
   if not path.is_file():
     raise UserError(f'--arms got {path}, which is no file; give one such as experiments/ablations/fusion.py')
-  try:
-    names = runpy.run_path(str(path))
-  except UserError:
-    raise
-  except Exception as error:  # whatever the user's file raises is the user's to mend: say where
-    raise UserError(f'{path} failed: {type(error).__name__}: {error}; mend the file') from error
+  names = run_file(path, 'file')
   if 'arms' not in names:
     raise UserError(f"{path} defines no `arms`; expected `arms = (Arm('...', {{...}}), ...)` or `def arms(experiment)`")
   texts = {name: names.get(name, '') for name in ('baseline', 'challenger', 'about')}

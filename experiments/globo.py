@@ -8,7 +8,7 @@ Expected:  see experiments/README.md
 Protocol, fixed before the test split was looked at. A request is one click of a user against 9 other articles, drawn
 from the clicks of the hour before it as often as each was clicked; the user had read none of the 10 before. Main
 metric: HIT@3 of click. Articles live for hours (about half of the clicks go to articles under 24 hours old, and a model
-that is a day old knows little of what is read), so the parts are hours of Monday, 16 October 2017 (UTC), the last full day
+that is a day old knows little of it), so the parts are hours of Monday, 16 October 2017 (UTC), the last full day
 of the log: 18 to 24 h tests, 15 to 18 h validates, 9 to 15 h trains the rankers, and all clicks before 9 h pretrain the
 tower, with the clicks from 9 to 15 h of those users that the rankers do not train on (pretrain_overlap_users: a tower
 that has seen what a ranker trains on makes it trust the tower too much). The thin tail of the log from 17 October on is

@@ -13,7 +13,7 @@ import polars as pl
 
 from pinfm_jax.config import DAY_MS, HOUR_MS
 from pinfm_jax.data.events import NO_SURFACE
-from pinfm_jax.data.public.click_log import CONTEXT, ClickLog, hour_of
+from pinfm_jax.data.public.click_log import CONTEXT, ClickLog
 from pinfm_jax.data.public.readers import WIDTH, ReaderVectors
 from pinfm_jax.errors import UserError
 
@@ -166,8 +166,6 @@ def _impressions(log: ClickLog, place: np.ndarray, items_RC: np.ndarray, options
     'hours_since_click': np.where(last < 0, np.nan, (time - last) / HOUR_MS),
     'user_clicks': log.user_times.before(user, time),
     'session_clicks': log.session_times.before(log.session[rows], time),
-    'hour_of_day': hour_of(time) % 24,
-    'hour': hour_of(time) % 24,
   }
   columns |= {name: log.context[rows, c] for c, name in enumerate(CONTEXT)}
   vectors = pl.concat(
@@ -178,7 +176,7 @@ def _impressions(log: ClickLog, place: np.ndarray, items_RC: np.ndarray, options
   )
   # A session's first click is the request itself, and how it came about (a search, a link) tells which article it was.
   referrer = pl.when(pl.col('session_clicks') > 0).then(pl.col('referrer'))
-  table = pl.DataFrame(columns).with_columns(referrer).with_columns(pl.col(*CONTEXT, 'hour').cast(pl.String), vectors)
+  table = pl.DataFrame(columns).with_columns(referrer).with_columns(pl.col(*CONTEXT).cast(pl.String), vectors)
   return table.with_columns(surface=pl.col('referrer').fill_null(NO_SURFACE))
 
 

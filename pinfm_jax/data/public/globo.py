@@ -12,16 +12,7 @@ from pinfm_jax.errors import UserError
 
 TERMS = 'academic use, non-commercial (Globo.com)'
 READERS = 'readers'
-DENSE = (
-  'clicks_1h',
-  'clicks_24h',
-  'clicks_before',
-  'hours_since_click',
-  'user_clicks',
-  'session_clicks',
-  'hour_of_day',
-)
-SPARSE = (*CONTEXT, 'hour')
+DENSE = ('clicks_1h', 'clicks_24h', 'clicks_before', 'hours_since_click', 'user_clicks', 'session_clicks')
 
 _COLUMNS = {
   'environment': 'click_environment',
@@ -111,7 +102,7 @@ def _with_requests(log: SourceLog, clicks: pl.LazyFrame, options: RequestOptions
     impressions=made.impressions.lazy(),
     labels=('click',),
     dense=DENSE,
-    sparse=SPARSE,
+    sparse=CONTEXT,
     embedding=(READERS,),
     items=log.items,
     request_by='request_id',

@@ -32,6 +32,7 @@ _MAY_BE_ZERO = (
   'pretrain.uniform_negatives',
   'ranker.cross_layers',
   'ranker.item_buckets',
+  'ranker.similarity_width',
   'ranker.transact.length',
   'update.warmup_steps',
 )

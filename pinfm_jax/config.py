@@ -158,6 +158,8 @@ class RankerConfig:
   fusion: str = 'early'  # the candidate follows the history (DCAT); late: 'mean' or 'last' output of the history alone
   bidirectional: bool = False  # the history's events see each other all, not just the earlier ones
   similarity: bool = True  # <H of the last event, z of the candidate> is an input of the ranker too
+  user_output: bool = False  # H of the last event is an input beside the candidate's output (late fusion has it anyway)
+  similarity_width: int = 0  # so are the terms of that sum, one a direction, projected to this width; 0 = they are not
   transact: TransActConfig = TransActConfig()
   interaction: str = 'dcnv2'  # the block that crosses the features
   cross_layers: int = 3  # its layers

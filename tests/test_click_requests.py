@@ -11,7 +11,7 @@ from pinfm_jax.config import DAY_MS, HOUR_MS
 from pinfm_jax.data.events import NO_SURFACE
 from pinfm_jax.data.public.click_log import ClickLog
 from pinfm_jax.data.public.click_requests import RequestOptions, make_requests, mix
-from pinfm_jax.data.public.globo import DENSE, SPARSE, load_globo, time_ms
+from pinfm_jax.data.public.globo import DENSE, load_globo, time_ms
 from pinfm_jax.data.public.readers import WIDTH, ReaderVectors, user_vectors
 from pinfm_jax.data.sources import load_source, prepare_source
 from pinfm_jax.errors import UserError
@@ -218,7 +218,7 @@ def test_the_prepared_set_has_the_features_and_the_vectors(tmp_path, clicks, mad
     impressions_from='2017-10-15', impressions_until='2017-10-16',
   )  # fmt: skip
   info = dataset.info
-  assert (info.features.dense, tuple(f.name for f in info.features.sparse)) == (DENSE, SPARSE)
+  assert (info.features.dense, tuple(f.name for f in info.features.sparse)) == (DENSE, _CONTEXT)
   assert [(f.name, f.width) for f in info.features.embedding] == [('readers', WIDTH)]
   assert dataset.num_requests == made.height // 5
   wanted = {row['request_id']: row for row in made.group_by('request_id').agg(pl.all()).iter_rows(named=True)}

@@ -23,7 +23,7 @@ MODELS = {
   ),
   'token': (
     replace(toy_bundle.MODEL, tower=replace(TOWER, backbone='hstu')),
-    {'learnable_token': True, 'candidate_content': True},
+    {'learnable_token': True, 'candidate_content': True, 'similarity_width': 4},
   ),
   'mean': (toy_bundle.MODEL, {'fusion': 'mean'}),
 }

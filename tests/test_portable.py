@@ -25,7 +25,7 @@ PLAIN = toy_bundle.MODEL
 INPUTS = replace(PLAIN, tower=replace(PLAIN.tower, time_gap_buckets=12), content=True, content_width=2, id_mask=0.3)
 HSTU = replace(PLAIN, tower=replace(PLAIN.tower, backbone='hstu'))
 DEEP = replace(PLAIN, tower=replace(PLAIN.tower, layers=4, max_positions=toy_bundle.LENGTH + 2))
-TOKENS = {'learnable_token': True, 'candidate_content': True}
+TOKENS = {'learnable_token': True, 'candidate_content': True, 'similarity_width': 4}
 MODELS = {
   'plain': ('pinfm', PLAIN, {}),
   'inputs': ('pinfm', INPUTS, {}),

@@ -122,9 +122,9 @@ def test_sparse_width(size, most, width):
 VARIANTS = {
   'base': {},
   'content': {'candidate_content': True},
-  'token': {'learnable_token': True},
+  'token': {'learnable_token': True, 'similarity_width': 6},
   'both': {'candidate_content': True, 'learnable_token': True},
-  'mean': {'fusion': 'mean'},
+  'mean': {'fusion': 'mean', 'similarity_width': 6},
   'last': {'fusion': 'last', 'similarity': False},
   'bidirectional': {'bidirectional': True, 'learnable_token': True},
 }
@@ -143,6 +143,18 @@ def test_context_and_score_equal_the_training_path(batch, options):
   with_history = _apply(toy, batch, need_history_output=True)
   np.testing.assert_allclose(found, jax.nn.sigmoid(with_history.logits_UCT), atol=1e-6, rtol=0)
   assert with_history.h_ULO.shape == (4, LENGTH, MODEL.tower.output_width)
+
+
+def test_the_similarity_is_an_input_as_a_sum_and_by_direction(batch):
+  toy = _toy(similarity_width=6)
+  draw, width = np.random.default_rng(0).normal, MODEL.tower.output_width
+  output_UCO, z_UCO, user_UO = draw(size=(2, 3, width)), draw(size=(2, 3, width)), draw(size=(2, width))
+  items_UCV = draw(size=(2, 3, MODEL.tables.item_width))
+  found = toy.module.apply({'params': toy.params}, output_UCO, items_UCV, z_UCO, user_UO, method='_module')
+  layer = jax.tree.map(np.asarray, toy.params['project_similarity'])
+  terms_UCO = user_UO[:, None] * z_UCO
+  np.testing.assert_allclose(found[..., -7], terms_UCO.sum(axis=-1), rtol=1e-5)
+  np.testing.assert_allclose(found[..., -6:], terms_UCO @ layer['kernel'] + layer['bias'], rtol=1e-4, atol=1e-5)
 
 
 def test_the_token_variants_learn(batch):

@@ -83,8 +83,7 @@ class UserContext:
 
   Attributes:
     kv: every layer's keys and values [N, U, L, H, K].
-    user_UO: what represents the user without a candidate: H of the last event, or with mean fusion the mean of H; 0
-      without events.
+    user_UO: the user without a candidate: H of the last event, with mean fusion the mean of H; 0 without events.
     events_U: how many events each history has; a learnable token stands behind the last one.
   """
 
@@ -199,6 +198,10 @@ class RankingModel(nn.Module):
       self.pinfm = PinFM(self.pinfm_config)
       self.project_output = dense(self.config.module_width, (None, None))
       self.project_item = dense(self.config.module_width, (None, None))
+      if self.config.user_output:
+        self.project_user = dense(self.config.module_width, (None, None))
+      if self.config.similarity_width:
+        self.project_similarity = dense(self.config.similarity_width, (None, None))
       self.module_head = dense(self.spec.num_labels, (None, None))
       normal, item_width = nn.initializers.normal(0.02), self.pinfm_config.tables.item_width
       self.token_V = self.param('learnable_token', normal, (item_width,)) if self.config.learnable_token else None
@@ -265,7 +268,7 @@ class RankingModel(nn.Module):
       user_M: which of them each row of events follows; None = row u follows user u.
 
     Returns:
-      Keys and values of the new positions, what represents the users now, and the number of new events.
+      Keys and values of the new positions, the users now, and the number of new events.
 
     Raises:
       ValueError: a bidirectional model, whose earlier events see the new ones.
@@ -352,8 +355,7 @@ class RankingModel(nn.Module):
   ) -> tuple[Array, UserContext]:
     """H (of every event, or of the last ones) and what is kept of the users."""
     items_ULV = self.pinfm.items(vectors_ULV, events.content_ULW, events.hidden_id_UL)
-    mean = self.config.fusion == 'mean'
-    every_output |= mean
+    every_output |= (mean := self.config.fusion == 'mean')
     h_ULO, kv = self.pinfm.encode(
       items_ULV, events, train, every_output, token_V=self.token_V, bidirectional=self.config.bidirectional
     )
@@ -380,10 +382,16 @@ class RankingModel(nn.Module):
 
   def _module(self, output_MCO: Array, items_MCV: Array, z_MCO: Array, user_MO: Array) -> Array:
     """What the ranker sees of PinFM: the candidate-position output and the candidate's item vector, as in the paper,
-    and the similarity that pretraining maximises, <H of the last event, z of the candidate>: it ranks from step 0."""
+    and <H of the last event, z of the candidate>, which pretraining maximises: it ranks from step 0. Of the terms of
+    that sum, one a direction, the ranker learns which of them matter for which label."""
     parts = [self.project_output(output_MCO), l2_normalise(self.project_item(items_MCV))]
+    if self.config.user_output:
+      user_MCO = jnp.broadcast_to(user_MO[:, None], output_MCO.shape)
+      parts.append(self.project_user(user_MCO))
     if self.config.similarity:
       parts.append(jnp.einsum('uo,uco->uc', user_MO, z_MCO)[..., None])
+    if self.config.similarity_width:
+      parts.append(self.project_similarity(user_MO[:, None] * z_MCO))
     return jnp.concatenate(parts, axis=-1)
 
 

@@ -10,8 +10,9 @@ from toy_bundle import LENGTH, MODEL, SCHEMA, SPEC, make_content, make_history, 
 from toy_bundle import vectors as item_vectors
 
 from pinfm_jax.config import ColdStartConfig, RankerConfig
-from pinfm_jax.model.interaction import CrossNetwork
-from pinfm_jax.model.ranker import DenseStats, FeatureLayer, FeatureSpec, Ranker, RankingModel, sparse_width
+from pinfm_jax.model.features import sparse_width
+from pinfm_jax.model.interaction.cross import CrossNetwork
+from pinfm_jax.model.ranker import DenseStats, FeatureLayer, FeatureSpec, Ranker, RankingModel
 
 # One position more than events and candidate need: a token may stand between them.
 LONGER = replace(MODEL, tower=replace(MODEL.tower, max_positions=LENGTH + 2))

@@ -114,8 +114,8 @@ class FieldAttention(nn.Module):
   def __call__(self, x_ND: Array) -> Array:
     """[..., N, D] -> [..., N, width]."""
     projected = dense(3 * self.width, (None, None), use_bias=False, name='query_key_value')(x_ND)
-    heads = (self.heads, self.width // self.heads)
-    query, key, value = (y.reshape(*y.shape[:-1], *heads) for y in jnp.split(projected, 3, axis=-1))
-    weights_HNM = jax.nn.softmax(jnp.einsum('...nhk,...mhk->...hnm', query, key) * self.scale, axis=-1)
-    attended = jnp.einsum('...hnm,...mhk->...nhk', weights_HNM, value)
-    return attended.reshape(*x_ND.shape[:-1], self.width)
+    parts = projected.reshape(*x_ND.shape[:-1], 3, self.heads, self.width // self.heads)
+    # Heads before fields: products of whole matrices take half the time on a CPU.
+    query_HNK, key_HNK, value_HNK = (jnp.moveaxis(parts[..., i, :, :], -2, -3) for i in range(3))
+    weights_HNM = jax.nn.softmax((self.scale * query_HNK) @ jnp.swapaxes(key_HNK, -1, -2), axis=-1)
+    return jnp.moveaxis(weights_HNM @ value_HNK, -3, -2).reshape(*x_ND.shape[:-1], self.width)

@@ -9,6 +9,7 @@ from pinfm_jax.data.public.schema import ClickRows, find_files
 from pinfm_jax.data.public.sequences import MOVIELENS_TERMS, read_ratings
 from pinfm_jax.errors import UserError
 
+_KAGGLE_TERMS = 'the terms of the Kaggle competition that published it: read them there'
 _CRITEO_DENSE = tuple(f'I{i}' for i in range(1, 14))
 _CRITEO_SPARSE = tuple(f'C{i}' for i in range(1, 27))
 _AVAZU_SPARSE = (
@@ -41,7 +42,7 @@ def load_criteo(path: Path, rows: int = 0) -> ClickRows:
   )
   return ClickRows(
     source='Criteo Display Advertising Challenge (Kaggle, 2014)',
-    licence="Criteo's terms of the Kaggle data set: research use, no redistribution",
+    licence=_KAGGLE_TERMS,
     rows=_first(table, rows).with_row_index('row'),
     dense=_CRITEO_DENSE,
     sparse=_CRITEO_SPARSE,
@@ -80,7 +81,7 @@ def load_avazu(path: Path, rows: int = 0) -> ClickRows:
   notes = ('Both clicks and rows without one were subsampled by the publisher, at different rates.',)
   return ClickRows(
     source='Avazu Click-Through Rate Prediction (Kaggle, 2014)',
-    licence='rules of the Kaggle competition: the data are for the competition and for research, no redistribution',
+    licence=_KAGGLE_TERMS,
     rows=made,
     sparse=(*_AVAZU_SPARSE, 'hour_of_day', 'weekday'),
     time='time',

@@ -9,6 +9,7 @@ import numpy as np
 from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig, PretrainConfig, RankerConfig
 from pinfm_jax.data.simulator import SimulatorConfig
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.interaction.settings import INTERACTIONS, check_interaction
 from pinfm_jax.overrides import apply_overrides, from_dict
 
 ARM_GROUPS = ('model.', 'pretrain.', 'ranker.', 'finetune.')  # what an arm may change
@@ -30,6 +31,7 @@ _MAY_BE_ZERO = (
   'pretrain.impression_negatives',
   'pretrain.keep_best',
   'pretrain.uniform_negatives',
+  'ranker.block.most_field_width',
   'ranker.cross_layers',
   'ranker.item_buckets',
   'ranker.similarity_width',
@@ -49,7 +51,9 @@ _CHOICES = {
   'pretrain.continue_on': ('new', 'all'),
   'ranker.sequence': ('pinfm', 'none'),
   'ranker.fusion': ('early', 'mean', 'last'),
-  'ranker.interaction': ('dcnv2',),
+  'ranker.interaction': tuple(INTERACTIONS),
+  'ranker.block.activation': ('none', 'tanh', 'relu'),
+  'ranker.block.expert_gate': ('softmax', 'sigmoid'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.attention': ('auto', 'xla', 'flash'),
   'model.tower.backbone': ('gpt2', 'hstu'),
@@ -88,6 +92,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_values(each)
     _check_model(each.model)
     _check_ranker(each.ranker, each.model)
+    check_interaction(each.ranker)
     _check_mesh(each.mesh)
     _check_lengths(each)
     _check_ages(each)

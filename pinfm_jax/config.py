@@ -151,6 +151,32 @@ class TransActConfig:
 
 
 @dataclass(frozen=True)
+class InteractionConfig:
+  """The block that crosses the features (`model.interaction`); `ranker.interaction` reads what is of its kind."""
+
+  concat: bool = True  # the MLP behind the block reads x0 too, not the block's output alone
+  parallel: int = 1  # copies of the block side by side, each with its own weights; their outputs are concatenated
+  deep: tuple[int, ...] = ()  # layers of an MLP on x0 beside the block, whose output is concatenated too; empty = none
+  rank: int = 32  # of low-rank DCNv2
+  activation: str = 'none'  # in DCNv2's low-rank space: 'none', 'tanh' or 'relu'
+  experts: int = 4  # of dcnv2_mixture
+  expert_gate: str = 'softmax'  # how these are weighted: 'softmax' or 'sigmoid'
+  blocks: int = 3  # MaskNet blocks (masknet_serial, masknet_parallel, final)
+  ratio: float = 2.0  # hidden width of a MaskNet mask (transformer: of a layer's MLP), in widths of what goes through
+  width: int = 512  # of the output of a MaskNet block, a FinalMLP stream, a DHEN layer, a layer of `mlp`
+  token_width: int = 32  # blocks over fields (cin, autoint, transformer, fm) project each field to this width
+  heads: int = 4  # of attention, and of FinalMLP's fusion
+  maps: int = 64  # feature maps of a CIN layer
+  outputs: int = 16  # of FinalMLP's fusion
+  first_gate: tuple[str, ...] = ()  # fields that choose the features of FinalMLP's first stream; empty = learned
+  second_gate: tuple[str, ...] = ()  # of the second
+  ensemble: tuple[str, ...] = ('dcnv2', 'masknet_parallel')  # blocks of a DHEN layer
+  most_field_width: int = 0  # wider fields (features, outputs of modules) are projected to this width; 0 = none
+  field_norm: bool = False  # layer norm of each field
+  field_gates: bool = False  # each field is scaled by a gate that sees all of them
+
+
+@dataclass(frozen=True)
 class RankerConfig:
   """The multi-task ranking model around the user-sequence module (feature_interactions: Homefeed ranker)."""
 
@@ -162,7 +188,8 @@ class RankerConfig:
   similarity_width: int = 0  # so are the terms of that sum, one a direction, projected to this width; 0 = they are not
   transact: TransActConfig = TransActConfig()
   interaction: str = 'dcnv2'  # the block that crosses the features
-  cross_layers: int = 3  # its layers
+  cross_layers: int = 3  # its layers (MaskNet alone has `block.blocks` instead)
+  block: InteractionConfig = InteractionConfig()
   mlp: tuple[int, ...] = (256, 128)
   dropout: float = 0.0
   item_buckets: int = 65_536  # the ranker's own hashed item-id embedding, with or without PinFM; 0 = none

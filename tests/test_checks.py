@@ -5,6 +5,7 @@ import toy
 
 from pinfm_jax.checks import check_experiment, check_labels
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.interaction.settings import INTERACTIONS
 from pinfm_jax.overrides import apply_overrides
 
 
@@ -39,6 +40,49 @@ def test_a_value_that_cannot_work_is_named(setting):
   message = str(caught.value)
   assert key.split('.')[-1] in message
   assert '\n' not in message
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'interaction': 'dcnv3'}, 'expected one of: dcnv2, dcnv2_low_rank'),
+    ({'block.activation': 'gelu'}, 'expected one of: none, tanh, relu'),
+    ({'block.expert_gate': 'top1'}, 'expected one of: softmax, sigmoid'),
+    ({'block.rank': 0}, 'ranker.block.rank is 0; expected at least 1'),
+    ({'block.ratio': 0.0}, 'ranker.block.ratio is 0.0; expected a positive number'),
+    ({'block.deep': (8, 0)}, r'ranker.block.deep is \(8, 0\); expected numbers of at least 1'),
+    ({'block.most_field_width': -1}, 'most_field_width is -1'),
+    ({'interaction': 'cin', 'cross_layers': 0}, "ranker.cross_layers is 0; ranker.interaction 'cin' needs at least 1"),
+    ({'interaction': 'autoint', 'block.heads': 5}, 'token_width 32 is not a multiple of ranker.block.heads 5'),
+    ({'interaction': 'finalmlp', 'block.heads': 3}, 'ranker.block.width 512 is not a multiple of ranker.block.heads 3'),
+    ({'interaction': 'none', 'block.deep': (8,)}, 'ranker.interaction=mlp'),
+    ({'interaction': 'dhen', 'block.ensemble': ()}, 'ranker.block.ensemble is empty; expected some of: dcnv2'),
+    ({'interaction': 'dhen', 'block.ensemble': ('dhen',)}, "ranker.block.ensemble names 'dhen'; expected some of"),
+    ({'interaction': 'dhen', 'block.ensemble': ('fm', 'fm')}, 'expected each block once'),
+    (
+      {'interaction': 'dhen', 'block.ensemble': ('autoint',), 'block.heads': 5},
+      'ranker.block.token_width 32 is not a multiple of ranker.block.heads 5',
+    ),
+    (
+      {'interaction': 'dhen', 'cross_layers': 2, 'block.ensemble': ('fm',), 'block.token_width': 30},
+      'ranker.block.width 512 is not a multiple of ranker.block.token_width 30',
+    ),
+    (
+      {'interaction': 'dhen', 'cross_layers': 2, 'block.ensemble': ('finalmlp',), 'block.first_gate': ('dense_0',)},
+      'leave them empty, or set ranker.cross_layers=1',
+    ),
+  ],
+)  # fmt: skip
+def test_an_interaction_block_that_cannot_work_is_refused(changes, words):
+  experiment = apply_overrides(toy.EXPERIMENT, {f'ranker.{key}': value for key, value in changes.items()})
+  with pytest.raises(UserError, match=words) as caught:
+    check_experiment(experiment)
+  assert '\n' not in str(caught.value)
+
+
+def test_every_interaction_block_passes_with_the_default_settings():
+  for name in INTERACTIONS:
+    check_experiment(apply_overrides(toy.EXPERIMENT, {'ranker.interaction': name}))
 
 
 @pytest.mark.parametrize('key', ['mesh.fsdp', 'serve.storage', 'data.min_candidates', 'evaluate.split'])

@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 from toy_bundle import LENGTH, MODEL, SCHEMA, SPEC, make_content, make_history, make_request, make_toy, ranking_batch
 from toy_bundle import vectors as item_vectors
 
-from pinfm_jax.config import ColdStartConfig, RankerConfig
-from pinfm_jax.model.interaction import CrossNetwork
-from pinfm_jax.model.ranker import DenseStats, FeatureLayer, FeatureSpec, Ranker, RankingModel, sparse_width
+from pinfm_jax.config import ColdStartConfig, InteractionConfig, RankerConfig, TransActConfig
+from pinfm_jax.model.features import ranker_fields, sparse_width
+from pinfm_jax.model.interaction.build import interaction_width
+from pinfm_jax.model.interaction.cross import CrossNetwork
+from pinfm_jax.model.interaction.fields import FieldInputs, total_width
+from pinfm_jax.model.interaction.settings import INTERACTIONS
+from pinfm_jax.model.ranker import DenseStats, FeatureLayer, FeatureSpec, Ranker, RankingModel
 
 # One position more than events and candidate need: a token may stand between them.
 LONGER = replace(MODEL, tower=replace(MODEL.tower, max_positions=LENGTH + 2))
@@ -112,6 +117,53 @@ def test_the_cross_network_against_numpy(layers):
   np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
 
 
+def test_the_default_block_has_the_parameters_and_numbers_of_before(batch):
+  """Bundles and checkpoints hold them: x0 beside the crossed x0, bit for bit."""
+  ranker, stats = RankerConfig(cross_layers=2, mlp=(6,)), DenseStats(*([jnp.ones(SPEC.num_dense)] * 4))
+  modules_UCM = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 129)), jnp.float32)
+  module = Ranker(SPEC, ranker)
+  params = meta.unbox(jax.jit(module.init)(jax.random.key(0), batch.candidates, stats, modules_UCM)['params'])
+  assert set(params) == {'features', 'cross', 'mlp_0', 'heads'}
+  assert list(params['cross']) == ['Dense_0', 'Dense_1']
+
+  def before(p):
+    x0 = FeatureLayer(SPEC, ranker).apply({'params': p['features']}, batch.candidates, stats)
+    x = x0 = jnp.concatenate([x0, modules_UCM], axis=-1)
+    for weights in p['cross'].values():
+      x = x0 * (x @ weights['kernel'] + weights['bias']) + x
+    x = jax.nn.relu(jnp.concatenate([x0, x], axis=-1) @ p['mlp_0']['kernel'] + p['mlp_0']['bias'])
+    return x @ p['heads']['kernel'] + p['heads']['bias']
+
+  found = jax.jit(lambda p: module.apply({'params': p}, batch.candidates, stats, modules_UCM))(params)
+  np.testing.assert_array_equal(found, jax.jit(before)(params))
+
+
+@pytest.mark.parametrize('concat', [True, False])
+def test_the_mlp_reads_the_block_and_maybe_its_input(batch, concat):
+  spec, stats = replace(SPEC, embedding_widths=(4, 4)), DenseStats(*([jnp.ones(SPEC.num_dense)] * 4))
+  candidates = batch.candidates._replace(embedding_UCF=jnp.zeros((4, 5, 8)))
+  for name in INTERACTIONS:
+    block = InteractionConfig(concat=concat, most_field_width=16, field_norm=True, field_gates=True)
+    ranker = RankerConfig(interaction=name, mlp=(6,), block=block)
+    init = lambda key, ranker=ranker: Ranker(spec, ranker).init(key, candidates, stats, jnp.zeros((4, 5, 129)))
+    params = meta.unbox(jax.eval_shape(init, jax.random.key(0))['params'])
+    fields = FieldInputs(ranker_fields(spec, ranker, True), 16).made
+    assert {field.width for field in fields if field.kind in ('embedding', 'module')} == {16, 1}
+    width = interaction_width(ranker, fields) + (total_width(fields) if concat and name != 'none' else 0)
+    assert params['mlp_0']['kernel'].shape == (width, 6), name
+
+
+def test_the_fields_of_a_ranker_are_its_inputs_one_by_one():
+  ranker = RankerConfig(embedding_width=6, module_width=5, transact=TransActConfig(length=9, width=2, outputs=2))
+  fields = ranker_fields(FeatureSpec(3, (5, 10**6), (7, 7), 1), ranker, True)
+  assert [(f.name, f.width) for f in fields] == [
+    ('dense_0', 3), ('sparse_0', 4), ('sparse_1', 32), ('embedding_0', 6), ('embedding_1', 6),
+    ('module_0', 5), ('module_1', 5), ('module_2', 1), ('module_3', 6), ('module_4', 6), ('module_5', 6),
+  ]  # fmt: skip
+  assert [f.start for f in fields] == [0, 3, 7, 39, 45, 51, 56, 61, 62, 68, 74]
+  assert [f.kind for f in ranker_fields(FeatureSpec(0, (), (7,), 1), ranker, False)] == ['embedding']
+
+
 @pytest.mark.parametrize(
   ('size', 'most', 'width'), [(2, 32, 4), (10, 32, 4), (100, 32, 8), (65_537, 32, 32), (10**9, 16, 16)]
 )
@@ -123,8 +175,8 @@ VARIANTS = {
   'base': {},
   'content': {'candidate_content': True},
   'token': {'learnable_token': True, 'similarity_width': 6},
-  'both': {'candidate_content': True, 'learnable_token': True},
-  'mean': {'fusion': 'mean', 'similarity_width': 6},
+  'both': {'candidate_content': True, 'learnable_token': True, 'user_output': True},
+  'mean': {'fusion': 'mean', 'similarity_width': 6, 'user_output': True},
   'last': {'fusion': 'last', 'similarity': False},
   'bidirectional': {'bidirectional': True, 'learnable_token': True},
 }
@@ -145,14 +197,17 @@ def test_context_and_score_equal_the_training_path(batch, options):
   assert with_history.h_ULO.shape == (4, LENGTH, MODEL.tower.output_width)
 
 
-def test_the_similarity_is_an_input_as_a_sum_and_by_direction(batch):
-  toy = _toy(similarity_width=6)
+def test_the_user_and_the_similarity_are_inputs(batch):
+  toy = _toy(similarity_width=6, user_output=True)
   draw, width = np.random.default_rng(0).normal, MODEL.tower.output_width
   output_UCO, z_UCO, user_UO = draw(size=(2, 3, width)), draw(size=(2, 3, width)), draw(size=(2, width))
   items_UCV = draw(size=(2, 3, MODEL.tables.item_width))
   found = toy.module.apply({'params': toy.params}, output_UCO, items_UCV, z_UCO, user_UO, method='_module')
   layer = jax.tree.map(np.asarray, toy.params['project_similarity'])
   terms_UCO = user_UO[:, None] * z_UCO
+  own = jax.tree.map(np.asarray, toy.params['project_user'])
+  user_UO = np.broadcast_to((user_UO @ own['kernel'] + own['bias'])[:, None], (2, 3, 8))
+  np.testing.assert_allclose(found[..., -15:-7], user_UO, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(found[..., -7], terms_UCO.sum(axis=-1), rtol=1e-5)
   np.testing.assert_allclose(found[..., -6:], terms_UCO @ layer['kernel'] + layer['bias'], rtol=1e-4, atol=1e-5)
 

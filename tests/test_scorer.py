@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import toy_bundle
 
+from pinfm_jax.config import InteractionConfig
 from pinfm_jax.data.info import IdTypes, SparseFeature
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.batches import Sizes
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.fields import read_sparse
 from pinfm_jax.serve.from_dataset import dataset_requests
+from pinfm_jax.serve.inspect import inspect
 from pinfm_jax.serve.requests import RequestParser
 from pinfm_jax.serve.scorer import Scorer, score_file
 
@@ -101,6 +103,16 @@ def test_a_ranker_without_pinfm(dataset, requests, tmp_path):
   assert sorted(p.name for p in out.rglob('*') if p.is_file()) == ['crossing.bin', 'manifest.json', 'parameters.npz']
   for result, expected in zip(Scorer.load(out).score(requests), dataset.expected(toy), strict=True):
     np.testing.assert_allclose(probabilities(result), expected, atol=1e-5)
+
+
+def test_a_ranker_with_another_interaction_block(dataset, requests, tmp_path):
+  block = InteractionConfig(concat=False, width=8, blocks=2, field_norm=True, most_field_width=6)
+  toy = toy_bundle.make_toy('none', interaction='final', block=block)
+  out = toy.export(tmp_path / 'final')
+  assert load_bundle(out).manifest.ranking == toy.ranker
+  for result, expected in zip(Scorer.load(out).score(requests), dataset.expected(toy), strict=True):
+    np.testing.assert_allclose(probabilities(result), expected, atol=1e-5)
+  assert 'parallel MaskNet with DCNv2 on top (2 blocks of width 8, 1 layers of DCNv2)' in inspect(out).text(out)
 
 
 def test_missing_features_are_missing_values(scorer, requests):

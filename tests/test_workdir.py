@@ -9,6 +9,7 @@ import toy
 
 from pinfm_jax import workdir
 from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.workdir import claim, is_done, read_results, write_json, write_text
 
 SETTINGS = {'data': {'checksum': 'abc', 'simulator': {'users': 10}}, 'steps': 3, 'labels': ('a', 'b')}
@@ -58,6 +59,20 @@ def test_the_first_difference_is_the_one_that_is_named(tmp_path):
   claim(tmp_path, {'a': 1, 'b': 2, 'c': 3})
   with pytest.raises(UserError, match='b=2, now it is 5'):
     claim(tmp_path, {'a': 1, 'b': 5, 'c': 6})
+
+
+def test_work_from_before_other_interaction_blocks_goes_on(tmp_path, toy_run):
+  """The settings of the default block were not named then; another block is another run."""
+  settings = toy_run.finetune_settings(0)
+  assert 'block' not in settings['ranker']
+  changed = dataclasses.replace(toy_run, experiment=apply_overrides(toy_run.experiment, {'ranker.block.concat': False}))
+  claim(tmp_path, settings)
+  claim(tmp_path, settings)
+  with pytest.raises(UserError, match='ranker.block'):
+    claim(tmp_path, changed.finetune_settings(0))
+  claim(tmp_path / 'other', changed.finetune_settings(0))
+  with pytest.raises(UserError, match='ranker.block'):
+    claim(tmp_path / 'other', settings)
 
 
 def test_damaged_settings_are_named(tmp_path):

@@ -1,6 +1,5 @@
 """The multi-task ranking model, with PinFM as its user-sequence module by early or late fusion (PinFM section 3.2)."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,60 +10,14 @@ import jax.numpy as jnp
 from pinfm_jax.config import ColdStartConfig, PinFMConfig, RankerConfig
 from pinfm_jax.model.cold_start import age_dropout
 from pinfm_jax.model.dcat import LayerKV
-from pinfm_jax.model.interaction import interaction_block
+from pinfm_jax.model.features import CandidateBatch, DenseStats, FeatureLayer, FeatureSpec, ranker_fields
+from pinfm_jax.model.interaction.build import interaction_block, joins_input
+from pinfm_jax.model.interaction.fields import FieldInputs
 from pinfm_jax.model.pinfm import EventBatch, PinFM, key_mask, l2_normalise
 from pinfm_jax.model.transact import RecentEvents, TransAct, hide_newest
 from pinfm_jax.model.transformer import dense, last_event
 
 Array = jax.Array
-
-
-@dataclass(frozen=True)
-class FeatureSpec:
-  """Shapes of a ranking request's features: what the ranker's layers are sized by.
-
-  Attributes:
-    num_dense: dense features.
-    sparse_sizes: cardinality of each sparse feature.
-    embedding_widths: of each embedding feature.
-    num_labels: T.
-    content_width: of the candidate's content: the last embedding input (`FeatureSchema.candidate_width`); 0 = none.
-  """
-
-  num_dense: int
-  sparse_sizes: tuple[int, ...]
-  embedding_widths: tuple[int, ...]
-  num_labels: int
-  content_width: int = 0
-
-
-class CandidateBatch(NamedTuple):
-  """C candidates of each of U users, padded.
-
-  Attributes:
-    item_UC2: uint32 id words.
-    mask_UC: True on real candidates.
-    age_hours_UC: item age at the request, NaN if unknown.
-    dense_UCF: raw dense features, NaN = missing.
-    sparse_UCF: int32 indices, 0 = missing.
-    embedding_UCF: the embedding features, one after another.
-    gap_UC: int32 bucket of the time from the user's last event to the request, for a model with time gaps.
-    content_UCW: float16 unit-length content of the items, for a model with content.
-    hidden_id_UC: True where the model does not see the id: items that training never saw and, while it trains, some at
-      random. None = nowhere.
-    recent_item_UC: rows of TransAct's item table, for a ranker with it.
-  """
-
-  item_UC2: Array
-  mask_UC: Array
-  age_hours_UC: Array
-  dense_UCF: Array
-  sparse_UCF: Array
-  embedding_UCF: Array
-  gap_UC: Array | None = None
-  content_UCW: Array | None = None
-  hidden_id_UC: Array | None = None
-  recent_item_UC: Array | None = None
 
 
 class RankingBatch(NamedTuple):
@@ -108,47 +61,8 @@ class RankingOutput(NamedTuple):
   content_cosine_UC: Array | None = None
 
 
-@flax.struct.dataclass
-class DenseStats:
-  """Clip, log and normalisation constants of the dense features, taken from training data ([F] each)."""
-
-  low: Array
-  high: Array
-  mean: Array
-  scale: Array
-
-  def apply(self, dense_F: Array) -> Array:
-    """Normalises [..., F]; a missing value (NaN) becomes 0, the mean; a constant feature becomes 0."""
-    x = jnp.clip(dense_F, self.low, self.high) - self.low
-    x = jnp.where(self.high - self.low > 2, jnp.log1p(x), x)
-    # Not by the NaN that comes through `clip`: some runtimes (TensorFlow on a CPU) drop it there.
-    return jnp.where(jnp.isnan(dense_F), 0.0, (x - self.mean) * self.scale)
-
-
-class FeatureLayer(nn.Module):
-  """Dense, sparse and embedding features to one vector x0 per candidate."""
-
-  spec: FeatureSpec
-  config: RankerConfig
-
-  @nn.compact
-  def __call__(self, candidates: CandidateBatch, stats: DenseStats) -> Array:
-    """CandidateBatch -> [U, C, width of x0]."""
-    parts = [stats.apply(candidates.dense_UCF)] if self.spec.num_dense else []
-    for i, size in enumerate(self.spec.sparse_sizes):
-      width = sparse_width(size, self.config.max_sparse_width)
-      table = self.param(f'sparse_{i}', nn.initializers.normal(0.05), (size, width))
-      parts.append(l2_normalise(table[candidates.sparse_UCF[..., i]]))
-    start = 0
-    for i, width in enumerate(self.spec.embedding_widths):
-      x = l2_normalise(candidates.embedding_UCF[..., start : start + width])
-      parts.append(l2_normalise(dense(self.config.embedding_width, (None, None), name=f'embedding_{i}')(x)))
-      start += width
-    return jnp.concatenate(parts, axis=-1)
-
-
 class Ranker(nn.Module):
-  """x0 -> interaction block -> [x0, crossed] -> shared MLP -> one logit a label."""
+  """x0 -> interaction block -> [x0, crossed], or crossed alone -> shared MLP -> one logit a label."""
 
   spec: FeatureSpec
   config: RankerConfig
@@ -171,7 +85,12 @@ class Ranker(nn.Module):
     x0 = FeatureLayer(self.spec, self.config, name='features')(candidates, stats)
     if module_UCM is not None:
       x0 = jnp.concatenate([x0, module_UCM], axis=-1)
-    x = jnp.concatenate([x0, interaction_block(self.config)(x0)], axis=-1)
+    fields = ranker_fields(self.spec, self.config, module_UCM is not None)
+    block = self.config.block
+    inputs = FieldInputs(fields, block.most_field_width, block.field_norm, block.field_gates, name='inputs')
+    x0 = inputs(x0)
+    crossed = interaction_block(self.config, inputs.made)(x0)
+    x = jnp.concatenate([x0, crossed], axis=-1) if joins_input(self.config) else crossed
     for i, width in enumerate(self.config.mlp):
       x = jax.nn.relu(dense(width, (None, 'mlp'), scale=2.0, name=f'mlp_{i}')(x))
       x = nn.Dropout(self.config.dropout)(x, deterministic=not train)
@@ -398,8 +317,3 @@ class RankingModel(nn.Module):
 def cosine(x: Array, y: Array) -> Array:
   """Cosine of the angle between the vectors [..., D]; 0 where one of them is 0."""
   return jnp.sum(l2_normalise(x) * l2_normalise(y), axis=-1)
-
-
-def sparse_width(size: int, most: int) -> int:
-  """Embedding width by cardinality: 2 * size^(1/4), rounded up to 4, at most `most`."""
-  return min(most, 4 * max(1, round(2 * size**0.25 / 4)))

@@ -12,6 +12,7 @@ import numpy as np
 
 from pinfm_jax.config import PinFMConfig
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.interaction.settings import describe_interaction
 from pinfm_jax.overrides import from_dict
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve import checksums
@@ -171,7 +172,8 @@ def _common_lines(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _model_text(manifest: Manifest) -> str:
-  ranker = f'ranker of {manifest.ranker["cross_layers"]} cross layers, MLP {list(manifest.ranker["mlp"])}'
+  ranking = manifest.ranking
+  ranker = f'ranker with {describe_interaction(ranking)}, MLP {list(ranking.mlp)}'
   if manifest.tables is None:
     return f'{ranker}, without PinFM'
   model = from_dict(PinFMConfig, manifest.model)

@@ -11,6 +11,7 @@ import polars as pl
 from pinfm_jax import __version__
 from pinfm_jax.config import Experiment
 from pinfm_jax.data.info import DatasetInfo
+from pinfm_jax.model.interaction.settings import describe_interaction
 from pinfm_jax.serve.model_card import DataFacts, ModelFacts, model_card
 from pinfm_jax.stages.context import Run, needs_pretraining
 
@@ -102,7 +103,7 @@ def _parameters(run: Run, params: Any, with_pinfm: bool) -> dict[str, int]:
 
 def _sizes(run: Run, experiment: Experiment, with_pinfm: bool) -> dict[str, str]:
   ranker, tower, tables = experiment.ranker, run.model.tower, run.model.tables
-  sizes = {'ranker': f'DCNv2 of {ranker.cross_layers} layers, MLP {" x ".join(map(str, ranker.mlp))}'}
+  sizes = {'ranker': f'{describe_interaction(ranker)}, MLP {" x ".join(map(str, ranker.mlp))}'}
   sizes['ranker'] += f', {ranker.item_buckets:,} buckets of item ids' if ranker.item_buckets else ', no item ids'
   if ranker.transact.length:
     transact = ranker.transact

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pinfm_jax.checks import check_labels
-from pinfm_jax.config import Arm, Experiment, PinFMConfig
+from pinfm_jax.config import Arm, Experiment, InteractionConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.pipeline import Requests, action_bits
@@ -170,7 +170,10 @@ class Run:
     if not needs_pretraining(experiment):
       settings['pretrain'] = {'positive_actions': experiment.pretrain.positive_actions}  # of the next-token loss
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
-    return settings | {k: dataclasses.asdict(v) for k, v in own.items()}
+    settings |= {k: dataclasses.asdict(v) for k, v in own.items()}
+    if experiment.ranker.block == InteractionConfig():  # as in work that was made when there was no other
+      del settings['ranker']['block']
+    return settings
 
   def measured_settings(self) -> dict[str, Any]:
     """What predictions depend on besides the ranker and the split."""

@@ -49,6 +49,29 @@ class SourceLog:
   notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ClickRows:
+  """A public click-through set as published: rows that stand for themselves, without users' histories.
+
+  Attributes:
+    source: name and edition.
+    licence: its terms, one line.
+    rows: a 0/1 column `label`, the dense (numeric) and sparse (string) columns, and the column `time`, if it has one.
+    dense: names of the numeric features.
+    sparse: names of the categorical features.
+    time: the column that orders the rows in time, '' if nothing does.
+    notes: what a reader of results must know.
+  """
+
+  source: str
+  licence: str
+  rows: pl.LazyFrame
+  dense: tuple[str, ...] = ()
+  sparse: tuple[str, ...] = ()
+  time: str = ''
+  notes: tuple[str, ...] = ()
+
+
 def find_files(path: Path, patterns: tuple[str, ...], depth: int = 3) -> list[Path]:
   """Files below `path` that match one of the patterns, in the first of them that matches anything, sorted by name.
 

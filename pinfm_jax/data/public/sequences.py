@@ -10,7 +10,7 @@ import polars as pl
 from pinfm_jax.data.public.schema import STAR_ACTIONS, STAR_NOTE, SourceLog, find_files, k_core, star_actions
 from pinfm_jax.errors import UserError
 
-_MOVIELENS_TERMS = 'GroupLens: research use, no redistribution, no commercial use without permission'
+MOVIELENS_TERMS = 'GroupLens: research use, no redistribution, no commercial use without permission'
 _AMAZON_TERMS = 'none stated by the source: research use only (McAuley et al.)'
 _ORDER_NOTE = 'The set knows the order only: timestamps are ordinals.'
 
@@ -34,10 +34,10 @@ def load_movielens(path: Path, actions: str = 'stars', core: int = 0) -> SourceL
     ratings = pl.read_parquet(file).select(user_id='user', timestamp='pos', item_id='item', rating='rating')
     source, notes, time_known = 'MovieLens-1M, sequential edition', (_ORDER_NOTE,), False
   else:
-    ratings = _ratings(file).with_columns(pl.col('timestamp').cast(pl.Int64) * 1000)
+    ratings = read_ratings(file).with_columns(pl.col('timestamp').cast(pl.Int64) * 1000)
     source, time_known = f'MovieLens ({file.parent.name}/{file.name})', True
     notes = ('Times are seconds when the stars were given; equal times keep the order of the file.',)
-  return _starred(source, _MOVIELENS_TERMS, k_core(ratings, core), time_known, actions, notes)
+  return _starred(source, MOVIELENS_TERMS, k_core(ratings, core), time_known, actions, notes)
 
 
 def load_amazon(path: Path, category: str | None = None, actions: str = 'none', core: int = 0) -> SourceLog:
@@ -78,8 +78,12 @@ def _starred(
   return SourceLog(source, terms, starred.lazy(), time_known, STAR_ACTIONS, notes=(*notes, STAR_NOTE))
 
 
-def _ratings(file: Path) -> pl.DataFrame:
-  """user_id, item_id, rating, timestamp (s) of any GroupLens layout."""
+def read_ratings(file: Path) -> pl.DataFrame:
+  """user_id, item_id, rating, timestamp (s) of any GroupLens layout.
+
+  Raises:
+    UserError: other columns than these.
+  """
   separator = {'u.data': '\t', 'ratings.dat': ':', 'ratings.csv': ','}[file.name]
   table = pl.read_csv(file, separator=separator, has_header=file.name == 'ratings.csv', infer_schema=False)
   if file.name == 'ratings.dat':

@@ -20,6 +20,7 @@ from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.sweep.ablations import (
   PLAIN_CANDIDATE,
   SCRATCH,
+  WITH,
   WITHOUT,
   content_arms,
   equal_compute_epochs,
@@ -33,7 +34,7 @@ about = (
   'HIT@3 on Home Feed over its production ranker.'
 )
 baseline = WITHOUT
-challenger = 'early'  # the same candidate's token as the late forms: nothing but the fusion differs
+challenger = WITH
 
 
 def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
@@ -63,7 +64,8 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
     Arm('frozen', {'finetune.update.frozen': ('tower', 'tables')}, '+0.10 %'),
     Arm('tables frozen', {'finetune.update.frozen': ('tables',)}),
     Arm('bidirectional', early | PLAIN_CANDIDATE | {'ranker.bidirectional': True}, '-1.4 % against early'),
-    Arm('without similarity', {'ranker.similarity': False}),
+    Arm('similarity as a number alone', {'ranker.similarity_width': 0}),
+    Arm('without similarity', {'ranker.similarity': False, 'ranker.similarity_width': 0}),
     Arm('PinFM, no TransAct', {'ranker.transact.length': 0}),
     Arm('scratch', SCRATCH),
     Arm('scratch at the ratio', {'finetune.init': 'scratch'}),

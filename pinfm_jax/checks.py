@@ -9,8 +9,10 @@ import numpy as np
 from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig, PretrainConfig, RankerConfig
 from pinfm_jax.data.simulator import SimulatorConfig
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.hashing import EXACT_ROWS
 from pinfm_jax.model.interaction.settings import INTERACTIONS, check_interaction
 from pinfm_jax.overrides import apply_overrides, from_dict
+from pinfm_jax.sequential_checks import check_sequential
 
 ARM_GROUPS = ('model.', 'pretrain.', 'ranker.', 'finetune.')  # what an arm may change
 
@@ -29,7 +31,10 @@ _MAY_BE_ZERO = (
   'model.tower.time_gap_buckets',
   'pretrain.eval_every',
   'pretrain.impression_negatives',
+  'pretrain.bce_negatives',
   'pretrain.keep_best',
+  'pretrain.max_columns',
+  'pretrain.patience',
   'pretrain.uniform_negatives',
   'ranker.block.most_field_width',
   'ranker.cross_layers',
@@ -43,7 +48,7 @@ _CHOICES = {
   'evaluate.resample': ('users', 'requests'),
   'evaluate.split': ('test', 'validation'),
   'model.tables.dtype': ('float32', 'bfloat16'),
-  'pretrain.update.table_rule': ('adagrad', 'sgd'),
+  'pretrain.update.table_rule': ('adagrad', 'sgd', 'adam'),
   'finetune.update.table_rule': ('adagrad', 'sgd'),
   'finetune.init': ('pretrained', 'scratch'),
   'pretrain.use_checkpoint': ('newest', 'best'),
@@ -100,6 +105,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_lists(each)
     _check_held_out(each.pretrain)
     _check_negatives(each.pretrain)
+    check_sequential(each)
 
 
 def check_labels(experiment: Experiment, labels: tuple[str, ...]) -> None:
@@ -128,6 +134,8 @@ def _check_values(experiment: Experiment) -> None:
     if key in _CHOICES and value not in _CHOICES[key]:
       raise UserError(f"{key} is '{value}'; expected one of: {', '.join(_CHOICES[key])}")
     if isinstance(value, bool) or not isinstance(value, int | float):
+      continue
+    if key == 'model.tables.hash_seed' and value == EXACT_ROWS:
       continue
     if not np.isfinite(value) or value < 0:
       raise UserError(f'{key} is {value}; expected a finite number that is not negative')

@@ -5,6 +5,7 @@ A catalogue of any size stays on the host; a batch carries the few ids and numbe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,11 +77,14 @@ class NegativeSource:
 
   Attributes:
     rows: U of the global batch.
-    a_row: uniform negatives that each row carries.
+    a_row: items of the catalogue that each row carries.
     seed: of the draws.
     keys: uint64 keys of the items that may be drawn.
     counts: positive events of each item, or None.
     content: content of the items, for a model that reads it, or None.
+    power: items are drawn by their counts to this power; 0 = uniformly.
+    whole: nothing is drawn, the rows carry the whole catalogue.
+    frequency: batches have the items' frequencies.
   """
 
   rows: int
@@ -89,6 +93,9 @@ class NegativeSource:
   keys: np.ndarray
   counts: ItemCounts | None
   content: ItemContent | None = None
+  power: float = 0.0
+  whole: bool = False
+  frequency: bool = True
 
   @classmethod
   def of(
@@ -105,19 +112,42 @@ class NegativeSource:
     Items first seen at `until_ms` or later are not drawn: training must not learn that the future is unlikely.
     """
     keys = np.zeros(0, np.uint64)
-    if config.uniform_negatives:
+    if config.uniform_negatives or config.full_catalogue:
       items = dataset.items
       keys = items['item_key'].to_numpy()
       if until_ms is not None:
         keys = keys[items['first_seen'].to_numpy() < until_ms]
-    counts = ItemCounts.of(source, action_bits) if config.log_q == 'counts' else None
-    a_row, content = config.uniform_negatives // config.batch_segments, source.tokens.items
-    return cls(config.batch_segments, a_row, seed, keys, counts, content)
+    frequency = config.log_q == 'counts'
+    counts = ItemCounts.of(source, action_bits) if frequency or config.negative_power else None
+    carried, content = len(keys) if config.full_catalogue else config.uniform_negatives, source.tokens.items
+    a_row = -(-carried // config.batch_segments)
+    how = (config.negative_power, config.full_catalogue, frequency)
+    return cls(config.batch_segments, a_row, seed, keys, counts, content, *how)
 
   @property
   def catalogue(self) -> int:
     """Number of items that may be drawn; at least 1."""
     return max(1, len(self.keys))
+
+  @property
+  def power_sum(self) -> float:
+    """Sum over the catalogue of frequency^power; 1 where items are not drawn so."""
+    return float(self._weights.sum()) if self.power else 1.0
+
+  @property
+  def _adds_frequency(self) -> bool:
+    return self.counts is not None and self.frequency
+
+  @cached_property
+  def _weights(self) -> np.ndarray:
+    """frequency^power of each item of the catalogue, float64."""
+    frequency = self.counts.frequency(key_words(self.keys)).astype(np.float64)
+    return np.where(frequency > 0, frequency, 0.0) ** self.power * (frequency > 0)
+
+  @cached_property
+  def _ends(self) -> np.ndarray:
+    ends = np.cumsum(self._weights)
+    return ends / ends[-1]
 
   def add(self, batches: Iterator[Batch], first_step: int, own: np.ndarray | None = None) -> Iterator[Batch]:
     """The batches of a process from a step on, with the columns added.
@@ -129,7 +159,7 @@ class NegativeSource:
       first_step: step of the first one.
       own: rows of the global batch that the batches hold (`sharding.process_rows`); None = all.
     """
-    if not self.a_row and self.counts is None:
+    if not self.a_row and not self._adds_frequency:
       return batches
     own = np.arange(self.rows) if own is None else own
     return (self._added(batch, step, own) for step, batch in enumerate(batches, first_step))
@@ -137,17 +167,25 @@ class NegativeSource:
   def _added(self, batch: Batch, step: int, own: np.ndarray) -> Batch:
     batch = dict(batch)
     if self.a_row:
-      bits = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, step]))
-      place = bits.integers(0, len(self.keys), (self.rows, self.a_row))[own]
-      drawn = self.keys[place]
+      drawn = self.keys[self._places(step)[own]]
       batch['negative_item'] = key_words(drawn)
       if self.content is not None:
         batch['negative_content'] = self.content.inputs(drawn.reshape(-1))['content'].reshape(*drawn.shape, -1)
-    if self.counts is not None:
+    if self._adds_frequency:
       batch['frequency'] = self.counts.frequency(batch['item'])
       if self.a_row:
         batch['negative_frequency'] = self.counts.frequency(batch['negative_item'])
     return batch
+
+  def _places(self, step: int) -> np.ndarray:
+    """Places in the catalogue that the rows of the global batch carry, [rows, a_row]."""
+    shape = (self.rows, self.a_row)
+    if self.whole:  # items that come twice to fill the last row are one column
+      return (np.arange(self.rows * self.a_row) % len(self.keys)).reshape(shape)
+    bits = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, step]))
+    if not self.power:
+      return bits.integers(0, len(self.keys), shape)
+    return np.minimum(np.searchsorted(self._ends, bits.random(shape), side='right'), len(self.keys) - 1)
 
 
 def _keys(words: np.ndarray) -> np.ndarray:

@@ -41,6 +41,7 @@ class Segments:
     length: int,
     tokens: TokenInputs = PLAIN,
     until_U: np.ndarray | None = None,
+    held_out: int = 1,
   ) -> 'Segments':
     """Cuts every user's usable events (see `usable_histories`).
 
@@ -49,7 +50,7 @@ class Segments:
     Raises:
       UserError: nothing is left.
     """
-    usable = [events for _, events in usable_histories(dataset, until_ms, until_U)]
+    usable = [events for _, events in usable_histories(dataset, until_ms, until_U, held_out)]
     rows, starts, stops = [], [], []
     for row, events in enumerate(usable):
       for stop in range(events, 1, -length):

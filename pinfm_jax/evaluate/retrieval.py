@@ -1,7 +1,7 @@
 """Whole-catalogue next-item evaluation of the pretrained tower: HR@k, NDCG@k, MRR, beside a popularity row."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from pinfm_jax.data.featurize import event_inputs, window_start
 from pinfm_jax.data.splits import usable_events
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
+from pinfm_jax.evaluate.catalogue_ranks import catalogue_ranks
 from pinfm_jax.evaluate.metrics import hr_at_k, mrr, ndcg_at_k
 from pinfm_jax.model.hashing import key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
@@ -22,18 +23,42 @@ from pinfm_jax.train.sharding import on_every_device, put_examples
 
 Array = jax.Array
 
+_ITEMS = 4096  # of the catalogue represented at once
+_CROP = 16  # histories are cropped to a multiple of so many events
+
+
+@dataclass(frozen=True)
+class RetrievalProtocol:
+  """Which event of whom is predicted, and among which items.
+
+  Attributes:
+    held_out: of a log without impressions, events at each history's end that did not train (`Split.held_out`).
+    events_back: of such a log, the event that is predicted, counted from the history's end (`Split.events_back`); all
+      events before it are the history that is read.
+    filter_seen: items of the user's whole history before the target are not ranked, but for the target itself.
+    whole_catalogue: items that training never saw are candidates and targets too.
+  """
+
+  held_out: int = 1
+  events_back: int = 1
+  filter_seen: bool = False
+  whole_catalogue: bool = False
+
 
 @dataclass(frozen=True)
 class RetrievalTask:
   """Users with a history before the split and a positive event after it.
 
   Attributes:
-    catalogue_V: uint64 keys of the items seen before the time, ascending: all of them are ranked.
-    popularity_V: their positive events before the time.
-    histories: padded model inputs, each [Q, L, ...], of the last events before the time.
+    catalogue_V: uint64 keys of the items that are ranked, ascending: those of the training events, or all.
+    popularity_V: their positive training events.
+    histories: padded model inputs, each [Q, L, ...], of the last events before the target.
     target_Q: place in the catalogue of each user's first positive event after the time.
-    unseen: share of users left out because their target was first seen after the time.
+    unseen: share of users whose target training never saw.
     content_VW: content of the catalogue, for a model with content.
+    seen: places in the catalogue of each user's earlier items, if these are not ranked.
+    trained_V: which of the catalogue's items training has seen; None = all, and users with an unseen target are
+      left out.
   """
 
   catalogue_V: np.ndarray
@@ -42,6 +67,8 @@ class RetrievalTask:
   target_Q: np.ndarray
   unseen: float
   content_VW: np.ndarray | None = None
+  seen: list[np.ndarray] | None = None
+  trained_V: np.ndarray | None = None
 
 
 def retrieval_task(
@@ -53,39 +80,146 @@ def retrieval_task(
   users: int,
   seed: int = 0,
   tokens: TokenInputs = PLAIN,
+  protocol: RetrievalProtocol = RetrievalProtocol(),
 ) -> RetrievalTask:
   """Collects the task over at most `users` users, drawn by seed.
 
   Raises:
     UserError: no user has events on both sides of the time.
   """
-  seen, positives, rows = [], [], []
+  seen, positives, later, rows = [], [], [], []
   for row, history in enumerate(dataset.histories()):
-    end = usable_events(history, until_ms)
+    trained = usable_events(history, until_ms, protocol.held_out)
     positive = _positive(history.actions, action_bits)
-    seen.append(history.item[:end])
-    positives.append(history.item[:end][positive[:end]])
-    if end and positive[end:].any():
-      rows.append((row, end, end + int(np.argmax(positive[end:]))))
+    seen.append(history.item[:trained])
+    positives.append(history.item[:trained][positive[:trained]])
+    later.append(history.item[trained:])
+    if until_ms is None:
+      end, last = max(len(history) - protocol.events_back, 0), len(history) - protocol.events_back + 1
+    else:
+      end, last = trained, len(history)
+    if end and positive[end:last].any():
+      rows.append((row, end, end + int(np.argmax(positive[end:last]))))
   if not rows:
     raise UserError('no user has events both before and after the pretraining split; change data.finetune_days')
-  catalogue_V = np.unique(np.concatenate(seen))
+  trained_keys = np.unique(np.concatenate(seen))
+  catalogue_V = np.unique(np.concatenate([trained_keys, *later])) if protocol.whole_catalogue else trained_keys
   popularity_V = np.bincount(np.searchsorted(catalogue_V, np.concatenate(positives)), minlength=len(catalogue_V))
   chosen = np.random.default_rng(seed).permutation(len(rows))[:users]
-  examples, targets, unseen = [], [], 0
+  examples, targets, earlier, unseen = [], [], [], 0
   for row, end, target in (rows[i] for i in np.sort(chosen)):
     history = dataset.history(row)
-    place = int(np.searchsorted(catalogue_V, history.item[target]))
-    if place == len(catalogue_V) or catalogue_V[place] != history.item[target]:
-      unseen += 1
+    new = not _contains(trained_keys, history.item[target])
+    unseen += new
+    if new and not protocol.whole_catalogue:
       continue
     examples.append(event_inputs(history, slice(window_start(end, length, block), end), length, tokens))
-    targets.append(place)
+    targets.append(int(np.searchsorted(catalogue_V, history.item[target])))
+    if protocol.filter_seen:
+      keys = np.unique(history.item[:target])
+      keys = keys if protocol.whole_catalogue else keys[np.isin(keys, trained_keys)]
+      earlier.append(np.searchsorted(catalogue_V, keys).astype(np.int32))
   if not targets:
     raise UserError('every next item was first seen after the pretraining split: nothing to rank in the catalogue')
-  histories = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
-  content_VW = tokens.items.inputs(catalogue_V)['content'] if tokens.items else None
-  return RetrievalTask(catalogue_V, popularity_V, histories, np.array(targets), unseen / len(chosen), content_VW)
+  return RetrievalTask(
+    catalogue_V,
+    popularity_V,
+    {name: np.stack([e[name] for e in examples]) for name in examples[0]},
+    np.array(targets),
+    unseen / len(chosen),
+    tokens.items.inputs(catalogue_V)['content'] if tokens.items else None,
+    earlier if protocol.filter_seen else None,
+    np.isin(catalogue_V, trained_keys) if protocol.whole_catalogue else None,
+  )
+
+
+class Retrieval:
+  """Measures towers on one task: what does not depend on the weights is made once."""
+
+  def __init__(
+    self,
+    task: RetrievalTask,
+    model: PinFMConfig,
+    ks: tuple[int, ...],
+    chunk: int = 256,
+    layout: MeshConfig = MeshConfig(),
+  ):
+    """Prepares the measurement.
+
+    Args:
+      task: what is measured.
+      model: the tower's configuration.
+      ks: of HR@k and NDCG@k.
+      chunk: users at once.
+      layout: how the tables lie over the mesh.
+    """
+    self._task, self._ks, self._chunk = task, ks, chunk
+    self._encode, self._represent = _programs(model, layout)
+    # Users of similar lengths together, so that short histories are not read as long ones.
+    lengths_Q = task.histories['mask'].sum(axis=1)
+    self._parts = np.split(np.argsort(lengths_Q, kind='stable'), range(chunk, len(lengths_Q), chunk))
+    self._crops = [_crop(int(lengths_Q[part].max()), task.histories['mask'].shape[1]) for part in self._parts]
+    self._most_seen = max((len(places) for places in task.seen), default=0) if task.seen is not None else 0
+
+  def __call__(self, params: Any, rows_GE: Array) -> dict[str, float]:
+    """The tower's figures and those of popularity; see `evaluate_retrieval`."""
+    task = self._task
+    figures = self._figures('tower', self._ranks(self._users(params, rows_GE), self._items(params, rows_GE)))
+    figures |= self._popularity
+    users = len(task.target_Q) if task.trained_V is None else int(task.trained_V[task.target_Q].sum())
+    catalogue = len(task.catalogue_V) if task.trained_V is None else int(task.trained_V.sum())
+    figures |= {'users': float(users), 'catalogue': float(catalogue), 'unseen_share': task.unseen}
+    if task.trained_V is not None:
+      figures |= {'all/users': float(len(task.target_Q)), 'all/catalogue': float(len(task.catalogue_V))}
+    return figures
+
+  @cached_property
+  def _popularity(self) -> dict[str, float]:
+    z_V1 = jnp.asarray(self._task.popularity_V, jnp.float32)[:, None]
+    ones = (jnp.ones((self._chunk, 1), jnp.float32) for _ in self._parts)
+    return self._figures('popularity', self._ranks(ones, z_V1))
+
+  def _items(self, params: Any, rows_GE: Array) -> Array:
+    """z of the catalogue, [V, O]."""
+    catalogue = {'item': key_words(self._task.catalogue_V)}
+    if self._task.content_VW is not None:
+      catalogue['content'] = self._task.content_VW
+    count = len(self._task.catalogue_V)
+    parts = [{name: value[start : start + _ITEMS] for name, value in catalogue.items()}
+             for start in range(0, count, _ITEMS)]  # fmt: skip
+    return jnp.concatenate([self._represent(params, rows_GE, put_examples(part)) for part in parts])
+
+  def _users(self, params: Any, rows_GE: Array) -> Any:
+    """H of the users, [chunk, O] a part."""
+    for part, crop in zip(self._parts, self._crops, strict=True):
+      inputs = {name: value[self._filled(part), :crop] for name, value in self._task.histories.items()}
+      yield self._encode(params, rows_GE, put_examples(inputs))
+
+  def _ranks(self, users: Any, z_VO: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Each user's rank among all items, and among those that training has seen, in the order of the parts."""
+    task, found = self._task, []
+    for part, h_QO in zip(self._parts, users, strict=True):
+      filled = self._filled(part)
+      seen_QM = None
+      if task.seen is not None:
+        seen_QM = np.full((len(filled), self._most_seen), len(task.catalogue_V), np.int32)
+        for line, query in zip(seen_QM, filled, strict=True):
+          line[: len(task.seen[query])] = task.seen[query]
+      ranks = catalogue_ranks(h_QO, z_VO, task.target_Q[filled], seen_QM, task.trained_V)
+      found.append([np.asarray(rank_Q)[: len(part)] for rank_Q in ranks])
+    return tuple(np.concatenate(ranks) for ranks in zip(*found, strict=True))
+
+  def _filled(self, part: np.ndarray) -> np.ndarray:
+    """The users of a part; the last one is repeated to fill it, so that one program serves all parts."""
+    return np.pad(part, (0, self._chunk - len(part)), mode='edge')
+
+  def _figures(self, name: str, ranks: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    task = self._task
+    if task.trained_V is None:
+      return _figures(name, ranks[0], self._ks)
+    kept = task.trained_V[task.target_Q[np.concatenate(self._parts)]]
+    known = _figures(name, ranks[1][kept], self._ks) if kept.any() else {}
+    return known | _figures(f'all/{name}', ranks[0], self._ks)
 
 
 def evaluate_retrieval(
@@ -97,36 +231,16 @@ def evaluate_retrieval(
   chunk: int = 256,
   layout: MeshConfig = MeshConfig(),
 ) -> dict[str, float]:
-  """HR@k, NDCG@k and MRR of the tower and of popularity, every item of the catalogue ranked, nothing filtered.
+  """HR@k, NDCG@k and MRR of the tower and of popularity, every item of the catalogue ranked.
 
   Ties are counted against the model: the target ranks behind every item with the same score. Runs on the mesh that is
   set (`jax.set_mesh`), over which the tables lie as `layout` says; of several processes, all take part and all get the
   result.
+
+  With the whole catalogue, 'tower/...' and 'popularity/...' are of the users whose target training has seen, ranked
+  among the items that it has seen; 'all/tower/...' and 'all/popularity/...' of all users and items.
   """
-  encode, represent = _programs(model, layout)
-  catalogue = {'item': key_words(task.catalogue_V)}
-  if task.content_VW is not None:
-    catalogue['content'] = task.content_VW
-  parts = [{name: value[start : start + 4096] for name, value in catalogue.items()}
-           for start in range(0, len(task.catalogue_V), 4096)]  # fmt: skip
-  z_VO = jnp.concatenate([represent(params, rows_GE, put_examples(part)) for part in parts])
-  ranks = []
-  for start in range(0, len(task.target_Q), chunk):
-    part = {name: value[start : start + chunk] for name, value in task.histories.items()}
-    h_QO = encode(params, rows_GE, put_examples(part))
-    ranks.append(np.asarray(_ranks(h_QO @ z_VO.T, task.target_Q[start : start + chunk])))
-  figures = _figures('tower', np.concatenate(ranks), ks)
-  popularity_V = jnp.asarray(task.popularity_V, jnp.float32)
-  popularity_ranks = [
-    np.asarray(_ranks(jnp.broadcast_to(popularity_V, (len(t), len(popularity_V))), jnp.asarray(t)))
-    for t in _chunks(task.target_Q, chunk)
-  ]
-  figures |= _figures('popularity', np.concatenate(popularity_ranks), ks)
-  return figures | {
-    'users': float(len(task.target_Q)),
-    'catalogue': float(len(task.catalogue_V)),
-    'unseen_share': task.unseen,
-  }
+  return Retrieval(task, model, ks, min(chunk, len(task.target_Q)), layout)(params, rows_GE)
 
 
 def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
@@ -139,9 +253,8 @@ def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
     columns = [inputs[name] for name in ('item', 'surface', 'actions', 'mask')]
     events = EventBatch(*columns, gap_UL=inputs.get('gap'), content_ULW=inputs.get('content'))
     items_ULV = items(params, rows_GE, events.item_UL2, events.content_ULW)
-    h_QLO, _ = PinFM(model).apply({'params': params}, items_ULV, events, method='encode')
-    last_Q = jnp.sum(events.mask_UL, axis=1) - 1
-    return h_QLO[jnp.arange(len(last_Q)), last_Q]
+    h_Q1O, _ = PinFM(model).apply({'params': params}, items_ULV, events, every_output=False, method='encode')
+    return h_Q1O[:, 0]
 
   @partial(jax.jit, out_shardings=on_every_device())
   def represent(params: Any, rows_GE: Array, inputs: dict[str, Array]) -> Array:
@@ -152,10 +265,13 @@ def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
   return encode, represent
 
 
-@jax.jit
-def _ranks(scores_QV: Array, target_Q: Array) -> Array:
-  target_score_Q1 = jnp.take_along_axis(scores_QV, target_Q[:, None], axis=1)
-  return jnp.sum(scores_QV >= target_score_Q1, axis=1)
+def _crop(events: int, length: int) -> int:
+  return min(length, -(-max(events, 1) // _CROP) * _CROP)
+
+
+def _contains(sorted_keys: np.ndarray, key: np.uint64) -> bool:
+  place = int(np.searchsorted(sorted_keys, key))
+  return place < len(sorted_keys) and sorted_keys[place] == key
 
 
 def _figures(name: str, ranks_Q: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
@@ -168,7 +284,3 @@ def _figures(name: str, ranks_Q: np.ndarray, ks: tuple[int, ...]) -> dict[str, f
 
 def _positive(actions: np.ndarray, action_bits: int) -> np.ndarray:
   return np.ones(len(actions), bool) if action_bits == 0 else (actions & np.uint32(action_bits)) > 0
-
-
-def _chunks(array: np.ndarray, size: int) -> list[np.ndarray]:
-  return [array[start : start + size] for start in range(0, len(array), size)]

@@ -26,6 +26,8 @@ BLAKE2b with an 8-byte digest, no key, no salt, of its UTF-8 bytes; the digest r
     row[s] = s * R + (((u64)a * R + ((u64)b * R >> 32)) >> 32);
   }
 
+With hash_seed -1 nothing is hashed: row[s] = s * R + min(key, R - 1).
+
 **A packed row.** int4: E / 2 bytes of codes, byte i has value 2i in the low four bits, 2i + 1 in the high four.
 int8: E bytes of codes. Then, for both, float16 scale and float16 bias; value = bias + scale * code, in float32.
 float32: E float32, no scale and bias. The item's vector is its S rows one after another, S * E values.
@@ -162,8 +164,10 @@ def id_key(value: int | str) -> int:
 def hash_rows(keys: np.ndarray, sub_tables: int, rows: int, seed: int = 0) -> np.ndarray:
   """Numbers of the rows of each key, counted over all sub-tables: uint64 [n] -> int64 [n, S]."""
   keys = np.asarray(keys, np.uint64)[:, None]
-  low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
   sub_table = np.arange(sub_tables, dtype=np.uint64)
+  if seed == -1:  # exact rows
+    return (np.minimum(keys, np.uint64(rows - 1)) + sub_table * np.uint64(rows)).astype(np.int64)
+  low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
   salt = sub_table + np.uint64(1) + np.uint64((seed & 0xFFFFFFFF) * 1_000_003)
   a = _mix(low ^ (salt * np.uint64(0x9E3779B9) & _LOW).astype(np.uint32))
   b = _mix(high ^ (salt * np.uint64(0xC2B2AE3D) & _LOW).astype(np.uint32) ^ a)

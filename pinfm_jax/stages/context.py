@@ -80,7 +80,7 @@ class Run:
     if self.base:
       return self.base.pretrained_items
     until_U = self.split.until_by_user(self.dataset.num_users)
-    return pretrained_items(self.dataset, self.split.pretrain_until, until_U)
+    return pretrained_items(self.dataset, self.split.pretrain_until, until_U, self.split.held_out)
 
   @cached_property
   def mesh(self) -> Mesh:
@@ -158,7 +158,8 @@ class Run:
         'days': [data.finetune_days, data.validation_days, data.test_days],
       }
       | {'pretrain_overlap': data.pretrain_overlap}
-      | ({} if data.pretrain_overlap_users == 'all' else {'pretrain_overlap_users': data.pretrain_overlap_users}),
+      | ({} if data.pretrain_overlap_users == 'all' else {'pretrain_overlap_users': data.pretrain_overlap_users})
+      | ({} if data.held_out_events == 1 else {'held_out_events': data.held_out_events}),
       'model': dataclasses.asdict(self.model),
       'pretrain': dataclasses.asdict(self.experiment.pretrain),
       'seed': seed,

@@ -6,12 +6,16 @@ import jax
 
 from pinfm_jax.data.pipeline import action_bits
 from pinfm_jax.data.tokens import TokenInputs
-from pinfm_jax.evaluate.retrieval import evaluate_retrieval, retrieval_task
+from pinfm_jax.evaluate.retrieval import Retrieval, RetrievalProtocol, retrieval_task
 from pinfm_jax.serve.warm_start import open_start
 from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.distributed import on_first
+from pinfm_jax.train.loop import Evaluate
 from pinfm_jax.train.pretrain import pretrain
-from pinfm_jax.workdir import claim, has_work, is_done, write_json
+from pinfm_jax.train.step import TrainState, evaluated
+from pinfm_jax.workdir import claim, has_work, is_done, read_results, write_json
+
+_EVENTS_BACK = 'retrieval/events_back'  # of the event that the figures are about, see `Split.events_back`
 
 
 def pretrain_stage(run: Run) -> None:
@@ -41,30 +45,55 @@ def needed_towers(run: Run) -> list[Run]:
 def _finished(run: Run, seed: int) -> bool:
   directory = run.pretrain_directory(seed)
   claim(directory, run.pretrain_settings(seed), has_work(directory))
-  return is_done(directory)
+  return is_done(directory) and read_results(directory).get(_EVENTS_BACK, 1) == _events_back(run)
+
+
+def _events_back(run: Run) -> int:
+  return run.split.events_back(run.experiment.evaluate.split)
 
 
 def _pretrain(run: Run, seed: int) -> None:
-  config, evaluate, directory = run.experiment.pretrain, run.experiment.evaluate, run.pretrain_directory(seed)
-  until, start = run.split.pretrain_until, None
+  config, split, directory = run.experiment.pretrain, run.split, run.pretrain_directory(seed)
+  start = None
   if config.start_from:
     start = open_start(config.start_from, 'pretrain.start_from', run.model.tables, run.dataset.info)
-  until_U = run.split.until_by_user(run.dataset.num_users)
+  until_U = split.until_by_user(run.dataset.num_users)
   state = pretrain(
-    run.dataset, until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile, start, until_U
-  )
+    run.dataset, split.pretrain_until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile,
+    start, until_U, split.held_out, _ranking(run) if config.eval_ranking else None,
+  )  # fmt: skip
+  state, measure = evaluated(state), _retrieval(run, _events_back(run), run.experiment.evaluate.ks)
+  with jax.set_mesh(run.mesh):
+    figures = measure(state.params['pinfm'], state.tables.rows_GE)
+  results = {f'retrieval/{name}': value for name, value in figures.items()}
+  if split.held_out > 1:
+    results[_EVENTS_BACK] = _events_back(run)
+  on_first('pretrain: results', lambda: write_json(directory / 'results.json', results))
+
+
+def _retrieval(run: Run, events_back: int, ks: tuple[int, ...]) -> Retrieval:
+  """The whole-catalogue evaluation of a run's towers."""
+  experiment, evaluate = run.experiment, run.experiment.evaluate
   task = retrieval_task(
     run.dataset,
-    until,
-    config.downstream_length,
-    run.experiment.finetune.history_block,
+    run.split.pretrain_until,
+    experiment.pretrain.downstream_length,
+    experiment.finetune.history_block,
     action_bits((run.base or run).experiment.pretrain, run.dataset.info.actions),  # all arms are asked for the same
     evaluate.retrieval_users,
     tokens=TokenInputs.of(run.model, run.dataset),
+    protocol=RetrievalProtocol(run.split.held_out, events_back, evaluate.filter_seen, evaluate.whole_catalogue),
   )
-  with jax.set_mesh(run.mesh):
-    figures = evaluate_retrieval(
-      task, run.model, state.params['pinfm'], state.tables.rows_GE, evaluate.ks, layout=run.experiment.mesh
-    )
-  results = {f'retrieval/{name}': value for name, value in figures.items()}
-  on_first('pretrain: results', lambda: write_json(directory / 'results.json', results))
+  return Retrieval(task, run.model, ks, min(256, len(task.target_Q)), experiment.mesh)
+
+
+def _ranking(run: Run) -> Evaluate:
+  """Measures a state on the validation events, for the choice of the checkpoint."""
+  measure = _retrieval(run, run.split.events_back('validation'), (10,))
+  names = ('hr@10', 'ndcg@10', 'mrr')
+
+  def rank(state: TrainState) -> dict[str, float]:
+    figures = measure(state.params['pinfm'], state.tables.rows_GE)
+    return {name: figures[f'tower/{name}'] for name in names}
+
+  return rank

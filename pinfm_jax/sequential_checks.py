@@ -119,11 +119,6 @@ def _check_measuring(experiment: Experiment) -> None:
   data, pretrain = experiment.data, experiment.pretrain
   if data.held_out_events > 2:
     raise UserError(f'data.held_out_events is {data.held_out_events}; expected 1 (test) or 2 (validation and test)')
-  if experiment.arms and (data.held_out_events != 1 or pretrain.eval_ranking):
-    raise UserError(
-      'data.held_out_events and pretrain.eval_ranking are of logs without impressions, where the tower is all that '
-      'trains (no arms); set data.held_out_events=1 and pretrain.eval_ranking=false'
-    )
   if pretrain.continue_from and data.held_out_events != 1:
     raise UserError('pretrain.continue_from goes on behind the last event alone; set data.held_out_events=1')
   if pretrain.eval_ranking and data.held_out_events < 2:

@@ -53,6 +53,8 @@ def split_by_time(dataset: PreparedDataset, config: DataConfig) -> Split:
   """
   if not dataset.num_requests:
     return Split(None, (0, 0), (0, 0), (0, 0), held_out=config.held_out_events)
+  if config.held_out_events != 1:
+    raise UserError(f'data.held_out_events is {config.held_out_events}, but this log is split by time; set it to 1')
   if not dataset.info.time_known.impressions:
     raise UserError('the impressions have no times, so they cannot be split by time; prepare them with a timestamp')
   timestamp = dataset.requests['timestamp'].to_numpy()

@@ -108,6 +108,11 @@ class Run:
         name += f'_{_digest(own)}'
     return self.workdir / f'seed{seed}' / name
 
+  def tower_results(self, seed: int) -> Path:
+    """Directory of the figures of a seed's tower; trained once, it may be measured on both splits if there are two."""
+    directory = self.pretrain_directory(seed)
+    return directory / self.experiment.evaluate.split if self.split.held_out > 1 else directory
+
   def arm_directory(self, seed: int, arm: Arm) -> Path:
     """Directory of a seed's fine-tuned arm."""
     return self.workdir / f'seed{seed}' / arm.directory
@@ -163,7 +168,12 @@ class Run:
       'model': dataclasses.asdict(self.model),
       'pretrain': dataclasses.asdict(self.experiment.pretrain),
       'seed': seed,
-    }
+    } | ({'ranking': self._ranking_settings()} if self.experiment.pretrain.eval_ranking else {})
+
+  def _ranking_settings(self) -> dict[str, Any]:
+    """How the ranking that chooses a checkpoint is measured."""
+    evaluate = self.experiment.evaluate
+    return {name: getattr(evaluate, name) for name in ('filter_seen', 'whole_catalogue', 'retrieval_users')}
 
   def finetune_settings(self, seed: int) -> dict[str, Any]:
     """Everything that fine-tuning depends on."""

@@ -6,6 +6,7 @@ import jax
 
 from pinfm_jax.data.pipeline import action_bits
 from pinfm_jax.data.tokens import TokenInputs
+from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.retrieval import Retrieval, RetrievalProtocol, retrieval_task
 from pinfm_jax.serve.warm_start import open_start
 from pinfm_jax.stages.context import Run, needs_pretraining
@@ -13,9 +14,7 @@ from pinfm_jax.train.distributed import on_first
 from pinfm_jax.train.loop import Evaluate
 from pinfm_jax.train.pretrain import pretrain
 from pinfm_jax.train.step import TrainState, evaluated
-from pinfm_jax.workdir import claim, has_work, is_done, read_results, write_json
-
-_EVENTS_BACK = 'retrieval/events_back'  # of the event that the figures are about, see `Split.events_back`
+from pinfm_jax.workdir import claim, has_work, is_done, write_json
 
 
 def pretrain_stage(run: Run) -> None:
@@ -45,14 +44,15 @@ def needed_towers(run: Run) -> list[Run]:
 def _finished(run: Run, seed: int) -> bool:
   directory = run.pretrain_directory(seed)
   claim(directory, run.pretrain_settings(seed), has_work(directory))
-  return is_done(directory) and read_results(directory).get(_EVENTS_BACK, 1) == _events_back(run)
-
-
-def _events_back(run: Run) -> int:
-  return run.split.events_back(run.experiment.evaluate.split)
+  return is_done(run.tower_results(seed))
 
 
 def _pretrain(run: Run, seed: int) -> None:
+  if run.experiment.pretrain.eval_ranking and run.split.pretrain_until is not None:
+    raise UserError(
+      'pretrain.eval_ranking ranks the event before the last of each history, but this log has impressions and is '
+      'split by time; set pretrain.eval_ranking=false'
+    )
   config, split, directory = run.experiment.pretrain, run.split, run.pretrain_directory(seed)
   start = None
   if config.start_from:
@@ -62,13 +62,17 @@ def _pretrain(run: Run, seed: int) -> None:
     run.dataset, split.pretrain_until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile,
     start, until_U, split.held_out, _ranking(run) if config.eval_ranking else None,
   )  # fmt: skip
-  state, measure = evaluated(state), _retrieval(run, _events_back(run), run.experiment.evaluate.ks)
+  evaluate, directory = run.experiment.evaluate, run.tower_results(seed)
+  state, measure = evaluated(state), _retrieval(run, split.events_back(evaluate.split), evaluate.ks)
   with jax.set_mesh(run.mesh):
     figures = measure(state.params['pinfm'], state.tables.rows_GE)
   results = {f'retrieval/{name}': value for name, value in figures.items()}
-  if split.held_out > 1:
-    results[_EVENTS_BACK] = _events_back(run)
-  on_first('pretrain: results', lambda: write_json(directory / 'results.json', results))
+
+  def write() -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / 'results.json', results)
+
+  on_first('pretrain: results', write)
 
 
 def _retrieval(run: Run, events_back: int, ks: tuple[int, ...]) -> Retrieval:

@@ -12,7 +12,7 @@ from pinfm_jax.config import Experiment
 from pinfm_jax.evaluate.comparison import RankingComparison
 from pinfm_jax.evaluate.ranking import RankingPredictions, figure_name, ranking_metrics
 from pinfm_jax.evaluate.tables import Table, mean_std
-from pinfm_jax.stages.evaluate import compare_arms
+from pinfm_jax.stages.evaluate import compare_arms, held_out_part
 from pinfm_jax.sweep.jobs import FINISHED, Outcome
 from pinfm_jax.sweep.plan import Plan, Trained
 from pinfm_jax.workdir import is_done, read_results, write_json, write_text
@@ -145,6 +145,9 @@ def _run_figures(one: Trained, experiment: Experiment) -> dict[str, float]:
   return {name: metrics[name] for name in names}
 
 
+_HOLDOUTS = {'': '', ', all users and items': 'all/'}  # label of a row -> prefix of its figures
+
+
 def _towers(plan: Plan, ks: Sequence[int]) -> tuple[Table | None, dict[str, float]]:
   names = [f'{metric}@{k}' for k in ks for metric in ('hr', 'ndcg')] + ['mrr']
   rows, figures, note = [], {}, ''
@@ -153,11 +156,19 @@ def _towers(plan: Plan, ks: Sequence[int]) -> tuple[Table | None, dict[str, floa
     if not results:
       continue
     if not rows:
-      popularity = [_over(results, f'retrieval/popularity/{metric}') for metric in names]
-      rows.append(('popularity', '', *(mean_std(mean, float('nan')) for mean, _ in popularity)))
+      for label, prefix in _HOLDOUTS.items():
+        if f'retrieval/{prefix}popularity/mrr' in results[0]:
+          popularity = [_over(results, f'retrieval/{prefix}popularity/{metric}') for metric in names]
+          rows.append((f'popularity{label}', '', *(mean_std(mean, float('nan')) for mean, _ in popularity)))
       note = f'{results[0]["retrieval/users"]:.0f} users; all {results[0]["retrieval/catalogue"]:.0f} items are ranked.'
+      if 'retrieval/all/users' in results[0]:
+        note = f'Users whose next item was seen in training: {note} The others too: '
+        note += f'{results[0]["retrieval/all/users"]:.0f} users, {results[0]["retrieval/all/catalogue"]:.0f} items.'
     values = {metric: _over(results, f'retrieval/tower/{metric}') for metric in names}
     rows.append((name, str(len(results)), *(mean_std(*value) for value in values.values())))
+    if 'retrieval/all/tower/mrr' in results[0]:
+      every = [_over(results, f'retrieval/all/tower/{metric}') for metric in names]
+      rows.append((f'{name}, all users and items', str(len(results)), *(mean_std(*value) for value in every)))
     for metric, (mean, std) in values.items():
       figures |= {f'tower/{name}/{metric}/mean': mean} | ({f'tower/{name}/{metric}/std': std} if std == std else {})
   header = ('', 'seeds', *(name.upper() for name in names))
@@ -172,7 +183,7 @@ def _over(results: Sequence[Mapping[str, float]], name: str) -> tuple[float, flo
 def _about(plan: Plan, about: str, seeds: Sequence[int]) -> str:
   experiment, info = plan.run.experiment, plan.dataset.info
   if plan.towers_alone:
-    part = "each user's last event held out"
+    part = held_out_part(plan.run)
   else:
     part = f'measured on the {experiment.evaluate.split} split'
     if experiment.evaluate.split == 'validation':

@@ -1,0 +1,20 @@
+"""SASRec with three losses as configurations of the same tower, beside our model: arms for experiments/sequential/*.py.
+
+Command:   pinfm sweep experiments/sequential/beauty.py --arms experiments/sequential/baselines.py --split test
+Hardware:  2 CPU cores, 3 GB of memory
+Time:      not measured yet
+Expected:  SASRec+SS within 5 % of the published row on that row's own holdout (targets seen in training)
+
+SASRec+SS: length 50 (ml1m: 200), 1 block, 1 head, width 64, dropout 0.2, softmax over 256 sampled negatives, Adam 1e-3,
+patience 50 epochs on the validation events. SASRec: binary cross-entropy with 1 negative. gSASRec: 256 negatives with
+the calibration t = 0.75. A step's positions share negatives; the published code draws them for each position.
+"""
+
+from pinfm_jax.sequential import baselines as arms
+
+about = (
+  'SASRec+SS, SASRec and gSASRec are configurations of the same tower with the published settings. The positions of a '
+  'step share negatives.'
+)
+baseline = 'SASRec+SS'
+__all__ = ['about', 'arms', 'baseline']

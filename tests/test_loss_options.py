@@ -13,6 +13,7 @@ from pinfm_jax.data.negatives import ItemCounts, NegativeSource
 from pinfm_jax.model.hashing import fold_seed, key_words
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.train.losses import Extra, sequence_losses
+from pinfm_jax.train.pairs import pair_loss
 
 ROWS, LENGTH, WIDTH, ITEMS, TEMPERATURE = 4, 6, 5, 20, 0.7
 CONFIG = PretrainConfig(max_columns=0, mtl_weight=0.0, ftl_weight=0.0, batch_segments=ROWS)
@@ -139,21 +140,22 @@ def test_the_full_softmax_is_the_cross_entropy_of_the_catalogue():
   assert float(_run(case)[0][0]) == pytest.approx(np.mean(each), rel=1e-5)
 
 
-def test_full_calibration_takes_out_the_share_of_negatives_that_is_drawn():
-  case = Case(0, replace(DRAWN, bce_negatives=5))
-  plain, full = (
-    float(_run(Case(0, replace(case.config, bce_calibration=t)))[0][0]) for t in (0.0, 1.0)
-  )  # fmt: skip
-  half = float(_run(Case(0, replace(case.config, bce_calibration=0.5)))[0][0])
-  assert full < half < plain
-  assert half == pytest.approx((plain + full) / 2, rel=1e-5)  # linear in t
-  everything = Case(0, replace(case.config, bce_negatives=ITEMS - 1, bce_calibration=1.0))
-  assert float(_run(everything)[0][0]) == pytest.approx(everything.oracle(), rel=1e-5)
+def test_the_calibration_weighs_positives_by_the_share_that_is_drawn():
+  def loss(t: float, k: int) -> float:
+    config = replace(DRAWN, bce_negatives=k, bce_calibration=t)
+    return float(pair_loss(jnp.float32(0.3), jnp.float32(2.0), config, ITEMS))
+
+  positive = np.log1p(np.exp(-0.3))
+  for k in (1, 5):
+    assert loss(0.0, k) == pytest.approx(positive + 2, rel=1e-6)
+    assert loss(1.0, k) == pytest.approx(positive * k / (ITEMS - 1) + 2, rel=1e-6)
+    assert loss(0.5, k) == pytest.approx((loss(0.0, k) + loss(1.0, k)) / 2, rel=1e-6)
+  assert loss(1.0, ITEMS - 1) == pytest.approx(positive + 2, rel=1e-6)  # all are drawn: nothing to take out
 
 
 @pytest.mark.parametrize('fixed', [True, False])
 def test_a_fixed_temperature_does_not_learn(fixed):
-  _, grads = _run(Case(0, replace(DRAWN, fixed_temperature=fixed)))
+  _, grads = _run(Case(0, replace(DRAWN, fixed_temperature=True) if fixed else DRAWN))
   assert (float(grads[2]) == 0) == fixed
 
 

@@ -1,0 +1,63 @@
+"""A sequential recommender from a file of lines to both splits: prepared, trained, stopped early, measured twice."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pinfm_jax.config import DataConfig
+from pinfm_jax.errors import UserError
+from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.run import run as run_experiment
+from pinfm_jax.sequential import SequenceData, sasrec, sequential_experiment
+
+ITEMS = 30
+
+
+@pytest.fixture(scope='module')
+def experiment(tmp_path_factory):
+  """Users who walk through the items in order, from anywhere: easy to learn."""
+  rng, path = np.random.default_rng(0), tmp_path_factory.mktemp('log') / 'Toy.txt'
+  walks = [1 + (rng.integers(ITEMS) + np.arange(rng.integers(5, 12))) % ITEMS for _ in range(120)]
+  path.write_text(''.join(f'{user} {" ".join(map(str, walk))}\n' for user, walk in enumerate(walks)))
+  data = DataConfig(source='amazon', path=str(path))
+  made = sequential_experiment('walks', data, SequenceData(ITEMS, 720, 8, 4), 12, model__tower__layers=1)
+  small = {'model.tower.width': 16, 'model.tower.output_width': 16, 'model.tables.width': 16, 'pretrain.ema_decay': 0.9}
+  small |= {'pretrain.update.learning_rate': 0.01, 'pretrain.update.table_learning_rate': 0.01}
+  small |= {f'model.tower.{kind}': 0.0 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')}
+  return replace(apply_overrides(made, small), seeds=(0,))
+
+
+def _results(workdir, split):
+  return json.loads((workdir / 'seed0' / 'pretrain' / split / 'results.json').read_text())
+
+
+@pytest.mark.slow
+def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  run_experiment(apply_overrides(experiment, {'evaluate.split': 'validation'}), workdir)
+  validation = _results(workdir, 'validation')
+  assert not (workdir / 'seed0' / 'pretrain' / 'test').exists()  # nothing of the test split was read
+  metrics = [json.loads(line) for line in (workdir / 'seed0' / 'pretrain' / 'metrics.jsonl').read_text().splitlines()]
+  measured = [row['eval/ndcg@10'] for row in metrics if 'eval/ndcg@10' in row]
+  assert validation['retrieval/tower/ndcg@10'] == pytest.approx(max(measured))  # the best checkpoint was taken
+  assert measured[-1] > measured[0]
+  steps = max(row['step'] for row in metrics)
+  run_experiment(experiment, workdir)
+  metrics = [json.loads(line) for line in (workdir / 'seed0' / 'pretrain' / 'metrics.jsonl').read_text().splitlines()]
+  assert max(row['step'] for row in metrics) == steps  # nothing was trained again
+  test = _results(workdir, 'test')
+  assert test['retrieval/all/users'] == 120
+  assert test['retrieval/tower/hr@10'] > 2 * test['retrieval/popularity/hr@10']
+  assert test['retrieval/tower/mrr'] != validation['retrieval/tower/mrr']
+  printed = capsys.readouterr().out
+  assert "validation split: each user's second last event" in printed
+  assert "test split: each user's last event" in printed
+  assert 'popularity, all users and items' in printed
+
+
+def test_too_few_rows_for_exact_ids_are_refused(experiment, tmp_path):
+  few = apply_overrides(experiment, {**sasrec(experiment), 'model.tables.rows': ITEMS + 1})
+  with pytest.raises(UserError, match=rf'rows is {ITEMS + 1}, .* ids up to {ITEMS} need at least {ITEMS + 2}'):
+    run_experiment(few, tmp_path / 'few')

@@ -1,0 +1,69 @@
+"""Settings of the sequential options that cannot work, each refused in one line; and what the launch files share."""
+
+from pathlib import Path
+
+import pytest
+import toy
+
+from pinfm_jax.checks import check_experiment
+from pinfm_jax.errors import UserError
+from pinfm_jax.launch import load_experiment
+from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.sequential import baselines
+
+LAUNCH_FILES = sorted((Path(__file__).resolve().parent.parent / 'experiments' / 'sequential').glob('*.py'))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'model.tower.token_dropout': 1.0}, 'model.tower.token_dropout is 1.0; expected a share below 1'),
+    ({'model.tower.backbone': 'hstu', 'model.tower.rotary': True}, 'model.tower.rotary is True, but it is of the gpt2'),
+    ({'model.tower.attention': 'flash', 'model.tower.attention_dropout': 0.1}, 'flash kernels have none'),
+    ({'model.tower.rotary': True, 'model.tower.heads': 16}, 'a head is 1 wide'),
+    ({'model.tower.bare_tokens': True, 'model.tables.width': 4}, 'takes item vectors of 8'),
+    ({'model.tower.bare_targets': True}, 'model.tower.output_width 8; make the three equal'),
+    ({'pretrain.max_columns': 0}, 'there are no other negatives'),
+    ({'pretrain.full_catalogue': True}, 'set pretrain.max_columns=0'),
+    ({'pretrain.full_catalogue': True, 'pretrain.uniform_negatives': 8}, 'all items are columns already'),
+    ({'pretrain.full_catalogue': True, 'pretrain.max_columns': 0, 'pretrain.log_q': 'counts'}, 'takes all'),
+    ({'pretrain.negative_power': 0.5}, 'nothing is drawn'),
+    (
+      {'pretrain.negative_power': 0.5, 'pretrain.uniform_negatives': 8, 'pretrain.log_q': 'sketch'},
+      'draws by exact counts',
+    ),
+    ({'pretrain.keep_positives': True}, 'every target of the batch its own negative'),
+    ({'pretrain.bce_calibration': 0.5}, 'the loss is a softmax'),
+    ({'pretrain.bce_calibration': 1.5, 'pretrain.bce_negatives': 1}, 'expected at most 1'),
+    ({'pretrain.bce_negatives': 1, 'pretrain.log_q': 'counts'}, 'are of the softmax'),
+    ({'pretrain.update.table_rule': 'adam', 'model.tables.dtype': 'bfloat16'}, "'adam', which keeps"),
+    ({'pretrain.ema_decay': 1.0}, 'expected below 1'),
+    ({'pretrain.ema_tables': True}, 'nothing is averaged'),
+    ({'pretrain.ema_tables': True, 'pretrain.ema_decay': 0.9, 'model.tables.dtype': 'bfloat16'}, 'averages float32'),
+    ({'data.held_out_events': 3}, r'expected 1 \(test\) or 2'),
+    ({'data.held_out_events': 2, 'pretrain.continue_from': 'x'}, 'set data.held_out_events=1'),
+    ({'pretrain.eval_ranking': True, 'pretrain.eval_every': 1}, 'only the test event is held out'),
+    ({'pretrain.eval_ranking': True, 'data.held_out_events': 2}, 'eval_ranking is set, but nothing'),
+    ({'pretrain.patience': 2}, 'pretrain.patience is set, but nothing is measured'),
+    ({'model.tables.hash_seed': -2}, 'model.tables.hash_seed is -2'),
+  ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(changes, words):
+  with pytest.raises(UserError, match=words) as caught:
+    check_experiment(apply_overrides(toy.EXPERIMENT, changes))
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  'path', [path for path in LAUNCH_FILES if path.stem != 'baselines'], ids=lambda path: path.stem
+)
+def test_a_launch_file_and_its_baselines_pass(path):
+  experiment = load_experiment(path)
+  arms = baselines(experiment)
+  assert [arm.name for arm in arms] == ['PinFM', 'SASRec+SS', 'SASRec', 'gSASRec']
+  for arm in arms:
+    check_experiment(apply_overrides(experiment, arm.overrides))
+  own = apply_overrides(experiment, arms[1].overrides)
+  assert (own.model.tower.layers, own.model.tower.heads, own.model.tower.width) == (1, 1, 64)
+  assert own.pretrain.uniform_negatives == 256
+  assert own.data == experiment.data

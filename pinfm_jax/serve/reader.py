@@ -13,7 +13,8 @@ All numbers are little-endian.
 **From an id to its key** (unsigned 64-bit). An integer -2^63 <= id < 2^63: its two's complement, id mod 2^64. A string:
 BLAKE2b with an 8-byte digest, no key, no salt, of its UTF-8 bytes; the digest read as a little-endian number.
 
-**From a key to its S rows.** All arithmetic is unsigned; u32 wraps at 2^32, u64 at 2^64.
+**From a key to its S rows.** With hash_seed -1 nothing is hashed, row[s] = s * R + min(key, R - 1). With any other, as
+below. All arithmetic is unsigned; u32 wraps at 2^32, u64 at 2^64.
 
   u32 mix(u32 h) { h ^= h >> 16; h *= 0x85EBCA6B; h ^= h >> 13; h *= 0xC2B2AE35; return h ^ (h >> 16); }
 
@@ -25,8 +26,6 @@ BLAKE2b with an 8-byte digest, no key, no salt, of its UTF-8 bytes; the digest r
     a = mix(a + b * 0x9E3779B9);
     row[s] = s * R + (((u64)a * R + ((u64)b * R >> 32)) >> 32);
   }
-
-With hash_seed -1 nothing is hashed: row[s] = s * R + min(key, R - 1).
 
 **A packed row.** int4: E / 2 bytes of codes, byte i has value 2i in the low four bits, 2i + 1 in the high four.
 int8: E bytes of codes. Then, for both, float16 scale and float16 bias; value = bias + scale * code, in float32.

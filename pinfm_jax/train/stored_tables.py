@@ -115,7 +115,8 @@ class StoredState:
       Blocks [rows, E].
     """
     path = self._path
-    table = _open_array(path, 'average.rows' if 'rows' in self._layout.get('average', {}) else 'tables.rows')
+    averaged = 'rows' in (self._layout or {}).get('average', {})
+    table = _open_array(path, 'average.rows' if averaged else 'tables.rows')
     if table.shape[0] < count:
       raise UserError(
         f'{path} has {table.shape[0]} table rows, the model {count}: use the settings it was trained with'

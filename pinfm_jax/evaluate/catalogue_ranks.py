@@ -40,13 +40,18 @@ def catalogue_ranks(
   items, width = z_VO.shape
   size = min(block, items)
   count = -(-items // size)
-  trained_V = jnp.ones(items, bool) if trained_V is None else trained_V
-  z_NBO = jnp.pad(z_VO, ((0, count * size - items), (0, 0))).reshape(count, size, width)
-  trained_NB = jnp.pad(trained_V, (0, count * size - items)).reshape(count, size)
-  first_N = jnp.arange(count, dtype=jnp.int32) * size
+  trained_V = jnp.ones(items, bool) if trained_V is None else jnp.asarray(trained_V)
+  target_Q = jnp.asarray(target_Q)
 
   def scores(z_BO: Array) -> Array:
     return jnp.einsum('qo,bo->qb', h_QO, z_BO, precision=jax.lax.Precision.HIGHEST)
+
+  ahead = partial(_ahead, items=items, target_Q=target_Q, seen_QM=seen_QM)
+  if count == 1:  # the products serve twice
+    scores_QB = scores(z_VO)
+    score_Q1 = jnp.take_along_axis(scores_QB, target_Q[:, None], axis=1)
+    before_2Q = ahead(scores_QB, score_Q1, jnp.int32(0), trained_V)
+    return 1 + before_2Q[0], 1 + before_2Q[1]
 
   def find(score_Q1: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
     first, z_BO = part
@@ -54,18 +59,28 @@ def catalogue_ranks(
     here_Q1 = jnp.take_along_axis(scores(z_BO), jnp.clip(place_Q1, 0, size - 1), axis=1)
     return jnp.where((place_Q1 >= 0) & (place_Q1 < size), here_Q1, score_Q1), None
 
-  score_Q1 = jax.lax.scan(find, jnp.zeros((len(target_Q), 1), jnp.float32), (first_N, z_NBO))[0]
-
   def add(before_2Q: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
     first, z_BO, trained_B = part
-    place_B = first + jnp.arange(size, dtype=jnp.int32)
-    ahead_QB = ~(scores(z_BO) < score_Q1) & (place_B < items) & (place_B != target_Q[:, None])
-    if seen_QM is not None:
-      ahead_QB &= ~_marked(seen_QM - first, size)
-    return before_2Q + jnp.stack([jnp.sum(ahead_QB, axis=1), jnp.sum(ahead_QB & trained_B, axis=1)]), None
+    return before_2Q + ahead(scores(z_BO), score_Q1, first, trained_B), None
 
+  z_NBO = jnp.pad(z_VO, ((0, count * size - items), (0, 0))).reshape(count, size, width)
+  trained_NB = jnp.pad(trained_V, (0, count * size - items)).reshape(count, size)
+  first_N = jnp.arange(count, dtype=jnp.int32) * size
+  score_Q1 = jax.lax.scan(find, jnp.zeros((len(target_Q), 1), jnp.float32), (first_N, z_NBO))[0]
   before_2Q = jax.lax.scan(add, jnp.zeros((2, len(target_Q)), jnp.int32), (first_N, z_NBO, trained_NB))[0]
   return 1 + before_2Q[0], 1 + before_2Q[1]
+
+
+def _ahead(
+  scores_QB: Array, score_Q1: Array, first: Array, trained_B: Array, items: int, target_Q: Array, seen_QM: Array | None
+) -> Array:
+  """How many items of a block stand before the target, among all and among the trained ones: int32 [2, Q]."""
+  size = scores_QB.shape[1]
+  place_B = first + jnp.arange(size, dtype=jnp.int32)
+  ahead_QB = ~(scores_QB < score_Q1) & (place_B < items) & (place_B != target_Q[:, None])
+  if seen_QM is not None:
+    ahead_QB &= ~_marked(seen_QM - first, size)
+  return jnp.stack([jnp.sum(ahead_QB, axis=1), jnp.sum(ahead_QB & trained_B, axis=1)])
 
 
 def _marked(place_QM: Array, size: int) -> Array:

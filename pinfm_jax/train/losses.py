@@ -106,7 +106,6 @@ def sequence_losses(
   segment_UL = jnp.zeros((users, length), jnp.int32) if events.segment_UL is None else events.segment_UL
   anchors = Anchors(h_ULO, z_ULO, events.mask_UL, positive_UL, segment_UL, index_U, shown_UL)
   rows = _Rows(anchors, events.user_UL, z_UNO, extra.frequency_UL, extra.frequency_UN)
-  how = Reduction(config.bce_negatives, config.keep_positives)
 
   def on_a_device(rows: _Rows, columns: Columns, scale: Array, seed: Array) -> dict[str, Array]:
     columns_KO, frequency_K = _column_values(rows, columns)
@@ -116,14 +115,12 @@ def sequence_losses(
       correction_K = log_inclusion(frequency_K, columns, draws)
     # Cast once, before the chunks: the cast's transpose is the sum of their gradients over devices, else one a chunk.
     shared = jax.lax.pcast((columns_KO, correction_K, scale), BATCH_AXES, to='varying')
-    negatives_UL = _reduced(rows, columns, *shared, mesh.shape['model'], how)
+    negatives_UL = _reduced(rows, columns, *shared, mesh.shape['model'], config)
     sums = pair_sums(rows.anchors, negatives_UL, shared[-1], config, seed, extra.catalogue)
     sums = {name: jax.lax.psum(value, BATCH_AXES) for name, value in sums.items()}
     return {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
 
-  if config.fixed_temperature:
-    log_temperature = jax.lax.stop_gradient(log_temperature)
-  scale = jnp.exp(-log_temperature)
+  scale = jnp.exp(-(jax.lax.stop_gradient(log_temperature) if config.fixed_temperature else log_temperature))
   by_rows = jax.shard_map(on_a_device, mesh=mesh, in_specs=(P(BATCH_AXES), P(), P(), P()), out_specs=P())
   losses = by_rows(rows, columns, scale, fold_seed(seed, _PAIRS))
   weights = {'ntl': config.ntl_weight, 'mtl': config.mtl_weight, 'ftl': config.ftl_weight}
@@ -179,9 +176,16 @@ def _column_values(rows: _Rows, columns: Columns) -> tuple[Array, Array | None]:
 
 
 def _reduced(
-  rows: _Rows, columns: Columns, columns_KO: Array, correction_K: Array, scale: Array, model: int, how: Reduction
+  rows: _Rows,
+  columns: Columns,
+  columns_KO: Array,
+  correction_K: Array,
+  scale: Array,
+  model: int,
+  config: PretrainConfig,
 ) -> Array:
   """`reduce_negatives` of the device's rows, [U, L]; the devices of a `model` group take a share each."""
+  how = Reduction(config.bce_negatives, config.keep_positives)
   users, length, width = rows.anchors.h_ULO.shape
   h_AO, user_A = rows.anchors.h_ULO.reshape(-1, width), rows.user_UL.reshape(-1)
   if model == 1:

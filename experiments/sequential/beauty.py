@@ -23,5 +23,5 @@ experiment = sequential_experiment(
     options={'category': 'Beauty'},
   ),
   SequenceData(items=12101, events=153776, length=50, rows=16),
-  epochs=200,
+  epochs=40,
 )

@@ -24,7 +24,7 @@ experiment = sequential_experiment(
     options={'actions': 'none'},
   ),
   SequenceData(items=3416, events=987_531, length=200, rows=32),
-  epochs=100,
+  epochs=80,
   model__tower__dropout=0.2,
   model__tower__embedding_dropout=0.2,
   model__tower__attention_dropout=0.2,

@@ -23,5 +23,5 @@ experiment = sequential_experiment(
     options={'category': 'Sports_and_Outdoors'},
   ),
   SequenceData(items=18357, events=225141, length=50, rows=16),
-  epochs=200,
+  epochs=25,
 )

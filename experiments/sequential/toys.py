@@ -23,5 +23,5 @@ experiment = sequential_experiment(
     options={'category': 'Toys_and_Games'},
   ),
   SequenceData(items=11924, events=128773, length=50, rows=16),
-  epochs=200,
+  epochs=40,
 )

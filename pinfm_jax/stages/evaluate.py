@@ -108,16 +108,16 @@ def _cell(figures: Mapping[str, float], name: str) -> str:
   return mean_std(figures[name], figures.get(f'{name}/std', float('nan')))
 
 
-def held_out_part(run: Run) -> str:
+def held_out_part(experiment: Experiment) -> str:
   """What the towers of a log without impressions are measured on, in words."""
-  if run.split.held_out == 1:
+  if experiment.data.held_out_events == 1:
     return "each user's last event held out"
-  split = run.experiment.evaluate.split
+  split = experiment.evaluate.split
   return f"{split} split: each user's {'last' if split == 'test' else 'second last'} event"
 
 
 def _about(run: Run) -> str:
   info = run.dataset.info
-  part = f'{run.experiment.evaluate.split} split' if run.experiment.arms else held_out_part(run)
+  part = f'{run.experiment.evaluate.split} split' if run.experiment.arms else held_out_part(run.experiment)
   licence = f' Terms of the data: {info.licence}.' if info.licence else ''
   return f'Data: {info.source}; {part}; {len(run.experiment.seeds)} seed(s).{licence}'

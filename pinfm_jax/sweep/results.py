@@ -183,7 +183,7 @@ def _over(results: Sequence[Mapping[str, float]], name: str) -> tuple[float, flo
 def _about(plan: Plan, about: str, seeds: Sequence[int]) -> str:
   experiment, info = plan.run.experiment, plan.dataset.info
   if plan.towers_alone:
-    part = held_out_part(plan.run)
+    part = held_out_part(experiment)
   else:
     part = f'measured on the {experiment.evaluate.split} split'
     if experiment.evaluate.split == 'validation':

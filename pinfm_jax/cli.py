@@ -17,9 +17,10 @@ from pinfm_jax.serve.offline.command import add_demo, add_embed, add_recommend
 from pinfm_jax.serve.rows.command import add_serve_rows
 from pinfm_jax.serve.server import add_serve
 from pinfm_jax.stages.export_command import add_export
+from pinfm_jax.study.command import add_study
 from pinfm_jax.sweep.command import add_sweep
 
-_RESUMED = ('run', 'download', 'sweep')
+_RESUMED = ('run', 'download', 'sweep', 'study')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
   for add in (
     _add_run,
     add_sweep,
+    add_study,
     _add_prepare,
     _add_prepare_beam,
     _add_download,

@@ -15,12 +15,12 @@ def add_clicks(commands) -> None:
   )
   command.add_argument('file', metavar='LAUNCH', help='a launch file, for example experiments/movielens_clicks.py')
   command.add_argument('--grid', metavar='KEY=A,B', nargs='+', action='extend', default=[],
-                       help='ranker.* or training.* settings and their values, for every arm; tuples: (a,b),(c,d)')  # fmt: skip
+                       help='ranker.* or training.* settings and their values, for every arm')  # fmt: skip
   command.add_argument('--only', metavar='NAME', nargs='+', action='extend', default=[],
                        help='only these arms of the file, and the baseline')  # fmt: skip
   command.add_argument('--seeds', type=int, metavar='N', help="seeds 0 to N-1 (default: the launch file's)")
   command.add_argument('--split', choices=('validation', 'test'), default='validation',
-                       help='what is measured: validation (default) while tuning, test once at the end')  # fmt: skip
+                       help='validation (default) while tuning, test once at the end')  # fmt: skip
   command.add_argument('--workdir', metavar='DIR', help='where everything is written (default: runs/NAME of LAUNCH)')
   command.add_argument('--set', metavar='KEY=VALUE', nargs='+', action='extend', default=[], dest='assignments',
                        help='change settings, for all arms')  # fmt: skip

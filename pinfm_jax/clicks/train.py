@@ -92,11 +92,10 @@ def train_clicks(table: ClickTable, ranker: RankerConfig, training: ClickTrainin
     step += 1
     if step % every and step < total:
       continue
-    looks.append(
-      {'epochs': step * training.batch / len(rows), **measure_clicks(table, ranker, params, stats, 'validation')}
-    )
-    progress.update(step, f'validation logloss {looks[-1]["logloss"]:.4f} AUC {looks[-1]["auc"]:.4f}')
-    if kept is None or looks[-1]['logloss'] < looks[best]['logloss']:
+    figures = measure_clicks(table, ranker, params, stats, 'validation')
+    looks.append({'epochs': step * training.batch / len(rows), **figures})
+    progress.update(step, f'validation logloss {figures["logloss"]:.4f} AUC {figures["auc"]:.4f}')
+    if kept is None or figures['logloss'] < looks[best]['logloss']:
       best, kept = len(looks) - 1, jax.tree.map(np.array, params)  # the step takes the arrays' memory
       continue
     rate *= training.decay

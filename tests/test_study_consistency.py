@@ -85,9 +85,7 @@ def test_runs_of_other_candidates_are_refused():
 def test_small_requests_cannot_change_their_top():
   run = predictions(1)
   few = np.isin(run.request_M, [r for r in set(run.request_M) if (run.request_M == r).sum() <= 3])
-  cut = {
-    name: getattr(run, name)[few] for name in ('request_M', 'user_M', 'item_key_M', 'age_hours_M', 'labels_MT')
-  }
+  cut = {name: getattr(run, name)[few] for name in ('request_M', 'user_M', 'item_key_M', 'age_hours_M', 'labels_MT')}
   runs = [replace(run, **cut, scores_MT=predictions(seed).scores_MT[few]) for seed in (1, 2)]
   assert np.isnan(disagreement(runs, 'save', WEIGHTS).changed_top)
 

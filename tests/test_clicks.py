@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from test_click_through import write_criteo
 
+from pinfm_jax.cli import main
 from pinfm_jax.clicks import compare
 from pinfm_jax.clicks import train as train_module
 from pinfm_jax.clicks.config import ClickData, ClickExperiment, ClickTraining, check_clicks, load_clicks
 from pinfm_jax.clicks.train import Rates, click_spec, click_stats, measure_clicks, penalty, score_clicks, train_clicks
-from pinfm_jax.cli import main
 from pinfm_jax.config import Arm, RankerConfig
 from pinfm_jax.data.click_through import ClickTable, SplitOptions, load_click_table
 from pinfm_jax.errors import UserError

@@ -87,7 +87,8 @@ def test_the_settings_of_the_command_line_win(homefeed, tmp_path):
 
 
 def test_a_block_is_tried_at_every_size_and_every_point(tmp_path):
-  text = 'tune = {"ranker.mlp": ((8,), (16, 8))}\nsizes = {n: ({"ranker.block.rank": 1}, {"ranker.block.rank": 2}) for n in "ab"}'
+  sizes = '{n: ({"ranker.block.rank": 1}, {"ranker.block.rank": 2}) for n in "ab"}'
+  text = f'tune = {{"ranker.mlp": ((8,), (16, 8))}}\nsizes = {sizes}'
   file = load_blocks(_file(tmp_path, text))
   tried = file.candidates(file.blocks(Experiment('x'), FACTS))['b']
   assert [arm.overrides for arm in tried] == [

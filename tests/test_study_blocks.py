@@ -15,6 +15,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.launch import load_experiment
 from pinfm_jax.model.interaction.settings import INTERACTIONS
 from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.study import study as study_module
 from pinfm_jax.study.blocks_file import default_blocks, load_blocks
 from pinfm_jax.study.tuning import Trial, best_trials, tuning_table
 from pinfm_jax.sweep.arms_file import DataFacts
@@ -154,6 +155,35 @@ def test_the_best_trial_is_taken_and_the_table_says_so():
     ('a', 'z', '–', ''),
     ('b', 'as listed', '–', ''),
   )
+
+
+@pytest.mark.parametrize(
+  ('words', 'only', 'seeds', 'tried'),
+  [
+    ([], (), (0, 1, 2), 6),
+    (['--quick'], 'quick', (0,), 1),
+    (['--quick', '--seeds', '2', '--only', 'FM'], ('FM',), (0, 1), 1),
+    (['--tune', 'none'], (), (0, 1, 2), 1),
+    (['--tune', 'finetune.epochs=1,2'], (), (0, 1, 2), 4),
+    (['--quick', '--tune', 'finetune.epochs=1,2'], 'quick', (0,), 4),
+  ],
+)
+def test_what_the_options_ask_for(homefeed, tmp_path, monkeypatch, words, only, seeds, tried):
+  asked = []
+  monkeypatch.setattr(study_module, 'run_study', lambda study, workdir: asked.append(study) or True)
+  assert main(['study', str(EXPERIMENTS / 'kuairand.py'), '--split', 'test', '--max-memory=-5%', *words]) == 0
+  (study,) = asked
+  assert study.only == (homefeed.quick if only == 'quick' else only)
+  assert study.experiment.seeds == seeds
+  assert study.experiment.evaluate.split == 'test'
+  assert study.experiment.ranker.sequence == 'none'
+  assert study.name == 'homefeed_interactions' + '_quick' * ('--quick' in words)
+  assert study.decision.limits.memory == -0.05
+  blocks = study.file.blocks(study.experiment, FACTS, study.only)
+  assert {len(arms) for arms in study.file.candidates(blocks).values()} == {tried}
+  monkeypatch.setattr(study_module, 'run_study', lambda study, workdir: False)
+  with pytest.raises(SystemExit, match='1'):
+    main(['study', str(EXPERIMENTS / 'kuairand.py')])
 
 
 @pytest.mark.parametrize(

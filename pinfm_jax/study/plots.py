@@ -48,4 +48,6 @@ def trade_off(
     svg = to_svg(figure, f'{title} {xlabel}')
   # A file of its own has no page whose text colour it could take, and needs a size.
   width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
-  return svg.replace('<svg ', f'<svg width="{width}" height="{height}" ', 1).replace('currentColor', '#555555')
+  return svg.replace('<svg ', f'<svg width="{width}" height="{height}" font-family="sans-serif" ', 1).replace(
+    'currentColor', '#555555'
+  )

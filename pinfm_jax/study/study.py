@@ -20,7 +20,7 @@ from pinfm_jax.sweep.jobs import FINISHED, machine_slots, run_jobs
 from pinfm_jax.sweep.plan import Plan, make_plan
 from pinfm_jax.sweep.results import Rows
 from pinfm_jax.sweep.sweep import data_facts, prepare_data
-from pinfm_jax.workdir import write_json
+from pinfm_jax.workdir import is_done, read_results, write_json
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,12 @@ def run_study(study: Study, workdir: Path) -> bool:
     prepare_data(study.experiment, workdir, directory / 'logs')
     run = _study_run(study.experiment, workdir, directory)
     blocks = study.file.blocks(run.experiment, data_facts(run), study.only)
+    results = directory / run.experiment.evaluate.split
+    _check_name(results, [block.name for block in blocks])
     candidates = study.file.candidates(blocks)
     _keep_examples(run, candidates)
     trials, complete = _tune(study, run, candidates)
     chosen = _chosen(candidates, trials, study.decision.metric)
-    results = directory / run.experiment.evaluate.split
     plan, rows = _train(study, run, candidates, chosen, results)
     names = _finished(plan, rows, chosen)
     missing = tuple(f'{block.name}: not finished' for block in blocks if block.name not in names)
@@ -94,6 +95,17 @@ def _study_run(experiment: Experiment, workdir: Path, directory: Path) -> Run:
   data = experiment.data
   path = data.path if data.source == 'prepared' else str(workdir / 'data')
   return Run(replace(experiment, data=replace(data, source='prepared', path=path)), directory)
+
+
+def _check_name(results: Path, blocks: Sequence[str]) -> None:
+  """Refuses to write over the results of blocks that are not among this study's."""
+  if not is_done(results):
+    return
+  others = [name for name in read_results(results)['blocks'] if name not in blocks]
+  if others:
+    raise UserError(
+      f'{results} holds the results of other blocks too ({", ".join(others)}); give this study a --name of its own'
+    )
 
 
 def _keep_examples(run: Run, candidates: Mapping[str, Sequence[Arm]]) -> None:

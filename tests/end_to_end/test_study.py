@@ -1,4 +1,4 @@
-"""A whole study from the command line: a run that fails, its repetition, the other split, costs that were measured."""
+"""A whole study from the command line: runs that fail, their repetition, costs that stay, the other split."""
 
 import json
 import os
@@ -18,28 +18,30 @@ baseline = 'cross'
 settings = {'ranker.sequence': 'none', 'finetune.epochs': 0.15}
 tune = {'finetune.update.learning_rate': (1e-3, 3e-3)}
 arms = (Arm('none', {'ranker.interaction': 'none'}), Arm('cross', {'ranker.interaction': 'dcnv2'}))
-quick = ('none',)
 """
 
 
 @pytest.fixture(scope='module')
 def studied(tmp_path_factory):
-  """The command, its workdir, and the exit code of a first call in which one run cannot write."""
+  """The command and its directory, after a first call in which the baseline's runs cannot write."""
   root = tmp_path_factory.mktemp('study')
   (root / 'launch.py').write_text('from toy import EXPERIMENT as experiment\n')
   (root / 'blocks.py').write_text(BLOCKS)
   workdir = root / 'work'
   command = ['study', str(root / 'launch.py'), '--blocks', str(root / 'blocks.py'), '--workdir', str(workdir)]
   command += ['--rounds', '2', '--metric', 'auc', '--max-latency', '+1000%', '--max-memory', '+1000%']
-  in_the_way = workdir / 'studies/blocks/seed0/ranker_none_finetune_update_learning_rate_0_003/checkpoints'
-  in_the_way.parent.mkdir(parents=True)
-  in_the_way.write_text('no folder')
+  in_the_way = [
+    workdir / f'studies/blocks/seed0/ranker_cross_finetune_update_learning_rate_{rate}/checkpoints'
+    for rate in ('0_001', '0_003')
+  ]
+  for path in in_the_way:
+    path.parent.mkdir(parents=True)
+    path.write_text('no folder')
   before = os.environ.get('PYTHONPATH')
   os.environ['PYTHONPATH'] = str(TESTS)
-  with pytest.raises(SystemExit) as stopped:
-    main(command)
-  assert stopped.value.code == 1
-  in_the_way.unlink()
+  assert main(command) == 2
+  for path in in_the_way:
+    path.unlink()
   yield command, workdir / 'studies' / 'blocks'
   os.environ.pop('PYTHONPATH') if before is None else os.environ.update(PYTHONPATH=before)
 
@@ -52,10 +54,11 @@ def _trained(directory):
 def test_a_study_goes_on_and_ends(studied, capsys):
   command, directory = studied
   before = _trained(directory)
-  assert len(before) == 3
+  assert len(before) == 2
+  assert not (directory / 'costs.json').exists()
   assert main(command) == 0
   output, after = capsys.readouterr().out, _trained(directory)
-  assert 'tuning: 4 runs, of which 3 have finished' in output
+  assert 'tuning: 4 runs, of which 2 have finished' in output
   assert {path: after[path] for path in before} == before
   assert len(after) == 4
   assert 'blocks: 2 runs, of which 2 have finished' in output  # the chosen trials are the runs of the first seed
@@ -102,12 +105,10 @@ def _check_results(results, directory):
 
 
 @pytest.mark.slow
-def test_the_quick_form_tunes_nothing(studied, capsys):
+def test_results_of_other_blocks_are_not_written_over(studied, capsys):
   command, directory = studied
-  assert main([*command, '--quick', '--name', 'quick']) == 0
-  output = capsys.readouterr().out
-  assert 'tuning' not in output
-  assert 'blocks: 2 runs, of which 0 have finished' in output
-  page = (directory.parent / 'quick' / 'validation' / 'results.md').read_text()
-  assert 'No block was tuned' in page
-  assert 'from one seed' in page or 'It is the baseline' in page
+  blocks = Path(command[command.index('--blocks') + 1])
+  blocks.write_text(BLOCKS.replace("Arm('none'", "Arm('nothing'"))
+  assert main(command) == 2
+  assert 'holds the results of other blocks too (none); give this study a --name' in capsys.readouterr().err
+  blocks.write_text(BLOCKS)

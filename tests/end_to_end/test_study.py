@@ -1,4 +1,4 @@
-"""A whole study from the command line: runs that fail, their repetition, costs that stay, the other split."""
+"""A whole study from the command line: runs that fail, their repetition, costs that stay."""
 
 import json
 import os
@@ -74,9 +74,6 @@ def test_a_study_goes_on_and_ends(studied, capsys):
   assert 'start ' not in output
   assert 'measuring' not in output
   assert (directory / 'costs.json').stat().st_mtime_ns == costs
-  assert main([*command, '--split', 'test']) == 0
-  assert _trained(directory) == after
-  assert 'measured on the test split' in (directory / 'test' / 'results.md').read_text()
 
 
 def _check_tuning(directory):

@@ -157,6 +157,7 @@ def test_one_request_has_the_real_candidates_of_a_batch_again_and_again():
   batch = {
     'candidate_mask': mask,
     'candidate_dense': np.arange(12.0).reshape(2, 2, 3),
+    'candidate_embedding': np.zeros((2, 2, 0)),
     'history_item': np.arange(4).reshape(2, 2),
   }
   found = one_request(batch, 7)
@@ -164,6 +165,7 @@ def test_one_request_has_the_real_candidates_of_a_batch_again_and_again():
   assert found['candidate_mask'].all()
   rows = batch['candidate_dense'].reshape(4, 3)[[0, 2, 3, 0, 2, 3, 0]]
   np.testing.assert_array_equal(found['candidate_dense'], rows[None])
+  assert found['candidate_embedding'].shape == (1, 7, 0)
   np.testing.assert_array_equal(found['history_item'], [[0, 1]])
 
 

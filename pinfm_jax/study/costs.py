@@ -170,13 +170,14 @@ class _Programs:
 
 def one_request(batch: Batch, candidates: int) -> Batch:
   """A request with so many candidates: those of a batch's requests, repeated, behind the first one's history."""
+  places = batch['candidate_mask'].size
   rows = np.flatnonzero(batch['candidate_mask'].reshape(-1))
   chosen = np.resize(rows, candidates)
 
   def of(name: str, value: np.ndarray) -> np.ndarray:
     if not name.startswith('candidate_'):
       return value[:1]
-    return value.reshape(-1, *value.shape[2:])[chosen][None]
+    return value.reshape(places, *value.shape[2:])[chosen][None]
 
   return {name: of(name, np.asarray(value)) for name, value in batch.items()}
 

@@ -18,7 +18,7 @@ from pinfm_jax.config import Arm, RankerConfig
 from pinfm_jax.data.click_through import ClickTable, SplitOptions, load_click_table
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate import metrics
-from pinfm_jax.model.features import CandidateBatch
+from pinfm_jax.model.features import CandidateBatch, FeatureLayer, ranker_fields
 from pinfm_jax.model.ranker import Ranker
 
 RANKER = RankerConfig(sequence='none', cross_layers=1, mlp=(8,), sparse_width=4, raw_embeddings=True)
@@ -74,6 +74,26 @@ def test_scores_are_the_rankers_whatever_the_batch(table, trained):
     one = CandidateBatch(None, None, None, dense, sparse, jnp.zeros((1, 1, 0)))
     logit = module.apply({'params': trained.params}, one, click_stats(table), None)[0, 0, 0]
     assert score == pytest.approx(1 / (1 + np.exp(-float(logit))), rel=1e-5)
+
+
+@pytest.mark.parametrize('raw', [False, True])
+def test_embeddings_of_one_width_enter_as_they_are_or_at_unit_length(table, raw):
+  config, rows = replace(RANKER, sparse_width=5, raw_embeddings=raw), table.sparse_NF[:7]
+  layer, stats = FeatureLayer(click_spec(table), config), click_stats(table)
+  one = CandidateBatch(None, None, None, jnp.asarray(table.dense_NF[:7]), jnp.asarray(rows), jnp.zeros((7, 0)))
+  x0, variables = layer.init_with_output(jax.random.key(0), one, stats)
+  assert x0.shape == (7, 2 + 2 * 5)
+  fields = ranker_fields(click_spec(table), config, modules=False)
+  assert [(field.kind, field.start, field.width) for field in fields] == [
+    ('dense', 0, 2),
+    ('sparse', 2, 5),
+    ('sparse', 7, 5),
+  ]
+  for i in range(2):
+    expected = np.asarray(variables['params'][f'sparse_{i}'], np.float64)[rows[:, i]]
+    if not raw:
+      expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(x0[:, 2 + 5 * i : 7 + 5 * i], expected, rtol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(table, trained):

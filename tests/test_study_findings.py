@@ -113,6 +113,7 @@ def test_the_files_say_it_all(study, tmp_path):
     'About the data.', 'Recommended: a & b.', 'hide HIT@3 (low is good)', '1.00x', 'interaction=dcnv2',
     'update.learning_rate=0.1', 'The same programs made twice differ by +10.0 % at the median (step)',
     'with 64 requests', 'new users', '- x: not finished', 'ranker.mlp=(8,)', 'a training step of 8 requests',
+    'beyond seed noise',
   ):  # fmt: skip
     assert words in page, words
   assert 'nan' not in page
@@ -143,7 +144,8 @@ def test_one_seed_has_no_reproducibility(study):
     replace(row, figures={k: v[:1] for k, v in row.figures.items()}, disagreement=None) for row in found.rows
   )
   _, reproducibility, _ = replace(found, rows=rows).tables()
-  assert reproducibility.rows[0][1:5] == ('–',) * 4
+  assert reproducibility.rows[0][1:6] == ('', *('–',) * 4)
+  assert 'from one seed' in reproducibility.rows[1][1]
 
 
 def test_a_plot_of_undefined_points_is_drawn():

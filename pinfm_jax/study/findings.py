@@ -68,7 +68,7 @@ class Findings:
     first = tables.main_table(self.rows, self.evaluate, self.costs, self.decision, self.baseline)
     return (
       first,
-      tables.reproducibility_table(self.rows, self.figure),
+      tables.reproducibility_table(self.rows, self.figure, self.baseline),
       tables.stability_table(self.rows, self.figure, self.slices_note),
     )
 

@@ -11,6 +11,7 @@ from pinfm_jax.config import EvaluateConfig
 from pinfm_jax.evaluate.ranking import figure_name
 from pinfm_jax.evaluate.tables import Table, mean_std
 from pinfm_jax.study.costs import AGAIN, CANDIDATES, Costs
+from pinfm_jax.study.recommend import difference
 from pinfm_jax.study.rows import Decision, Row
 from pinfm_jax.sweep.grid import settings_text
 
@@ -47,7 +48,7 @@ def main_table(rows: Sequence[Row], evaluate: EvaluateConfig, costs: Costs, deci
       f'{row.cost.parameters:,}',
       f'{row.cost.block_parameters:,}',
       f'{row.cost.memory_bytes / 1e6:,.1f} MB ({row.memory:.2f}x)',
-      f'{100 * row.share:.2g} %',
+      f'{100 * row.share:.2g} %' + ' (beyond the line)' * (row.share > decision.limits.share),
       f'{row.step.median:.2f}x',
       f'{row.latency.median:.2f}x',
     ))  # fmt: skip
@@ -78,10 +79,12 @@ def _costs_note(rows: Sequence[Row], costs: Costs, decision: Decision, baseline:
   return ' '.join(lines)
 
 
-def reproducibility_table(rows: Sequence[Row], figure: str) -> Table:
-  """What retraining alone changes."""
+def reproducibility_table(rows: Sequence[Row], figure: str, baseline: str) -> Table:
+  """What retraining alone changes, and whether a block differs from the baseline by more than that."""
+  base = next(row for row in rows if row.name == baseline).measured(figure)
   header = (
-    'block', f'{figure}: std over seeds', 'mean absolute difference of predictions', 'rank correlation',
+    'block', f'{figure} against {baseline}', f'{figure}: std over seeds',
+    'mean absolute difference of predictions', 'rank correlation',
     'requests whose top 3 changed', 'settings',
   )  # fmt: skip
   cells = []
@@ -92,10 +95,12 @@ def reproducibility_table(rows: Sequence[Row], figure: str) -> Table:
     if pair:
       changed = '–' if np.isnan(pair.changed_top) else f'{100 * pair.changed_top:.1f} %'
       between = (f'{pair.mean_difference:.4f}', f'{pair.rank_correlation:.4f}', changed)
-    cells.append((row.name, std, *between, row.settings or "the launch file's"))
+    against = '' if row.name == baseline else difference(row.measured(figure), base).text()
+    cells.append((row.name, against, std, *between, row.settings or "the launch file's"))
   note = (
     'Retrains differ in their seed alone: initial values, order of the data, dropout. Means over all pairs of seeds. '
-    'Top 3 by utility, of requests with more than 3 candidates.'
+    'Top 3 by utility, of requests with more than 3 candidates. Seed noise: half the 95 % interval of the difference '
+    'of means (Welch).'
   )
   return Table('Reproducibility', header, tuple(cells), note)
 

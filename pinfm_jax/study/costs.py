@@ -183,7 +183,9 @@ def one_request(batch: Batch, candidates: int) -> Batch:
 
 
 def _resized(batch: Mapping[str, jax.Array], requests: int) -> dict[str, jax.ShapeDtypeStruct]:
-  return {name: jax.ShapeDtypeStruct((requests, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+  return {
+    name: jax.ShapeDtypeStruct((requests, *x.shape[1:]), x.dtype, sharding=x.sharding) for name, x in batch.items()
+  }
 
 
 def _peak_bytes(compiled: Any) -> int:

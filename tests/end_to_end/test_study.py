@@ -29,7 +29,7 @@ def studied(tmp_path_factory):
   (root / 'blocks.py').write_text(BLOCKS)
   workdir = root / 'work'
   command = ['study', str(root / 'launch.py'), '--blocks', str(root / 'blocks.py'), '--workdir', str(workdir)]
-  command += ['--rounds', '2', '--metric', 'auc', '--max-latency', '+1000%', '--max-memory', '+1000%']
+  command += ['--rounds', '2', '--memory-requests', '64', '--max-latency', '+1000%', '--max-memory', '+1000%']
   in_the_way = [
     workdir / f'studies/blocks/seed0/ranker_cross_finetune_update_learning_rate_{rate}/checkpoints'
     for rate in ('0_001', '0_003')
@@ -94,6 +94,9 @@ def _check_results(results, directory):
   assert cross['block_parameters'] == width**2 + width
   assert cross['parameters'] - none['parameters'] == cross['block_parameters'] + 16 * width
   assert cross['memory_bytes'] > none['memory_bytes'] > 12 * none['parameters']  # weights and two moments
+  labels, candidates = 4 * 64 * 10, 16 * 4 * 64 * 10  # of the batch, and what the MLP keeps of it
+  assert none['memory_bytes'] > labels + candidates
+  assert results['memory_requests'] == 64
   assert cross['latency_ratio']['median'] == 1
   assert none['latency_ratio']['least'] > 0
   best = max(results['blocks'], key=lambda name: results['blocks'][name]['seeds']['save/auc'][0])

@@ -45,9 +45,9 @@ def _clicks(arguments: argparse.Namespace) -> None:
       raise UserError(f"--only got '{name}'; the arms are: {', '.join(names)}")
   arms = tuple(a for a in clicks.arms if not arguments.only or a.name in (*arguments.only, clicks.baseline))
   if arguments.grid:
-    arms = grid_arms(arms, parse_grid(arguments.grid, clicks, GROUPS))
-    first = next(arm.name for arm in arms if arm.name.startswith(clicks.baseline))
-    clicks = replace(clicks, arms=arms, baseline=first)
+    axes = parse_grid(arguments.grid, clicks, GROUPS)
+    first = grid_arms([arm for arm in arms if arm.name == clicks.baseline], axes)[0]
+    arms, clicks = grid_arms(arms, axes), replace(clicks, baseline=first.name)
   clicks = replace(clicks, arms=arms)
   check_clicks(clicks)
   run_clicks(clicks, Path(arguments.workdir or Path('runs') / clicks.name), arguments.split)

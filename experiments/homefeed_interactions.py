@@ -4,14 +4,16 @@ Command:   pinfm study experiments/kuairand.py --blocks experiments/homefeed_int
            the same with --split test, once the choice is made
            pinfm study experiments/quickstart.py --blocks experiments/homefeed_interactions.py --quick
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      kuairand: under 90 minutes (20 blocks, 6 settings each, then 3 seeds); --quick: under 5 minutes
+Time:      kuairand: under 90 minutes (21 blocks, 6 settings each, then 3 seeds); --quick: under 5 minutes
 Expected:  see experiments/README.md
 
 The paper's ranker has four full-rank DCNv2 layers, whose output stands beside their input x0 in front of a shared
 MLP. It tried, in this order: more layers; layers side by side; a non-linearity inside the interaction, probed with
 low-rank DCNv2; a transformer, of which two layers fitted; three parallel MaskNet blocks with four DCNv2 layers on top;
 and that block without x0 beside it and with a smaller MLP, which bought back the latency. The other rows are the
-alternatives that it cites. Widths fit these data: MaskNet blocks have 64 or 128 outputs, not 512.
+alternatives that it cites. Widths fit these data: MaskNet blocks have 64 or 128 outputs, not 512. A mask of ratio 2.0
+costs as much as four cross layers of the same input, and there are three of them: where x0 is narrow, as here, no small
+MLP makes up for that. So one more row has masks of a quarter of that width.
 
 The rankers have no sequence module, so that a row differs from another by its block alone and a run is short. Every
 block tries the same learning rates and two sizes of what is its own to size.
@@ -36,6 +38,7 @@ tune = {'finetune.update.learning_rate': (1e-3, 2e-3, 4e-3)}
 
 _MLP = tuple({'ranker.mlp': value} for value in ((64, 32), (128, 64)))
 _WIDTH = tuple({'ranker.block.width': value} for value in (64, 128))
+_NARROW = tuple({'ranker.block.width': value} for value in (16, 32))
 _RANK = tuple({'ranker.block.rank': value} for value in (16, 32))
 _TOKEN = tuple({'ranker.block.token_width': value} for value in (16, 32))
 _FINAL = {'ranker.interaction': 'final', 'ranker.block.blocks': 3, 'ranker.block.ratio': 2.0}
@@ -63,6 +66,7 @@ _blocks = {
   'transformer, 2 layers': (_named('transformer', 2), _TOKEN),
   'MaskNet under DCNv2': (_FINAL, _WIDTH),
   'MaskNet under DCNv2, no concat, small MLP': (_FINAL | _SHRUNK, _WIDTH),
+  'MaskNet under DCNv2, no concat, small masks': (_FINAL | _SHRUNK | {'ranker.block.ratio': 0.5}, _NARROW),
   # Alternatives.
   'MaskNet, serial': (_named('masknet_serial', blocks=3), _WIDTH),
   'MaskNet, parallel': (_named('masknet_parallel', blocks=3), _WIDTH),

@@ -104,6 +104,15 @@ def test_the_recommendation_keeps_the_limits(study):
   assert set(found.fronts()['latency']) == {'a & b', 'slow'}  # the baseline is slower and worse than 'a & b'
 
 
+def test_an_unsteady_machine_is_told(study):
+  found, _, _ = study
+  assert 'equal programs differed' not in found.verdict()
+  costs = found.costs.costs | {'base' + AGAIN: replace(found.costs.costs['base'], serve_s=(1.3, 1.3, 2.6))}
+  assert (
+    'equal programs differed by +30 % in latency' in replace(found, costs=replace(found.costs, costs=costs)).verdict()
+  )
+
+
 def test_the_files_say_it_all(study, tmp_path):
   found, _, _ = study
   trials = {'base': (Trial('base', 'ranker.mlp=(8,)', 0.5), Trial('base 2', 'ranker.mlp=(4,)', math.nan))}

@@ -16,12 +16,14 @@ from pinfm_jax.evaluate.tables import Table
 from pinfm_jax.stages.context import Run
 from pinfm_jax.study import tables
 from pinfm_jax.study.consistency import disagreement, metric_of, slices_of
-from pinfm_jax.study.costs import Costs
+from pinfm_jax.study.costs import AGAIN, Costs
 from pinfm_jax.study.plots import trade_off
 from pinfm_jax.study.recommend import Recommendation, pareto_front, recommend
 from pinfm_jax.study.rows import Decision, Row
 from pinfm_jax.study.tuning import Trial, tuning_table
 from pinfm_jax.workdir import write_json, write_text
+
+_UNSTEADY = 0.05  # equal programs may differ by so much in latency
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,14 @@ class Findings:
       f'{100 * limits.latency:+g} % of {self.baseline}, training within {100 * limits.share:g} % of '
       f'{self.decision.device}.'
     )
-    return f'{asked} {self.recommendation.text(self.figure, self.baseline)}'
+    first, again = (self.costs.costs[name].serve_s for name in (self.baseline, self.baseline + AGAIN))
+    noise = ratios(again, first).median - 1
+    warning = (
+      f' But equal programs differed by {100 * noise:+.0f} % in latency, so that ratios say little: delete costs.json and '
+      'repeat it when the machine is quiet.'
+    )
+    text = self.recommendation.text(self.figure, self.baseline)
+    return f'{asked} {text}' + warning * (abs(noise) > _UNSTEADY)
 
   def tables(self) -> tuple[Table, ...]:
     """Quality and costs, reproducibility, stability."""

@@ -66,8 +66,8 @@ class Findings:
     first, again = (self.costs.costs[name].serve_s for name in (self.baseline, self.baseline + AGAIN))
     noise = ratios(again, first).median - 1
     warning = (
-      f' But equal programs differed by {100 * noise:+.0f} % in latency, so that ratios say little: delete costs.json and '
-      'repeat it when the machine is quiet.'
+      f' But equal programs differed by {100 * noise:+.0f} % in latency, so that ratios say little: delete costs.json '
+      'and repeat it when the machine is quiet.'
     )
     text = self.recommendation.text(self.figure, self.baseline)
     return f'{asked} {text}' + warning * (abs(noise) > _UNSTEADY)

@@ -14,9 +14,9 @@ the tower, with the clicks of these 24 hours by the users that the rankers do no
 tower that has seen what a ranker trains on makes it trust the tower too much). Later clicks are not used.
 
 Every ranker sees, known strictly before the request: clicks on the article in the last hour, the last 24 hours and so
-far, the time since its last one, its age, the user's and the session's clicks so far, device, place and
-referrer, and the article's reader vector: the mean of the vectors (SVD of the clicks before the first request) of those
-who had read it before the current hour.
+far, the time since its last one, its age, the user's and the session's clicks so far, device, place and referrer, and
+the article's reader vector: the mean of the vectors (SVD of the clicks before the first request) of those who had read
+it before the current hour. All of them have TransAct, small as the histories are short.
 """
 
 import os
@@ -59,7 +59,7 @@ experiment = Experiment(
     tower=TowerConfig(layers=2, width=64, heads=4, output_width=64, max_positions=32),
   ),
   pretrain=PretrainConfig(
-    steps=1200,  # a little less than one pass
+    steps=1200,
     checkpoint_every=600,
     batch_segments=64,
     segment_length=32,

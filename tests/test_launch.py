@@ -117,11 +117,15 @@ def test_a_named_experiment_is_what_it_was(name):
   assert found == expected, hint
 
 
-@pytest.mark.parametrize('path', sorted([*EXPERIMENTS.glob('*.py'), *EXPERIMENTS.glob('sequential/*.py')]), ids=str)
+@pytest.mark.parametrize(
+  'path', sorted([*EXPERIMENTS.glob('*.py'), *EXPERIMENTS.glob('sequential/*.py')]), ids=lambda path: path.stem
+)
 def test_a_named_experiment_says_what_it_does(path):
   name, text = path.relative_to(EXPERIMENTS).with_suffix(''), path.read_text(encoding='utf-8')
   for word in ('Command:', 'Hardware:', 'Time:', 'Expected:'):
     assert word in text.split('"""')[1], f'the docstring of experiments/{name}.py states no {word}'
-  command = 'pinfm run ' if path in LAUNCH_FILES.values() else 'python '
-  command = '--arms ' if path.stem == 'baselines' else command
-  assert f'{command}experiments/{name}.py' in text
+  command = 'pinfm run' if path in LAUNCH_FILES.values() else 'python'
+  command = '--arms' if path.stem == 'baselines' else command
+  if path in _golden_update().study_files():
+    command = 'pinfm clicks' if '\nclicks = ' in text else '--blocks'
+  assert f'{command} experiments/{name}.py' in text

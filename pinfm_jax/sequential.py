@@ -23,6 +23,7 @@ from pinfm_jax.config import (
   UpdateConfig,
 )
 from pinfm_jax.model.hashing import EXACT_ROWS
+from pinfm_jax.overrides import apply_overrides
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class SequenceData:
     return max(1, round(self.events / (self.length * self.rows)))
 
 
-def sequential_experiment(name: str, data: DataConfig, facts: SequenceData, epochs: int, **options: Any) -> Experiment:
+def sequential_experiment(
+  name: str, data: DataConfig, facts: SequenceData, epochs: int, changes: Mapping[str, Any] | None = None
+) -> Experiment:
   """The experiment of a data set with our model.
 
   Args:
@@ -55,10 +58,8 @@ def sequential_experiment(name: str, data: DataConfig, facts: SequenceData, epoc
     data: source and path.
     facts: about the data set.
     epochs: at most.
-    options: dotted settings that differ from the shared ones, dots as two underscores (`model__tower__layers=2`).
+    changes: dotted settings that differ from the shared ones.
   """
-  from pinfm_jax.overrides import apply_overrides
-
   width = 64
   tower = TowerConfig(
     layers=2, width=width, heads=2, output_width=width, max_positions=facts.length + 1, dropout=0.3,
@@ -100,7 +101,7 @@ def sequential_experiment(name: str, data: DataConfig, facts: SequenceData, epoc
     arms=(),
     seeds=(0, 1, 2),
   )
-  return apply_overrides(experiment, {key.replace('__', '.'): value for key, value in options.items()})
+  return apply_overrides(experiment, changes or {})
 
 
 def sasrec(experiment: Experiment) -> Mapping[str, Any]:

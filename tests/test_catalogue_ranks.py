@@ -9,6 +9,7 @@ import pytest
 from pinfm_jax.config import PinFMConfig, TableConfig, TowerConfig
 from pinfm_jax.data.records import History
 from pinfm_jax.data.splits import Split, pretrained_items
+from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.catalogue_ranks import catalogue_ranks
 from pinfm_jax.evaluate.retrieval import Retrieval, RetrievalProtocol, retrieval_task
 from pinfm_jax.model.hashing import EXACT_ROWS
@@ -127,10 +128,18 @@ def test_the_whole_catalogue_has_what_training_never_saw():
 
 def test_an_action_set_counts_the_predicted_event_alone():
   """Whoever's predicted event is no positive is left out: the event behind it must not take its place."""
-  log = _Order([1, 2, 3], [1, 3, 2])
+  log = _Order([1, 2, 3], [1, 3, 2], [3, 2, 1])
   log._users[0].actions[2] = log._users[1].actions[1] = 1
   task = retrieval_task(log, None, 2, 1, 1, 100, protocol=RetrievalProtocol(2, 2, whole_catalogue=True))
   assert _queries(task) == [([1], 3)]
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_nothing_to_predict_is_an_error(whole):
+  protocol = RetrievalProtocol(2, 2, whole_catalogue=whole)
+  for users, words in (([[1], [2, 1]], 'expected histories of several events'), ([[1, 2, 3]], 'every next item')):
+    with pytest.raises(UserError, match=words):
+      retrieval_task(_Order(*users), None, 2, 1, 0, 100, protocol=protocol)
 
 
 def test_which_event_a_split_predicts():

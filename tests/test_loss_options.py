@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 
 from pinfm_jax.config import PretrainConfig
-from pinfm_jax.data.negatives import ItemCounts, NegativeSource
+from pinfm_jax.data.negatives import NegativeSource
+from pinfm_jax.data.tokens import PLAIN
 from pinfm_jax.model.hashing import fold_seed, key_words
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.train.losses import Extra, sequence_losses
@@ -163,14 +166,27 @@ KEYS = np.arange(10, 17, dtype=np.uint64)
 COUNTS = np.array([0, 1, 2, 4, 8, 16, 0])
 
 
-def _source(a_row: int, **options) -> NegativeSource:
-  counts = ItemCounts(KEYS[COUNTS > 0], COUNTS[COUNTS > 0])
-  return NegativeSource(ROWS, a_row, 3, KEYS, counts, None, **options)
+class _Events:
+  """Examples in which the items occur as often as counted."""
+
+  tokens = PLAIN
+
+  def __len__(self):
+    return 1
+
+  def __getitem__(self, row):
+    item = np.repeat(KEYS, COUNTS)
+    return {'item': key_words(item), 'actions': np.zeros(len(item), np.uint32), 'mask': np.ones(len(item), bool)}
+
+
+def _source(**options) -> NegativeSource:
+  items = pl.DataFrame({'item_key': KEYS, 'first_seen': np.zeros(len(KEYS), np.int64)})
+  return NegativeSource.of(SimpleNamespace(items=items), _Events(), replace(CONFIG, **options), 0, None, 3)
 
 
 @pytest.mark.parametrize('power', [0.5, 1.0])
 def test_items_are_drawn_by_the_power_of_their_counts(power):
-  source = _source(500, power=power, frequency=False)
+  source = _source(uniform_negatives=2000, negative_power=power)
   drawn = np.concatenate([source.keys[source._places(step)].ravel() for step in range(10)])
   share = np.bincount((drawn - 10).astype(int), minlength=7) / len(drawn)
   expected = np.where(COUNTS > 0, COUNTS.astype(float), 0) ** power * (COUNTS > 0)
@@ -180,7 +196,7 @@ def test_items_are_drawn_by_the_power_of_their_counts(power):
 
 
 def test_the_whole_catalogue_is_carried_by_the_rows():
-  source = _source(2, whole=True, frequency=False)
+  source = _source(full_catalogue=True)
   batches = source.add(iter([{'item': np.zeros((2, 3, 2), np.uint32)}] * 2), 0, np.array([2, 3]))
   for batch in batches:  # of process 1: rows 2 and 3; the last place is filled with the first item
     np.testing.assert_array_equal(batch['negative_item'], key_words(KEYS[[4, 5, 6, 0]]).reshape(2, 2, 2))

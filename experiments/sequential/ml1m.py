@@ -23,9 +23,7 @@ experiment = sequential_experiment(
     path=os.path.join(os.environ['PINFM_DATA'], 'ml1m') if 'PINFM_DATA' in os.environ else '',
     options={'actions': 'none'},
   ),
-  SequenceData(items=3416, events=987_531, length=200, rows=32),
+  SequenceData(items=3416, events=987531, length=200, rows=32),
   epochs=80,
-  model__tower__dropout=0.2,
-  model__tower__embedding_dropout=0.2,
-  model__tower__attention_dropout=0.2,
+  changes={f'model.tower.{kind}': 0.2 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')},
 )

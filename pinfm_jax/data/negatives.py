@@ -82,9 +82,8 @@ class NegativeSource:
     keys: uint64 keys of the items that may be drawn.
     counts: positive events of each item, or None.
     content: content of the items, for a model that reads it, or None.
-    power: items are drawn by their counts to this power; 0 = uniformly.
+    weights: of each item in the draws, float64; None = uniform draws.
     whole: nothing is drawn, the rows carry the whole catalogue.
-    frequency: batches have the items' frequencies.
   """
 
   rows: int
@@ -93,9 +92,8 @@ class NegativeSource:
   keys: np.ndarray
   counts: ItemCounts | None
   content: ItemContent | None = None
-  power: float = 0.0
+  weights: np.ndarray | None = None
   whole: bool = False
-  frequency: bool = True
 
   @classmethod
   def of(
@@ -117,12 +115,17 @@ class NegativeSource:
       keys = items['item_key'].to_numpy()
       if until_ms is not None:
         keys = keys[items['first_seen'].to_numpy() < until_ms]
-    frequency = config.log_q == 'counts'
-    counts = ItemCounts.of(source, action_bits) if frequency or config.negative_power else None
-    carried, content = len(keys) if config.full_catalogue else config.uniform_negatives, source.tokens.items
+    counts, weights = None, None
+    if config.log_q == 'counts' or config.negative_power:
+      counts = ItemCounts.of(source, action_bits)
+    if config.negative_power:
+      weights = counts.frequency(key_words(keys)).astype(np.float64) ** config.negative_power
+    if config.log_q != 'counts':
+      counts = None
+    carried = len(keys) if config.full_catalogue else config.uniform_negatives
     a_row = -(-carried // config.batch_segments)
-    how = (config.negative_power, config.full_catalogue, frequency)
-    return cls(config.batch_segments, a_row, seed, keys, counts, content, *how)
+    content = source.tokens.items
+    return cls(config.batch_segments, a_row, seed, keys, counts, content, weights, config.full_catalogue)
 
   @property
   def catalogue(self) -> int:
@@ -131,22 +134,13 @@ class NegativeSource:
 
   @property
   def power_sum(self) -> float:
-    """Sum over the catalogue of frequency^power; 1 where items are not drawn so."""
-    return float(self._weights.sum()) if self.power else 1.0
-
-  @property
-  def _adds_frequency(self) -> bool:
-    return self.counts is not None and self.frequency
-
-  @cached_property
-  def _weights(self) -> np.ndarray:
-    """frequency^power of each item of the catalogue, float64."""
-    frequency = self.counts.frequency(key_words(self.keys)).astype(np.float64)
-    return np.where(frequency > 0, frequency, 0.0) ** self.power * (frequency > 0)
+    """Sum of the items' weights, frequency^power; 1 where items are drawn uniformly."""
+    return 1.0 if self.weights is None else float(self.weights.sum())
 
   @cached_property
   def _ends(self) -> np.ndarray:
-    ends = np.cumsum(self._weights)
+    """Where each item's part of [0, 1] ends, as wide as its weight."""
+    ends = np.cumsum(self.weights)
     return ends / ends[-1]
 
   def add(self, batches: Iterator[Batch], first_step: int, own: np.ndarray | None = None) -> Iterator[Batch]:
@@ -159,7 +153,7 @@ class NegativeSource:
       first_step: step of the first one.
       own: rows of the global batch that the batches hold (`sharding.process_rows`); None = all.
     """
-    if not self.a_row and not self._adds_frequency:
+    if not self.a_row and self.counts is None:
       return batches
     own = np.arange(self.rows) if own is None else own
     return (self._added(batch, step, own) for step, batch in enumerate(batches, first_step))
@@ -171,7 +165,7 @@ class NegativeSource:
       batch['negative_item'] = key_words(drawn)
       if self.content is not None:
         batch['negative_content'] = self.content.inputs(drawn.reshape(-1))['content'].reshape(*drawn.shape, -1)
-    if self._adds_frequency:
+    if self.counts is not None:
       batch['frequency'] = self.counts.frequency(batch['item'])
       if self.a_row:
         batch['negative_frequency'] = self.counts.frequency(batch['negative_item'])
@@ -183,7 +177,7 @@ class NegativeSource:
     if self.whole:  # items that come twice to fill the last row are one column
       return (np.arange(self.rows * self.a_row) % len(self.keys)).reshape(shape)
     bits = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, step]))
-    if not self.power:
+    if self.weights is None:
       return bits.integers(0, len(self.keys), shape)
     return np.minimum(np.searchsorted(self._ends, bits.random(shape), side='right'), len(self.keys) - 1)
 

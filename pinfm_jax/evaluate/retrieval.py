@@ -11,6 +11,7 @@ import numpy as np
 from pinfm_jax.config import MeshConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import event_inputs, window_start
+from pinfm_jax.data.records import History
 from pinfm_jax.data.splits import usable_events
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
@@ -24,7 +25,7 @@ from pinfm_jax.train.sharding import on_every_device, put_examples
 Array = jax.Array
 
 _ITEMS = 4096  # of the catalogue represented at once
-_CROP = 16  # histories are cropped to a multiple of so many events
+_CROP = 16  # histories are cropped to so many events, or twice, four times .. as many
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def retrieval_task(
   """Collects the task over at most `users` users, drawn by seed.
 
   Raises:
-    UserError: no user has events on both sides of the time.
+    UserError: no user has events on both sides of the time, or none whose next item training has seen.
   """
   seen, positives, later, rows = [], [], [], []
   for row, history in enumerate(dataset.histories()):
@@ -94,14 +95,12 @@ def retrieval_task(
     seen.append(history.item[:trained])
     positives.append(history.item[:trained][positive[:trained]])
     later.append(history.item[trained:])
-    if until_ms is None:
-      end, last = max(len(history) - protocol.events_back, 0), len(history) - protocol.events_back + 1
-    else:
-      end, last = trained, len(history)
+    end, last = _predicted(history, trained, until_ms, protocol)
     if end and positive[end:last].any():
       rows.append((row, end, end + int(np.argmax(positive[end:last]))))
   if not rows:
-    raise UserError('no user has events both before and after the pretraining split; change data.finetune_days')
+    mend = 'change data.finetune_days' if until_ms is not None else 'expected histories of several events'
+    raise UserError(f'no user has events both before and after the pretraining split; {mend}')
   trained_keys = np.unique(np.concatenate(seen))
   catalogue_V = np.unique(np.concatenate([trained_keys, *later])) if protocol.whole_catalogue else trained_keys
   popularity_V = np.bincount(np.searchsorted(catalogue_V, np.concatenate(positives)), minlength=len(catalogue_V))
@@ -119,7 +118,7 @@ def retrieval_task(
       keys = np.unique(history.item[:target])
       keys = keys if protocol.whole_catalogue else keys[np.isin(keys, trained_keys)]
       earlier.append(np.searchsorted(catalogue_V, keys).astype(np.int32))
-  if not targets:
+  if unseen == len(chosen):
     raise UserError('every next item was first seen after the pretraining split: nothing to rank in the catalogue')
   return RetrievalTask(
     catalogue_V,
@@ -131,6 +130,14 @@ def retrieval_task(
     earlier if protocol.filter_seen else None,
     np.isin(catalogue_V, trained_keys) if protocol.whole_catalogue else None,
   )
+
+
+def _predicted(history: History, trained: int, until_ms: int | None, protocol: RetrievalProtocol) -> tuple[int, int]:
+  """The first of the events among which the predicted one is sought, and the one behind the last of them."""
+  if until_ms is not None:
+    return trained, len(history)
+  place = len(history) - protocol.events_back
+  return max(place, 0), place + 1
 
 
 class Retrieval:
@@ -150,16 +157,16 @@ class Retrieval:
       task: what is measured.
       model: the tower's configuration.
       ks: of HR@k and NDCG@k.
-      chunk: users at once.
+      chunk: most users at once.
       layout: how the tables lie over the mesh.
     """
-    self._task, self._ks, self._chunk = task, ks, chunk
+    self._task, self._ks, self._chunk = task, ks, min(chunk, len(task.target_Q))
     self._encode, self._represent = _programs(model, layout)
     # Users of similar lengths together, so that short histories are not read as long ones.
     lengths_Q = task.histories['mask'].sum(axis=1)
-    self._parts = np.split(np.argsort(lengths_Q, kind='stable'), range(chunk, len(lengths_Q), chunk))
+    self._parts = np.split(np.argsort(lengths_Q, kind='stable'), range(self._chunk, len(lengths_Q), self._chunk))
     self._crops = [_crop(int(lengths_Q[part].max()), task.histories['mask'].shape[1]) for part in self._parts]
-    self._most_seen = max((len(places) for places in task.seen), default=0) if task.seen is not None else 0
+    self._most_seen = max(map(len, task.seen)) if task.seen is not None else 0
 
   def __call__(self, params: Any, rows_GE: Array) -> dict[str, float]:
     """The tower's figures and those of popularity; see `evaluate_retrieval`."""
@@ -216,10 +223,9 @@ class Retrieval:
   def _figures(self, name: str, ranks: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     task = self._task
     if task.trained_V is None:
-      return _figures(name, ranks[0], self._ks)
+      return _metrics(name, ranks[0], self._ks)
     kept = task.trained_V[task.target_Q[np.concatenate(self._parts)]]
-    known = _figures(name, ranks[1][kept], self._ks) if kept.any() else {}
-    return known | _figures(f'all/{name}', ranks[0], self._ks)
+    return _metrics(name, ranks[1][kept], self._ks) | _metrics(f'all/{name}', ranks[0], self._ks)
 
 
 def evaluate_retrieval(
@@ -240,7 +246,7 @@ def evaluate_retrieval(
   With the whole catalogue, 'tower/...' and 'popularity/...' are of the users whose target training has seen, ranked
   among the items that it has seen; 'all/tower/...' and 'all/popularity/...' of all users and items.
   """
-  return Retrieval(task, model, ks, min(chunk, len(task.target_Q)), layout)(params, rows_GE)
+  return Retrieval(task, model, ks, chunk, layout)(params, rows_GE)
 
 
 def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
@@ -266,7 +272,11 @@ def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
 
 
 def _crop(events: int, length: int) -> int:
-  return min(length, -(-max(events, 1) // _CROP) * _CROP)
+  """How many of `length` places to read for histories of so many events: one of few sizes, so few programs."""
+  crop = _CROP
+  while crop < events:
+    crop *= 2
+  return min(length, crop)
 
 
 def _contains(sorted_keys: np.ndarray, key: np.uint64) -> bool:
@@ -274,7 +284,7 @@ def _contains(sorted_keys: np.ndarray, key: np.uint64) -> bool:
   return place < len(sorted_keys) and sorted_keys[place] == key
 
 
-def _figures(name: str, ranks_Q: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
+def _metrics(name: str, ranks_Q: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
   figures = {f'{name}/mrr': mrr(ranks_Q)}
   for k in ks:
     figures[f'{name}/hr@{k}'] = hr_at_k(ranks_Q, k)

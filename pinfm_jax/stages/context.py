@@ -172,18 +172,22 @@ class Run:
       'model': dataclasses.asdict(self.model),
       'pretrain': dataclasses.asdict(self.experiment.pretrain),
       'seed': seed,
-    } | ({'ranking': self._ranking_settings()} if self.experiment.pretrain.eval_ranking else {})
+    } | self._ranking_settings()
 
   def _ranking_settings(self) -> dict[str, Any]:
-    """How the ranking that chooses a checkpoint is measured."""
+    """How towers are measured, as far as it is not as it always was."""
     evaluate = self.experiment.evaluate
-    return {name: getattr(evaluate, name) for name in ('filter_seen', 'whole_catalogue', 'retrieval_users')}
+    settings = {name: True for name in ('filter_seen', 'whole_catalogue') if getattr(evaluate, name)}
+    if self.experiment.pretrain.eval_ranking:  # then it chooses the checkpoint
+      settings['retrieval_users'] = evaluate.retrieval_users
+    return {'ranking': settings} if settings else {}
 
   def finetune_settings(self, seed: int) -> dict[str, Any]:
     """Everything that fine-tuning depends on."""
     experiment, settings = self.experiment, self.pretrain_settings(seed)
     if not needs_pretraining(experiment):
       settings['pretrain'] = {'positive_actions': experiment.pretrain.positive_actions}  # of the next-token loss
+    settings.pop('ranking', None)
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
     settings |= {k: dataclasses.asdict(v) for k, v in own.items()}
     if experiment.ranker.block == InteractionConfig():  # as in work that was made when there was no other

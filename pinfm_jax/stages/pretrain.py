@@ -1,6 +1,7 @@
 """Stage `pretrain`: one tower a seed, measured by whole-catalogue retrieval."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 
@@ -48,36 +49,30 @@ def _finished(run: Run, seed: int) -> bool:
 
 
 def _pretrain(run: Run, seed: int) -> None:
-  if run.experiment.pretrain.eval_ranking and run.split.pretrain_until is not None:
-    raise UserError(
-      'pretrain.eval_ranking ranks the event before the last of each history, but this log has impressions and is '
-      'split by time; set pretrain.eval_ranking=false'
-    )
-  config, split, directory = run.experiment.pretrain, run.split, run.pretrain_directory(seed)
+  config, split, evaluate = run.experiment.pretrain, run.split, run.experiment.evaluate
   start = None
   if config.start_from:
     start = open_start(config.start_from, 'pretrain.start_from', run.model.tables, run.dataset.info)
-  until_U = split.until_by_user(run.dataset.num_users)
   state = pretrain(
-    run.dataset, split.pretrain_until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile,
-    start, until_U, split.held_out, _ranking(run) if config.eval_ranking else None,
+    run.dataset, split.pretrain_until, run.model, config, run.mesh, run.pretrain_directory(seed), seed,
+    run.experiment.mesh, run.profile, start, split.until_by_user(run.dataset.num_users), split.held_out, _ranking(run),
   )  # fmt: skip
-  evaluate, directory = run.experiment.evaluate, run.tower_results(seed)
-  state, measure = evaluated(state), _retrieval(run, split.events_back(evaluate.split), evaluate.ks)
+  state, measure = evaluated(state), _retrieval(run, evaluate.split, evaluate.ks)
   with jax.set_mesh(run.mesh):
     figures = measure(state.params['pinfm'], state.tables.rows_GE)
   results = {f'retrieval/{name}': value for name, value in figures.items()}
-
-  def write() -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / 'results.json', results)
-
-  on_first('pretrain: results', write)
+  on_first('pretrain: results', partial(_write, run.tower_results(seed), results))
 
 
-def _retrieval(run: Run, events_back: int, ks: tuple[int, ...]) -> Retrieval:
-  """The whole-catalogue evaluation of a run's towers."""
+def _write(directory: Path, results: dict[str, float]) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  write_json(directory / 'results.json', results)
+
+
+def _retrieval(run: Run, split: str, ks: tuple[int, ...]) -> Retrieval:
+  """The whole-catalogue evaluation of a run's towers on a split."""
   experiment, evaluate = run.experiment, run.experiment.evaluate
+  events_back = run.split.events_back(split)
   task = retrieval_task(
     run.dataset,
     run.split.pretrain_until,
@@ -88,16 +83,26 @@ def _retrieval(run: Run, events_back: int, ks: tuple[int, ...]) -> Retrieval:
     tokens=TokenInputs.of(run.model, run.dataset),
     protocol=RetrievalProtocol(run.split.held_out, events_back, evaluate.filter_seen, evaluate.whole_catalogue),
   )
-  return Retrieval(task, run.model, ks, min(256, len(task.target_Q)), experiment.mesh)
+  return Retrieval(task, run.model, ks, layout=experiment.mesh)
 
 
-def _ranking(run: Run) -> Evaluate:
-  """Measures a state on the validation events, for the choice of the checkpoint."""
-  measure = _retrieval(run, run.split.events_back('validation'), (10,))
-  names = ('hr@10', 'ndcg@10', 'mrr')
+def _ranking(run: Run) -> Evaluate | None:
+  """Measures a state on the validation events, for the choice of the checkpoint; None where a loss is measured.
+
+  Raises:
+    UserError: the log has no such events.
+  """
+  if not run.experiment.pretrain.eval_ranking:
+    return None
+  if run.split.pretrain_until is not None:
+    raise UserError(
+      'pretrain.eval_ranking ranks the event before the last of each history, but this log has impressions and is '
+      'split by time; set pretrain.eval_ranking=false'
+    )
+  measure = _retrieval(run, 'validation', (10,))
 
   def rank(state: TrainState) -> dict[str, float]:
     figures = measure(state.params['pinfm'], state.tables.rows_GE)
-    return {name: figures[f'tower/{name}'] for name in names}
+    return {name: figures[f'tower/{name}'] for name in ('hr@10', 'ndcg@10', 'mrr')}
 
   return rank

@@ -145,34 +145,39 @@ def _run_figures(one: Trained, experiment: Experiment) -> dict[str, float]:
   return {name: metrics[name] for name in names}
 
 
-_HOLDOUTS = {'': '', ', all users and items': 'all/'}  # label of a row -> prefix of its figures
+_HOLDOUTS = {'': '', 'all/': ', all users and items'}  # prefix of the figures -> the rows' addition
 
 
 def _towers(plan: Plan, ks: Sequence[int]) -> tuple[Table | None, dict[str, float]]:
-  names = [f'{metric}@{k}' for k in ks for metric in ('hr', 'ndcg')] + ['mrr']
+  metrics = [f'{metric}@{k}' for k in ks for metric in ('hr', 'ndcg')] + ['mrr']
   rows, figures, note = [], {}, ''
   for name, runs in plan.of('tower').items():
     results = [read_results(one.directory) for one in runs if is_done(one.directory)]
     if not results:
       continue
+    holdouts = {prefix: label for prefix, label in _HOLDOUTS.items() if f'retrieval/{prefix}tower/mrr' in results[0]}
     if not rows:
-      for label, prefix in _HOLDOUTS.items():
-        if f'retrieval/{prefix}popularity/mrr' in results[0]:
-          popularity = [_over(results, f'retrieval/{prefix}popularity/{metric}') for metric in names]
-          rows.append((f'popularity{label}', '', *(mean_std(mean, float('nan')) for mean, _ in popularity)))
-      note = f'{results[0]["retrieval/users"]:.0f} users; all {results[0]["retrieval/catalogue"]:.0f} items are ranked.'
-      if 'retrieval/all/users' in results[0]:
-        note = f'Users whose next item was seen in training: {note} The others too: '
-        note += f'{results[0]["retrieval/all/users"]:.0f} users, {results[0]["retrieval/all/catalogue"]:.0f} items.'
-    values = {metric: _over(results, f'retrieval/tower/{metric}') for metric in names}
-    rows.append((name, str(len(results)), *(mean_std(*value) for value in values.values())))
-    if 'retrieval/all/tower/mrr' in results[0]:
-      every = [_over(results, f'retrieval/all/tower/{metric}') for metric in names]
-      rows.append((f'{name}, all users and items', str(len(results)), *(mean_std(*value) for value in every)))
-    for metric, (mean, std) in values.items():
-      figures |= {f'tower/{name}/{metric}/mean': mean} | ({f'tower/{name}/{metric}/std': std} if std == std else {})
-  header = ('', 'seeds', *(name.upper() for name in names))
+      note = _towers_note(results[0])
+      for prefix, label in holdouts.items():
+        popularity = [results[0][f'retrieval/{prefix}popularity/{metric}'] for metric in metrics]
+        rows.append((f'popularity{label}', '', *(mean_std(value, float('nan')) for value in popularity)))
+    for prefix, label in holdouts.items():
+      values = {metric: _over(results, f'retrieval/{prefix}tower/{metric}') for metric in metrics}
+      rows.append((f'{name}{label}', str(len(results)), *(mean_std(*value) for value in values.values())))
+      for metric, (mean, std) in values.items():
+        key = f'{prefix}tower/{name}/{metric}'
+        figures |= {f'{key}/mean': mean} | ({f'{key}/std': std} if std == std else {})
+  header = ('', 'seeds', *(metric.upper() for metric in metrics))
   return (Table('Whole-catalogue next item of the towers', header, tuple(rows), note) if rows else None), figures
+
+
+def _towers_note(results: Mapping[str, float]) -> str:
+  users, catalogue = (f'{results[f"retrieval/{name}"]:.0f}' for name in ('users', 'catalogue'))
+  note = f'{users} users; all {catalogue} items are ranked.'
+  if 'retrieval/all/users' not in results:
+    return note
+  users, catalogue = (f'{results[f"retrieval/all/{name}"]:.0f}' for name in ('users', 'catalogue'))
+  return f'Users whose next item was seen in training: {note} The others too: {users} users, {catalogue} items.'
 
 
 def _over(results: Sequence[Mapping[str, float]], name: str) -> tuple[float, float]:

@@ -172,7 +172,7 @@ class Checkpoints:
 def unseen_in_shapes(model: PinFMConfig) -> dict[str, Any]:
   """Settings that change what arrays mean and not their shapes; a part of a checkpoint's position."""
   tables, tower = model.tables, model.tower
-  options = [name for name in ('rotary', 'bare_tokens', 'bare_targets', 'dot_product') if getattr(tower, name)]
+  options = ['dot_product'] if tower.dot_product else []
   return {
     'hash': [tables.sub_tables, tables.rows, tables.hash_seed],
     'tower': [tower.backbone, tower.heads, tower.max_positions, *options],

@@ -210,7 +210,7 @@ class _Training:
 
   def _measure_and_save(self, state: TrainState, step: int, log: MetricsLog) -> None:
     held_out = None
-    broken = non_finite(state) if self._saves(step) else None
+    broken = non_finite(state) if self._saves(step) or self._config.patience else None  # which may end and save here
     if broken:
       log.refuse(step, broken)
     if self._evaluate is not None:

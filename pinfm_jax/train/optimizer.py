@@ -74,29 +74,28 @@ class Update:
     updates, opt_state = self._adam().update(grads, opt_state, params)
     rate = self.config.learning_rate * shape
     params = jax.tree_util.tree_map_with_path(lambda path, p, u: self._move(path, p, u, rate), params, updates)
-    row_step = RowStep(
-      clip, self.config.table_learning_rate * self.config.pretrained_ratio * shape, self._rows_adam(step)
-    )
-    return params, opt_state, row_step, norm
+    rate = self.config.table_learning_rate * self.config.pretrained_ratio * shape
+    return params, opt_state, RowStep(clip, rate, self._rows_adam(opt_state.count)), norm
 
-  def averaged(self, average: Any, values: Any, step: Array) -> Any:
-    """The running average after a step.
+  def averaged(self, average: Any, weights: Any, steps: Array) -> Any:
+    """The running average of the weights after a step.
 
-    The first steps count more, min(decay, (1 + t) / (10 + t)): the average forgets its start, which is no result.
+    In the first steps the decay is n / (n + 9): the average forgets the initial weights, which are no result.
 
     Args:
       average: before the step.
-      values: of the same structure, after it.
-      step: int32, of this step, from 0.
+      weights: of the same structure, after it.
+      steps: int32 n, the steps that were done.
     """
-    decay = jnp.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), average, values)
+    decay = jnp.minimum(self.ema_decay, steps / (steps + 9.0))
+    return jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), average, weights)
 
-  def _rows_adam(self, step: Array) -> AdamStep | None:
+  def _rows_adam(self, count: Array) -> AdamStep | None:
+    """Adam's numbers for the rows, whose moments are as old as the parameters': `count` updates with this one."""
     if self.config.table_rule != 'adam':
       return None
     betas = [jnp.float32(beta) for beta in (self.config.beta1, self.config.beta2)]
-    return AdamStep(*betas, *(1 - beta ** (step + 1).astype(jnp.float32) for beta in betas))
+    return AdamStep(*betas, *(1 - beta ** count.astype(jnp.float32) for beta in betas))
 
   def _adam(self) -> optax.GradientTransformation:
     return optax.scale_by_adam(self.config.beta1, self.config.beta2)

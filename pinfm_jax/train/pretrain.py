@@ -17,7 +17,7 @@ from pinfm_jax.data.packing import PackedSegments
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
-from pinfm_jax.model.hashing import EXACT_ROWS, fold_seed
+from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.masking import HIDE_ID, batch_places, draw
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
 from pinfm_jax.train.action_loss import action_loss, hidden_actions, init_action_head
@@ -172,7 +172,6 @@ def pretrain(
     dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset), until_U, held_out
   )
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
-  _check_ids(dataset, model.tables)
   position = _position(dataset, until_ms, model, config, seed) | ({} if held_out == 1 else {'held_out': held_out})
   warm_start, evaluate = start, None
   if config.continue_from:
@@ -236,22 +235,6 @@ def _position(
     'pack': config.pack,
     **unseen_in_shapes(model),
   }
-
-
-def _check_ids(dataset: PreparedDataset, tables: TableConfig) -> None:
-  """Refuses exact rows for ids that have none."""
-  if tables.hash_seed != EXACT_ROWS:
-    return
-  if dataset.info.id_type.item != 'integer':
-    raise UserError(
-      f'model.tables.hash_seed is {EXACT_ROWS} (exact rows), but the item ids are text; set another hash_seed'
-    )
-  largest = int(dataset.items['item_key'].max())
-  if largest >= tables.rows - 1:
-    raise UserError(
-      f'model.tables.rows is {tables.rows}, and exact rows (model.tables.hash_seed={EXACT_ROWS}) of ids up to '
-      f'{largest} need at least {largest + 2}'
-    )
 
 
 def _check_lengths(config: PretrainConfig) -> None:

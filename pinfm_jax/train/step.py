@@ -135,6 +135,14 @@ def _averaged_part(update: Update, params: Any, rows: Any) -> Any:
   return {'params': params} | ({'rows': rows} if update.ema_tables else {})
 
 
+def _with_average(update: Update, state: TrainState) -> TrainState:
+  """The state after a step with its average brought up to it, if it keeps one."""
+  if state.average is None:
+    return state
+  weights = _averaged_part(update, state.params, state.tables and state.tables.rows_GE)
+  return state.replace(average=update.averaged(state.average, weights, state.step))
+
+
 def evaluated(state: TrainState) -> TrainState:
   """The state with the averaged weights in place of the last ones, if it has any: what is measured and used."""
   if state.average is None:
@@ -163,14 +171,10 @@ def make_step(
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     state = state.replace(constants=task.observe(state.constants, batch, state.step))
-    before = state.step
-    state, figures = take(state, batch, key)
-    if state.average is not None:
-      new = _averaged_part(task.update, state.params, state.tables and state.tables.rows_GE)
-      state = state.replace(average=task.update.averaged(state.average, new, before))
-    return state, figures
+    state, figures = move(state, batch, key)
+    return _with_average(task.update, state), figures
 
-  def take(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+  def move(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
     if state.tables is None:
       return _dense_step(task, state, batch, key)
     exchange = Exchange(task.tables, state.tables.rows_GE.shape[0], layout.table_axes, layout.exchange_capacity)

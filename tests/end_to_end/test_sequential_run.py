@@ -22,7 +22,7 @@ def experiment(tmp_path_factory):
   walks = [1 + (rng.integers(ITEMS) + np.arange(rng.integers(5, 12))) % ITEMS for _ in range(120)]
   path.write_text(''.join(f'{user} {" ".join(map(str, walk))}\n' for user, walk in enumerate(walks)))
   data = DataConfig(source='amazon', path=str(path))
-  made = sequential_experiment('walks', data, SequenceData(ITEMS, 720, 8, 4), 12, model__tower__layers=1)
+  made = sequential_experiment('walks', data, SequenceData(ITEMS, 720, 8, 4), 12, {'model.tower.layers': 1})
   small = {'model.tower.width': 16, 'model.tower.output_width': 16, 'model.tables.width': 16, 'pretrain.ema_decay': 0.9}
   small |= {'pretrain.update.learning_rate': 0.01, 'pretrain.update.table_learning_rate': 0.01}
   small |= {f'model.tower.{kind}': 0.0 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')}

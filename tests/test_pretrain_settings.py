@@ -1,4 +1,4 @@
-"""Settings of the sequential options that cannot work, each refused in one line; and what the launch files share."""
+"""Settings of tower and pretraining that cannot work, each refused in one line; the launch files of sequences pass."""
 
 from pathlib import Path
 
@@ -33,6 +33,13 @@ LAUNCH_FILES = sorted((Path(__file__).resolve().parent.parent / 'experiments' / 
       'draws by exact counts',
     ),
     ({'pretrain.keep_positives': True}, 'every target of the batch its own negative'),
+    (
+      {
+        'pretrain.keep_positives': True, 'pretrain.full_catalogue': True, 'pretrain.max_columns': 0,
+        'model.content': True, 'model.id_mask': 0.1,
+      },
+      'set model.id_mask=0',
+    ),
     ({'pretrain.bce_calibration': 0.5}, 'the loss is a softmax'),
     ({'pretrain.bce_calibration': 1.5, 'pretrain.bce_negatives': 1}, 'expected at most 1'),
     ({'pretrain.bce_negatives': 1, 'pretrain.log_q': 'counts'}, 'are of the softmax'),
@@ -43,8 +50,8 @@ LAUNCH_FILES = sorted((Path(__file__).resolve().parent.parent / 'experiments' / 
     ({'data.held_out_events': 3}, r'expected 1 \(test\) or 2'),
     ({'data.held_out_events': 2, 'pretrain.continue_from': 'x'}, 'set data.held_out_events=1'),
     ({'pretrain.eval_ranking': True, 'pretrain.eval_every': 1}, 'only the test event is held out'),
-    ({'pretrain.eval_ranking': True, 'data.held_out_events': 2}, 'eval_ranking is set, but nothing'),
-    ({'pretrain.patience': 2}, 'pretrain.patience is set, but nothing is measured'),
+    ({'pretrain.eval_ranking': True, 'data.held_out_events': 2}, 'eval_ranking is True, but nothing'),
+    ({'pretrain.patience': 2}, 'pretrain.patience is 2, but nothing is measured'),
     ({'model.tables.hash_seed': -2}, 'model.tables.hash_seed is -2'),
   ],
 )  # fmt: skip

@@ -125,7 +125,7 @@ def test_a_named_experiment_says_what_it_does(path):
   for word in ('Command:', 'Hardware:', 'Time:', 'Expected:'):
     assert word in text.split('"""')[1], f'the docstring of experiments/{name}.py states no {word}'
   command = 'pinfm run' if path in LAUNCH_FILES.values() else 'python'
-  command = '--arms' if path.stem == 'baselines' else command
+  command = '--arms' if '\nbaseline = ' in text else command
   if path in _golden_update().study_files():
     command = 'pinfm clicks' if '\nclicks = ' in text else '--blocks'
   assert f'{command} experiments/{name}.py' in text

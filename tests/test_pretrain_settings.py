@@ -1,5 +1,6 @@
 """Settings of tower and pretraining that cannot work, each refused in one line; the launch files of sequences pass."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,12 @@ import toy
 
 from pinfm_jax.checks import check_experiment
 from pinfm_jax.errors import UserError
-from pinfm_jax.launch import load_experiment
+from pinfm_jax.launch import load_experiment, run_file
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.sequential import baselines
 
-LAUNCH_FILES = sorted((Path(__file__).resolve().parent.parent / 'experiments' / 'sequential').glob('*.py'))
+FOLDER = Path(__file__).resolve().parent.parent / 'experiments' / 'sequential'
+LAUNCH_FILES = [FOLDER / f'{name}.py' for name in ('beauty', 'ml1m', 'sports', 'toys')]
 
 
 @pytest.mark.parametrize(
@@ -61,9 +63,7 @@ def test_what_cannot_work_is_refused(changes, words):
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-  'path', [path for path in LAUNCH_FILES if path.stem != 'baselines'], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize('path', LAUNCH_FILES, ids=lambda path: path.stem)
 def test_a_launch_file_and_its_baselines_pass(path):
   experiment = load_experiment(path)
   arms = baselines(experiment)
@@ -74,3 +74,17 @@ def test_a_launch_file_and_its_baselines_pass(path):
   assert (own.model.tower.layers, own.model.tower.heads, own.model.tower.width) == (1, 1, 64)
   assert own.pretrain.uniform_negatives == 256
   assert own.data == experiment.data
+
+
+@pytest.mark.parametrize('path', LAUNCH_FILES, ids=lambda path: path.stem)
+def test_the_search_spends_the_same_on_both_models_and_tries_all_values(path):
+  experiment, search = load_experiment(path), run_file(FOLDER / 'search.py', 'file')
+  arms = search['arms'](experiment)
+  check_experiment(replace(experiment, arms=arms, baseline=search['baseline']))
+  names = [arm.name.split()[0] for arm in arms]
+  assert names == ['PinFM', 'SASRec+SS'] * search['RUNS']
+  for name in set(names):
+    drawn = [arm.overrides for arm in arms if arm.name.startswith(f'{name} ')]
+    assert len({str(sorted(point.items())) for point in drawn}) == len(drawn)
+    layers = [point['model.tower.layers'] for point in drawn]
+    assert abs(layers.count(1) - layers.count(2)) == 1

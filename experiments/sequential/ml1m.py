@@ -1,14 +1,15 @@
-"""MovieLens-1M (sequential edition): the pretrained tower as a sequential recommender, leave-one-out, all films ranked.
+"""MovieLens-1M (sequential edition): the pretrained tower as a sequential recommender, all films ranked for each user.
 
 Command:   PINFM_DATA=DIR pinfm run experiments/sequential/ml1m.py   (DIR holds ml1m/)
            pinfm sweep experiments/sequential/ml1m.py --arms experiments/sequential/baselines.py --split test
 Hardware:  2 CPU cores, 3 GB of memory
-Time:      not measured yet
-Expected:  not measured yet
+Time:      see experiments/README.md
+Expected:  see experiments/README.md
 
-The protocol and the settings are those of `pinfm_jax.sequential`; the choice of the settings is told in
-experiments/README.md. Stars are not read: the published models do not have them. Terms of the data: GroupLens, research
-use, no redistribution.
+Protocol and shared settings: `pinfm_jax.sequential`. Each user's last event tests, the one before chooses the epoch;
+films that the user has rated are not ranked; both holdouts and a popularity row are printed. The settings were searched
+on the validation events alone by experiments/sequential/search.py. Stars are not read: the published models do not have
+them. Terms of the data: GroupLens, research use, no redistribution.
 """
 
 import os

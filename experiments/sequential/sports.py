@@ -1,13 +1,15 @@
-"""Amazon Sports: the pretrained tower as a sequential recommender, leave-one-out over the whole catalogue.
+"""Amazon Sports and Outdoors: the pretrained tower as a sequential recommender, all items ranked for each user.
 
 Command:   PINFM_DATA=DIR pinfm run experiments/sequential/sports.py   (DIR holds amazon/)
            pinfm sweep experiments/sequential/sports.py --arms experiments/sequential/baselines.py --split test
 Hardware:  2 CPU cores, 3 GB of memory
-Time:      not measured yet
-Expected:  not measured yet
+Time:      see experiments/README.md
+Expected:  see experiments/README.md
 
-The protocol and the settings are those of `pinfm_jax.sequential`; the choice of the settings is told in
-experiments/README.md. Terms of the data: none stated by the source, research use only.
+Protocol and shared settings: `pinfm_jax.sequential`. Each user's last event tests, the one before chooses the epoch;
+items that the user has had are not ranked; both holdouts and a popularity row are printed. The settings were searched
+on the validation events alone by experiments/sequential/search.py. Terms of the data: none stated by the source,
+research use only.
 """
 
 import os

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pinfm_jax.config import DataConfig
 from pinfm_jax.errors import UserError
+from pinfm_jax.launch import run_file
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.run import run as run_experiment
 from pinfm_jax.sequential import SequenceData, sasrec, sequential_experiment
@@ -55,6 +57,14 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   assert "validation split: each user's second last event" in printed
   assert "test split: each user's last event" in printed
   assert 'popularity, all users and items' in printed
+  script = Path(__file__).resolve().parents[2] / 'experiments' / 'sequential' / 'rival_data.py'
+  run_file(script, 'script')['write_rival_data'](workdir, tmp_path / 'rival')
+  read = lambda name: (tmp_path / 'rival' / name).read_text().splitlines()
+  lines = [line.split()[1:] for line in Path(experiment.data.path).read_text().splitlines()]
+  assert sorted(read('train/input.txt')) == sorted(' '.join(line[:-2]) for line in lines)
+  asked = zip(read('test/input.txt'), read('test/output.txt'), strict=True)
+  assert sorted(' '.join(pair) for pair in asked) == sorted(' '.join(line) for line in lines)
+  assert json.loads((tmp_path / 'rival' / 'dataset_stats.json').read_text())['num_items'] == ITEMS
 
 
 def test_too_few_rows_for_exact_ids_are_refused(experiment, tmp_path):

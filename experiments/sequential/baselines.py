@@ -11,11 +11,11 @@ patience 50 epochs on the validation events. SASRec: binary cross-entropy with 1
 the calibration t = 0.75. A step's positions share negatives; the published code draws them for each position.
 """
 
-from pinfm_jax.sequential import baselines as arms
+from pinfm_jax.sequential import baselines
 
+arms = baselines
 about = (
   'SASRec+SS, SASRec and gSASRec are configurations of the same tower with the published settings. The positions of a '
   'step share negatives.'
 )
 baseline = 'SASRec+SS'
-__all__ = ['about', 'arms', 'baseline']

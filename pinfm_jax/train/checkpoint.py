@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,14 @@ class Checkpoints:
           f'{self._directory}/{step} does not fit this configuration (it has {name} of shape {found.get(name)}, '
           f'the model {wanted.get(name)}); use the configuration it was written with, or another --workdir'
         )
+
+
+def best_step(directory: Path) -> int | None:
+  """Step of the best checkpoint in a directory that another run may be writing to; None if none was measured."""
+  if not directory.is_dir():
+    return None
+  with closing(Checkpoints(directory, read_only=True)) as checkpoints:
+    return checkpoints.best_step
 
 
 def unseen_in_shapes(model: PinFMConfig) -> dict[str, Any]:

@@ -66,15 +66,15 @@ def _open_array(path: Path, name: str) -> tensorstore.TensorStore:
 
 
 class StoredState:
-  """The newest checkpoint in a directory, opened for reading a part of it. One process may do so (`reading_alone`)."""
+  """A checkpoint in a directory, opened for reading a part of it. One process may do so (`reading_alone`)."""
 
-  def __init__(self, directory: Path):
-    """Opens the checkpoint.
+  def __init__(self, directory: Path, step: int | None = None):
+    """Opens the checkpoint of a step; None = the newest.
 
     Raises:
       UserError: there is none.
     """
-    self._path = newest(directory)
+    self._path = newest(directory) if step is None else directory.absolute() / str(step)
     with reading_alone():
       self._layout = ocp.checkpointables_metadata(self._path).metadata['state']
 

@@ -11,8 +11,10 @@ from pinfm_jax.config import DataConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.launch import run_file
 from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.pretrained import load_pretrained
 from pinfm_jax.run import run as run_experiment
 from pinfm_jax.sequential import SequenceData, sasrec, sequential_experiment
+from pinfm_jax.train.stored_tables import StoredState
 
 ITEMS = 30
 
@@ -45,6 +47,9 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   measured = [row['eval/ndcg@10'] for row in metrics if 'eval/ndcg@10' in row]
   assert validation['retrieval/tower/ndcg@10'] == pytest.approx(max(measured))  # the best checkpoint was taken
   assert measured[-1] > measured[0]
+  checkpoints = workdir / 'seed0' / 'pretrain' / 'checkpoints'
+  best = StoredState(checkpoints, next(row['step'] for row in metrics if row.get('eval/ndcg@10') == max(measured)))
+  np.testing.assert_array_equal(load_pretrained(workdir).rows, np.concatenate(list(best.table_rows(ITEMS + 2))))
   steps = max(row['step'] for row in metrics)
   run_experiment(experiment, workdir)
   metrics = [json.loads(line) for line in (workdir / 'seed0' / 'pretrain' / 'metrics.jsonl').read_text().splitlines()]

@@ -18,7 +18,6 @@ ARM_GROUPS = ('model.', 'pretrain.', 'ranker.', 'finetune.')  # what an arm may 
 
 _MAY_BE_ZERO = (
   'data.validation_days',
-  'evaluate.retrieval_users',
   'finetune.ntl_columns',
   'hash_seed',
   'mesh.data',

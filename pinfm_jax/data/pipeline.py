@@ -59,7 +59,8 @@ class Segments:
         stops.append(stop)
     keep = np.array(stops, np.int64) - np.array(starts, np.int64) >= 2
     if not keep.any():
-      raise UserError(f'no user of {dataset.path} has two events before the pretraining split; lower finetune_days')
+      mend = 'lower data.finetune_days' if until_ms is not None else f'the last {held_out} of each do not train'
+      raise UserError(f'no user of {dataset.path} has two events before the pretraining split; {mend}')
     return cls(dataset, length, np.array(rows)[keep], np.array(starts)[keep], np.array(stops)[keep], tokens)
 
   def __len__(self) -> int:

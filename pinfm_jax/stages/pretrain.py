@@ -15,7 +15,7 @@ from pinfm_jax.train.distributed import on_first
 from pinfm_jax.train.loop import Evaluate
 from pinfm_jax.train.pretrain import pretrain
 from pinfm_jax.train.step import TrainState, evaluated
-from pinfm_jax.workdir import claim, has_work, is_done, write_json
+from pinfm_jax.workdir import RESULTS, claim, has_work, is_done, read_results, write_json
 
 
 def pretrain_stage(run: Run) -> None:
@@ -45,7 +45,16 @@ def needed_towers(run: Run) -> list[Run]:
 def _finished(run: Run, seed: int) -> bool:
   directory = run.pretrain_directory(seed)
   claim(directory, run.pretrain_settings(seed), has_work(directory))
-  return is_done(run.tower_results(seed))
+  return is_measured(run, seed)
+
+
+def is_measured(run: Run, seed: int) -> bool:
+  """Whether a seed's tower has all figures that are asked for; if it has others alone, they are dropped."""
+  directory = run.tower_results(seed)
+  figures = [f'retrieval/tower/hr@{k}' for k in run.experiment.evaluate.ks]
+  if is_done(directory) and not read_results(directory).keys() >= set(figures):
+    (directory / RESULTS).unlink()  # measuring again needs no training
+  return is_done(directory)
 
 
 def _pretrain(run: Run, seed: int) -> None:
@@ -66,7 +75,7 @@ def _pretrain(run: Run, seed: int) -> None:
 
 def _write(directory: Path, results: dict[str, float]) -> None:
   directory.mkdir(parents=True, exist_ok=True)
-  write_json(directory / 'results.json', results)
+  write_json(directory / RESULTS, results)
 
 
 def _retrieval(run: Run, split: str, ks: tuple[int, ...]) -> Retrieval:

@@ -10,6 +10,7 @@ from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.stages.context import Run, needs_pretraining
+from pinfm_jax.stages.pretrain import is_measured
 from pinfm_jax.sweep.grid import settings_text
 from pinfm_jax.sweep.jobs import Job
 from pinfm_jax.workdir import claim, has_work, is_done
@@ -137,6 +138,7 @@ def _tower(own: Run, arm: Arm, seed: int, alone: Experiment, logs: Path, towers_
   name = arm.name if towers_alone else settings or "the launch file's"
   job = Job(f'pretraining ({name}), seed {seed}', 'pretrain', alone, results, _log(logs, directory))
   _check_stands(directory, own.pretrain_settings(seed))
+  is_measured(own, seed)  # drops results that lack figures
   return Trained('tower', name, settings, seed, results, replace(job, towers_alone=towers_alone))
 
 

@@ -1,11 +1,11 @@
-"""Writes a data set of these experiments as files of the published gSASRec code (see RIVAL.md): same users, same order.
+"""Writes a data set of these experiments as files of the published gSASRec code (see RIVAL.md).
 
 Command:   python experiments/sequential/rival_data.py runs/sequential_beauty DIR  (a workdir with prepared data)
 Hardware:  any
 Time:      seconds
 Expected:  DIR/{train,val,test}/{input,output}.txt and DIR/dataset_stats.json
 
-A line is a user's item numbers, oldest first. train: all but the last two; val: the second last is asked for, test: the
+A line is a user's item numbers, oldest first; users come in the order of the prepared data. train: all but the last two; val: the second last is asked for, test: the
 last, each with everything before it as input. Users with fewer than three events have no line in train and val.
 """
 

@@ -5,8 +5,9 @@ Hardware:  any
 Time:      seconds
 Expected:  DIR/{train,val,test}/{input,output}.txt and DIR/dataset_stats.json
 
-A line is a user's item numbers, oldest first; users come in the order of the prepared data. train: all but the last two; val: the second last is asked for, test: the
-last, each with everything before it as input. Users with fewer than three events have no line in train and val.
+A line is a user's item numbers, oldest first; users come in the order of the prepared data. train: all but the last
+two; val: the second last is asked for, test: the last, each with everything before it as input. Users with fewer than
+three events have no line in train and val.
 """
 
 import json

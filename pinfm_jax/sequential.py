@@ -142,12 +142,15 @@ def sasrec(experiment: Experiment) -> Mapping[str, Any]:
 def baselines(experiment: Experiment) -> tuple[Arm, ...]:
   """Our model and the published losses on the same tower, as arms of a sweep.
 
-  Published with these settings: SASRec+SS on the Amazon sets, SASRec and gSASRec on ml1m.
+  Published with these settings: SASRec+SS on the Amazon sets, SASRec and gSASRec on ml1m (the gSASRec authors' sizes).
   """
   shared = sasrec(experiment)
+  larger = shared | {'model.tower.layers': 2}
+  larger |= {f'model.{name}': 128 for name in ('tower.width', 'tower.output_width', 'tables.width')}
+  larger |= {f'model.tower.{kind}': 0.5 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')}
   return (
     Arm('PinFM', {}),
     Arm('SASRec+SS', shared),
-    Arm('SASRec', {**shared, 'pretrain.bce_negatives': 1}),
-    Arm('gSASRec', {**shared, 'pretrain.bce_negatives': 256, 'pretrain.bce_calibration': 0.75}),
+    Arm('SASRec', {**larger, 'pretrain.bce_negatives': 1}),
+    Arm('gSASRec', {**larger, 'pretrain.bce_negatives': 256, 'pretrain.bce_calibration': 0.75}),
   )

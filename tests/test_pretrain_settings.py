@@ -74,6 +74,8 @@ def test_a_launch_file_and_its_baselines_pass(path):
   assert (own.model.tower.layers, own.model.tower.heads, own.model.tower.width) == (1, 1, 64)
   assert own.pretrain.uniform_negatives == 256
   assert own.data == experiment.data
+  larger = apply_overrides(experiment, arms[3].overrides)
+  assert (larger.model.tower.layers, larger.model.tower.width, larger.pretrain.bce_calibration) == (2, 128, 0.75)
 
 
 @pytest.mark.parametrize('path', LAUNCH_FILES, ids=lambda path: path.stem)

@@ -7,15 +7,16 @@ Time:      see experiments/README.md
 Expected:  SASRec+SS within 5 % of the published row on that row's own holdout (targets seen in training)
 
 SASRec+SS: length 50 (ml1m: 200), 1 block, 1 head, width 64, dropout 0.2, softmax over 256 sampled negatives, Adam 1e-3,
-patience 50 epochs on the validation events. SASRec: binary cross-entropy with 1 negative. gSASRec: 256 negatives with
-the calibration t = 0.75. A step's positions share negatives; the published code draws them for each position.
+patience 50 epochs on the validation events. SASRec (binary cross-entropy with the weight of 1 negative) and gSASRec
+(256 negatives, calibration t = 0.75) have the sizes that gSASRec's authors publish for ml1m: 2 blocks, width 128,
+dropout 0.5. A step's positions share 256 negatives; the published codes draw for each position.
 """
 
 from pinfm_jax.sequential import baselines
 
 arms = baselines
 about = (
-  'SASRec+SS, SASRec and gSASRec are configurations of the same tower with the published settings. The positions of a '
-  'step share negatives.'
+  'SASRec+SS, SASRec and gSASRec are configurations of the same tower with the published settings (of the latter two, '
+  'those for ml1m). The positions of a step share negatives.'
 )
 baseline = 'SASRec+SS'

@@ -66,7 +66,7 @@ def _pretrain(run: Run, seed: int) -> None:
     run.dataset, split.pretrain_until, run.model, config, run.mesh, run.pretrain_directory(seed), seed,
     run.experiment.mesh, run.profile, start, split.until_by_user(run.dataset.num_users), split.held_out, _ranking(run),
   )  # fmt: skip
-  state, measure = evaluated(state), _retrieval(run, evaluate.split, evaluate.ks)
+  state, measure = evaluated(state), retrieval_of(run, evaluate.split, evaluate.ks)
   with jax.set_mesh(run.mesh):
     figures = measure(state.params['pinfm'], state.tables.rows_GE)
   results = {f'retrieval/{name}': value for name, value in figures.items()}
@@ -78,7 +78,7 @@ def _write(directory: Path, results: dict[str, float]) -> None:
   write_json(directory / RESULTS, results)
 
 
-def _retrieval(run: Run, split: str, ks: tuple[int, ...]) -> Retrieval:
+def retrieval_of(run: Run, split: str, ks: tuple[int, ...]) -> Retrieval:
   """The whole-catalogue evaluation of a run's towers on a split."""
   experiment, evaluate = run.experiment, run.experiment.evaluate
   events_back = run.split.events_back(split)
@@ -108,7 +108,7 @@ def _ranking(run: Run) -> Evaluate | None:
       'pretrain.eval_ranking ranks the event before the last of each history, but this log has impressions and is '
       'split by time; set pretrain.eval_ranking=false'
     )
-  measure = _retrieval(run, 'validation', (10,))
+  measure = retrieval_of(run, 'validation', (10,))
 
   def rank(state: TrainState) -> dict[str, float]:
     figures = measure(state.params['pinfm'], state.tables.rows_GE)

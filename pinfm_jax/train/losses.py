@@ -106,13 +106,12 @@ def sequence_losses(
   segment_UL = jnp.zeros((users, length), jnp.int32) if events.segment_UL is None else events.segment_UL
   anchors = Anchors(h_ULO, z_ULO, events.mask_UL, positive_UL, segment_UL, index_U, shown_UL)
   rows = _Rows(anchors, events.user_UL, z_UNO, extra.frequency_UL, extra.frequency_UN)
+  draws = Draws(users * item_UN2.shape[1], extra.catalogue, config.negative_power, extra.power_sum)
 
   def on_a_device(rows: _Rows, columns: Columns, scale: Array, seed: Array) -> dict[str, Array]:
     columns_KO, frequency_K = _column_values(rows, columns)
-    correction_K = jnp.zeros(columns.valid_K.shape)
-    if frequency_K is not None:
-      draws = Draws(item_UN2.shape[0] * item_UN2.shape[1], extra.catalogue, config.negative_power, extra.power_sum)
-      correction_K = log_inclusion(frequency_K, columns, draws)
+    none_K = jnp.zeros(columns.valid_K.shape)
+    correction_K = none_K if frequency_K is None else log_inclusion(frequency_K, columns, draws)
     # Cast once, before the chunks: the cast's transpose is the sum of their gradients over devices, else one a chunk.
     shared = jax.lax.pcast((columns_KO, correction_K, scale), BATCH_AXES, to='varying')
     negatives_UL = _reduced(rows, columns, *shared, mesh.shape['model'], config)

@@ -37,6 +37,10 @@ def _results(workdir, split):
   return json.loads((workdir / 'seed0' / 'pretrain' / split / 'results.json').read_text())
 
 
+def _script(name):
+  return run_file(Path(__file__).resolve().parents[2] / 'experiments' / 'sequential' / f'{name}.py', 'script')
+
+
 @pytest.mark.slow
 def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   workdir = tmp_path / 'run'
@@ -62,8 +66,11 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   assert "validation split: each user's second last event" in printed
   assert "test split: each user's last event" in printed
   assert 'popularity, all users and items' in printed
-  script = Path(__file__).resolve().parents[2] / 'experiments' / 'sequential' / 'rival_data.py'
-  run_file(script, 'script')['write_rival_data'](workdir, tmp_path / 'rival')
+  served = _script('served')['served_figures'](workdir)
+  assert served['float32']['tower/mrr'] == pytest.approx(test['retrieval/tower/mrr'], rel=1e-5)
+  assert served['int4']['tower/mrr'] == pytest.approx(test['retrieval/tower/mrr'], rel=0.1)
+  assert served['int4']['tower/mrr'] != served['float32']['tower/mrr']
+  _script('rival_data')['write_rival_data'](workdir, tmp_path / 'rival')
   read = lambda name: (tmp_path / 'rival' / name).read_text().splitlines()
   lines = [line.split()[1:] for line in Path(experiment.data.path).read_text().splitlines()]
   assert sorted(read('train/input.txt')) == sorted(' '.join(line[:-2]) for line in lines)

@@ -96,6 +96,16 @@ def test_adam_moves_all_rows_as_optax_does(history):
   assert np.all(moved != 0)  # their moments last
 
 
+def test_rows_are_corrected_by_the_age_of_the_moments():
+  """A continued run counts its steps anew, and goes on with moments that have seen more."""
+  update, params = Rows().update, {'x': {'kernel': jnp.ones(2)}}
+  state = update.init(params)
+  for count in range(1, 4):
+    _, state, row_step, _ = update.apply(params, state, params, 0.0, jnp.int32(0))
+    np.testing.assert_allclose(row_step.adam.correction1, 1 - ADAM.beta1**count, rtol=1e-6)
+    np.testing.assert_allclose(row_step.adam.correction2, 1 - ADAM.beta2**count, rtol=1e-4)
+
+
 def test_the_average_is_the_weighted_sum_of_the_states(history):
   states, _ = history
   average = np.array(states[0].tables.rows_GE, np.float64)

@@ -1,5 +1,6 @@
 """APGD (Croce & Hein, 2020): gradient ascent with momentum that halves its step where progress stalls."""
 
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -70,8 +71,10 @@ def apgd(
   """
   seed_B = example_seeds(index_B, seed)
   draws = lambda step: fold(seed_B, STEP, step)  # noqa: E731
-  clean, _ = evaluated(objective, x, draws(0))
-  at, gradient = evaluated(objective, ball.random(x, fold(seed_B, START)), draws(1))
+  begin = jnp.stack([x, ball.random(x, fold(seed_B, START))])
+  measured = jax.lax.map(lambda p: evaluated(objective, p[0], draws(p[1])), (begin, jnp.arange(2, dtype=jnp.uint32)))
+  clean, at = (jax.tree.map(itemgetter(i), measured[0]) for i in range(2))
+  gradient = measured[1][1]
   step_B = jnp.full(x.shape[:1], 2.0 * ball.radius, x.dtype)
   climb = _Climb(
     at.x, at.x, gradient, at.loss_B, at.x, gradient, at.loss_B, better(clean, at),

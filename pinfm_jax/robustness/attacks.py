@@ -47,7 +47,9 @@ def classifier_objective(logits: Logits, label_B: jax.Array, loss: str = 'ce', t
   if loss not in LOSSES:
     raise UserError(f"attack loss '{loss}'; expected one of {', '.join(LOSSES)}")
   if (loss == 'dlr-targeted') != (target_B is not None):
-    raise UserError(f"attack loss '{loss}' with{'' if target_B is not None else 'out'} targets; dlr-targeted needs them")
+    raise UserError(
+      f"attack loss '{loss}' with{'' if target_B is not None else 'out'} targets; dlr-targeted needs them"
+    )
 
   def objective(x: jax.Array, seed_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits_BK = logits(x)
@@ -111,24 +113,24 @@ def pgd(
     x: [B, ...], clean inputs in the valid range.
     ball: where to look.
     index_B: the examples' own indices, for the draws.
-    steps: of ascent.
+    steps: of ascent; the objective and its gradient are evaluated twice more, for x and for where the ascent ends.
     step_size: of one step; None = 2.5 * radius / steps, which lets it cross the ball.
     seed: of the draws.
     random_start: begin at a drawn point of the ball.
   """
   step_size = 2.5 * ball.radius / max(steps, 1) if step_size is None else step_size
   seed_B = example_seeds(index_B, seed)
-  best = _measured(objective, x, fold(seed_B, STEP))
-  at = ball.random(x, fold(seed_B, START)) if random_start else x
+  start = ball.random(x, fold(seed_B, START)) if random_start else x
+  nothing = Attacked(x, jnp.full(x.shape[:1], -jnp.inf), jnp.zeros(x.shape[:1], bool))
 
-  def body(carry: tuple[jax.Array, Attacked], step: jax.Array) -> tuple[tuple[jax.Array, Attacked], None]:
+  # The clean point, the ascent and its end are turns of one loop: a defended objective is compiled once.
+  def body(carry: tuple[jax.Array, Attacked], turn: jax.Array) -> tuple[tuple[jax.Array, Attacked], None]:
     at, best = carry
-    found, gradient = evaluated(objective, at, fold(seed_B, STEP, step))
-    moved = ball.project(at + step_size * ball.direction(gradient), x)
+    found, gradient = evaluated(objective, at, fold(seed_B, STEP, turn))
+    moved = jnp.where(turn == 0, start, ball.project(at + step_size * ball.direction(gradient), x))
     return (moved, better(best, found)), None
 
-  (at, best), _ = jax.lax.scan(body, (at, best), jnp.arange(1, steps + 1, dtype=jnp.uint32))
-  return better(best, _measured(objective, at, fold(seed_B, STEP, steps + 1)))
+  return jax.lax.scan(body, (x, nothing), jnp.arange(steps + 2, dtype=jnp.uint32))[0][1]
 
 
 def evaluated(objective: Objective, x: jax.Array, seed_B: jax.Array) -> tuple[Attacked, jax.Array]:
@@ -163,10 +165,6 @@ def runners_up(logits_BK: jax.Array, label_B: jax.Array, count: int) -> jax.Arra
   """[count, B]: the wrong classes of the highest logits, the targets of targeted attacks."""
   own = jax.nn.one_hot(label_B, logits_BK.shape[-1], dtype=bool)
   return jax.lax.top_k(jnp.where(own, -jnp.inf, logits_BK), count)[1].T
-
-
-def _measured(objective: Objective, x: jax.Array, seed_B: jax.Array) -> Attacked:
-  return Attacked(x, *objective(x, seed_B))
 
 
 def _at(logits_BK: jax.Array, class_B: jax.Array) -> jax.Array:

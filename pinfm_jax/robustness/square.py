@@ -52,9 +52,10 @@ def square(
     seed: of the draws.
   """
   seed_B = example_seeds(index_B, seed)
-  clean = Attacked(x, *objective(x, fold(seed_B, STEP, 0)))
-  begin = _stripes(x, ball, fold(seed_B, START)) if ball.norm == 'linf' else _tiles(x, ball, fold(seed_B, START))
-  best = Attacked(begin, *objective(begin, fold(seed_B, STEP, 1)))
+  start = _stripes(x, ball, fold(seed_B, START)) if ball.norm == 'linf' else _tiles(x, ball, fold(seed_B, START))
+  begin = jnp.stack([x, start])
+  measured = jax.lax.map(lambda p: objective(p[0], fold(seed_B, STEP, p[1])), (begin, jnp.arange(2, dtype=jnp.uint32)))
+  clean, best = (Attacked(begin[i], measured[0][i], measured[1][i]) for i in range(2))
   sides = side_schedule(queries, share, min(x.shape[1:3]), 1 if ball.norm == 'linf' else 3)
 
   def body(best: Attacked, now: tuple[jax.Array, jax.Array]) -> tuple[Attacked, None]:

@@ -93,7 +93,7 @@ class Repaired(NamedTuple):
 
 
 class _Walk(NamedTuple):
-  """State of the descent: where examples stand, their lowest loss, steps without a lower one, steps made, whether on."""
+  """The descent: where examples stand, their lowest loss, steps without a lower one, steps made, whether still on."""
 
   x: jax.Array
   lowest_B: jax.Array

@@ -121,7 +121,9 @@ def _binary(directory: Path, split: str) -> Images:
     records.append(content.reshape(-1, _RECORD))
   records = np.concatenate(records)
   if records[:, 0].max() >= len(CLASSES):
-    raise UserError(f'{directory}: a label of {records[:, 0].max()}; expected 0 to 9 (CIFAR-100 has two labels an image)')
+    raise UserError(
+      f'{directory}: a label of {records[:, 0].max()}; expected 0 to 9 (CIFAR-100 has two labels an image)'
+    )
   pixels = records[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
   return Images(np.ascontiguousarray(pixels), records[:, 0].astype(np.int32))
 

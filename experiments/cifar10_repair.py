@@ -28,7 +28,8 @@ import jax
 from pinfm_jax.data.public.cifar10 import Images, load, shuffled
 from pinfm_jax.errors import UserError
 from pinfm_jax.robustness.balls import Ball
-from pinfm_jax.robustness.evaluation import ROWS, Evaluation, EvaluationConfig
+from pinfm_jax.robustness.defended import ROWS, EvaluationConfig
+from pinfm_jax.robustness.evaluation import Evaluation
 from pinfm_jax.robustness.networks import CLASSIFIERS, ResNetConfig
 from pinfm_jax.robustness.pictures import draw
 from pinfm_jax.robustness.repair import RepairConfig

@@ -50,7 +50,7 @@ def checkpoints(steps: int) -> np.ndarray:
   shares = [0.0, 0.22]
   while shares[-1] < 1:
     shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-  return np.unique([int(np.ceil(share * steps)) for share in shares[1:] if share <= 1])
+  return np.unique([int(np.ceil(round(share * steps, 6))) for share in shares[1:] if share <= 1])
 
 
 def apgd(

@@ -12,8 +12,9 @@ from PIL import Image
 from pinfm_jax import plots
 from pinfm_jax.robustness.adaptive import bpda, repair_defence
 from pinfm_jax.robustness.attacks import classifier_objective, pgd
+from pinfm_jax.robustness.defended import ALL
 from pinfm_jax.robustness.draws import example_seeds
-from pinfm_jax.robustness.evaluation import ALL, Evaluation
+from pinfm_jax.robustness.evaluation import Evaluation
 from pinfm_jax.workdir import read_json, write_json, write_text
 
 REPAIR_255 = (0, 2, 4, 8, 16, 32)  # radii of the repair, in 1/255
@@ -25,10 +26,10 @@ def repair_strength(evaluation: Evaluation, images: int) -> dict[str, list[float
 
   The step shrinks and grows with the radius.
   """
-  c, terms = evaluation.config, evaluation.terms(ALL)
+  c, terms = evaluation.config, evaluation.defended.terms(ALL)
   x, label = jnp.asarray(evaluation.x[:images]), jnp.asarray(evaluation.label[:images])
   index = jnp.arange(len(label))
-  objective = classifier_objective(evaluation.logits, label)
+  objective = classifier_objective(evaluation.defended.logits, label)
   attacked = jax.jit(lambda: pgd(objective, x, c.ball, index, c.steps).x)()
   found: dict[str, list[float]] = {'clean': [], 'PGD (transfer)': []}
   for radius in REPAIR_255:
@@ -45,13 +46,13 @@ def attack_strength(evaluation: Evaluation, images: int) -> dict[str, list[float
   c = evaluation.config
   x, label = jnp.asarray(evaluation.x[:images]), jnp.asarray(evaluation.label[:images])
   index = jnp.arange(len(label))
-  defence = repair_defence(evaluation.terms(ALL), c.repair)
+  defence = repair_defence(evaluation.defended.terms(ALL), c.repair)
   defend = jax.jit(lambda x: defence(x, example_seeds(index, 0)))
   found: dict[str, list[float]] = {'none': [], 'all (transfer)': [], 'all (BPDA)': []}
   for radius in ATTACK_255:
     attack = partial(pgd, x=x, ball=replace(c.ball, radius=radius / 255), index_B=index)
-    plain = jax.jit(lambda a=attack: a(classifier_objective(evaluation.logits, label), steps=c.steps).x)()
-    aware = jax.jit(lambda a=attack: a(bpda(evaluation.logits, defence, label), steps=c.adaptive_steps).x)()
+    plain = jax.jit(lambda a=attack: a(classifier_objective(evaluation.defended.logits, label), steps=c.steps).x)()
+    aware = jax.jit(lambda a=attack: a(bpda(evaluation.defended.logits, defence, label), steps=c.adaptive_steps).x)()
     found['none'].append(_accuracy(evaluation, plain, label))
     found['all (transfer)'].append(_accuracy(evaluation, defend(plain), label))
     found['all (BPDA)'].append(_accuracy(evaluation, defend(aware), label))
@@ -77,7 +78,7 @@ def save_picture(evaluation: Evaluation, path: Path, images: int = 10, scale: in
   """Rows: clean, attacked (transferred), repaired; then both changes, around grey and eight times as strong."""
   index = jnp.arange(images)
   clean, attacked = evaluation.x[:images], evaluation.attacked(evaluation.config.transfer[0])[:images]
-  defence = evaluation.defence(ALL)
+  defence = evaluation.defended.defence(ALL)
   repaired = np.asarray(jax.jit(lambda x: defence(x, example_seeds(index, 0)))(jnp.asarray(attacked)))
   rows = (clean, attacked, repaired, 0.5 + 8 * (attacked - clean), 0.5 + 8 * (repaired - attacked))
   grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
@@ -86,4 +87,4 @@ def save_picture(evaluation: Evaluation, path: Path, images: int = 10, scale: in
 
 
 def _accuracy(evaluation: Evaluation, x: jax.Array, label: jax.Array) -> float:
-  return float(jnp.mean(jnp.argmax(evaluation.logits(x), axis=-1) == label))
+  return float(jnp.mean(jnp.argmax(evaluation.defended.logits(x), axis=-1) == label))

@@ -4,7 +4,8 @@ import numpy as np
 
 from pinfm_jax.evaluate.bootstrap import Lift, Ratio, draws, lift, ratios
 from pinfm_jax.evaluate.tables import Table, mean_std, percent_interval
-from pinfm_jax.robustness.evaluation import ALL, CLEAN, NONE, ROWS, Evaluation
+from pinfm_jax.robustness.defended import ALL, CLEAN, NONE, ROWS
+from pinfm_jax.robustness.evaluation import Evaluation
 from pinfm_jax.robustness.tasks import NAMES
 
 WORST = 'worst case'
@@ -53,7 +54,7 @@ def tables(evaluation: Evaluation) -> list[Table]:
   c = evaluation.config
   radius = f'{c.ball.norm} {c.ball.radius * 255:g}/255'
   rows = [row for row in c.rows if kept(evaluation, row, CLEAN) is not None]
-  costs = {row: evaluation.cost(row) for row in rows}
+  costs = {row: evaluation.defended.cost(row) for row in rows}
   transfer = (CLEAN, *c.transfer, 'worst transfer')
   adaptive = (*c.adaptive, WORST)
   first = Table(

@@ -61,7 +61,7 @@ SIZES = {
   'small': Size(
     classifier=CLASSIFIERS['small'],
     adversarial=AdversarialConfig(),
-    classifier_schedule=Schedule(epochs=20, batch=128, learning_rate=0.1, evaluations=10),
+    classifier_schedule=Schedule(epochs=16, batch=128, learning_rate=0.1, evaluations=10),
     tasks=TasksConfig(),
     heads_schedule=Schedule(epochs=10, batch=128, learning_rate=0.05, average=0.99, evaluations=5),
     evaluation=EvaluationConfig(repair=RepairConfig(Ball('linf', 16 / 255), steps=10, step_size=4 / 255)),

@@ -46,7 +46,7 @@ def uniforms(seed_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """
   size = math.prod(shape)
   counters_N = hash_uniform(jnp.arange(size, dtype=jnp.uint32), jnp.uint32(0x2545F491))
-  bits_BN = hash_uniform(seed_B[:, None] ^ counters_N[None, :], jnp.uint32(0x9E3779B1))
+  bits_BN = _settled(hash_uniform(seed_B[:, None] ^ counters_N[None, :], jnp.uint32(0x85EBCA77)))
   return ((bits_BN >> 8).astype(jnp.float32) + 0.5).reshape(seed_B.shape[0], *shape) * jnp.float32(2.0**-24)
 
 
@@ -55,9 +55,10 @@ def normals(seed_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return math.sqrt(2) * jax.scipy.special.erfinv(2 * uniforms(seed_B, shape) - 1)
 
 
-def _settled(seed_B: jax.Array) -> jax.Array:
-  """The same seeds, computed once: else XLA folds the chain of hashes into every pixel that is drawn from them.
+def _settled(bits: jax.Array) -> jax.Array:
+  """A one-to-one change of uint32 bits that XLA cannot fuse with what comes before and after, since it is a loop.
 
-  With a barrier a training step compiles in a tenth of the time.
+  Each hash uses its argument several times; fused into one another and into the pixels drawn from them, chains of
+  hashes take XLA minutes to compile.
   """
-  return jax.lax.optimization_barrier(seed_B)
+  return jax.lax.fori_loop(0, 2, lambda i, h: h * jnp.uint32(0x9E3779B1) + i.astype(jnp.uint32), bits)

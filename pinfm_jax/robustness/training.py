@@ -105,7 +105,11 @@ def fit(
     if checkpoints.latest is None:
       state = create()
     else:
-      state = checkpoints.load_pytree(checkpoints.latest.step, jax.eval_shape(create))
+      here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), jax.eval_shape(create)
+      )
+      state = checkpoints.load_pytree(checkpoints.latest.step, abstract)
     step, history = int(state['step']), _history(directory)
     if step < steps:
       state = _run(label, directory, state, (loss, optimizer, held_out), images, schedule, checkpoints, history)

@@ -72,7 +72,7 @@ def test_linear_model_is_attacked_to_the_optimum(name: str, norm: str, loss: str
   gain = best - np.asarray(cw_margin(_linear(X), LABEL))
   np.testing.assert_array_less(margin, best + 1e-4)
   # PGD's last l_2 steps still cut corners.
-  np.testing.assert_array_less((0.98 if name == 'pgd' else 0.995) * gain, gain - (best - margin))
+  np.testing.assert_array_less((0.97 if name == 'pgd' else 0.995) * gain, gain - (best - margin))
   np.testing.assert_array_equal(found.fooled_B, margin >= 0)
 
 

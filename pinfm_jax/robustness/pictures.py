@@ -61,6 +61,7 @@ def attack_strength(evaluation: Evaluation, images: int) -> dict[str, list[float
 
 def draw(evaluation: Evaluation, directory: Path, images: int = 128) -> None:
   """Writes repair_strength.svg, attack_strength.svg (their numbers beside them, kept) and images.png."""
+  save_picture(evaluation, directory / 'images.png')
   for name, measure, radii in (
     ('repair_strength', repair_strength, REPAIR_255),
     ('attack_strength', attack_strength, ATTACK_255),
@@ -71,7 +72,6 @@ def draw(evaluation: Evaluation, directory: Path, images: int = 128) -> None:
     series = {key: (radii, values) for key, values in read_json(path).items()}
     title, xlabel = name.replace('_', ' ').capitalize(), f'{name.split("_")[0]} radius (1/255)'
     write_text(directory / f'{name}.svg', plots.curves(title, series, 'accuracy', from_zero=True, xlabel=xlabel))
-  save_picture(evaluation, directory / 'images.png')
 
 
 def save_picture(evaluation: Evaluation, path: Path, images: int = 10, scale: int = 3) -> None:

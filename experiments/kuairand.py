@@ -2,15 +2,15 @@
 
 Command:   PINFM_DATA=DIR pinfm run experiments/kuairand.py      (DIR holds kuairand_pure/; or --set data.path=DIR)
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      under 15 minutes for 3 seeds
+Time:      see experiments/README.md
 Expected:  see experiments/README.md
 
-Protocol, fixed before the test split was looked at. The histories before 25 April 2022 pretrain the tower. The log
-from 25 April to 8 May gives the impressions: a request is a user's UTC day. The last 3 days test, the day before
-validates, the 10 days before that train the rankers. Main metrics: AUC of long_view over all impressions, and HIT@3 over
-the requests of at least 4 distinct items; requests of at least 2 train. like, click, hate and follow are reported as AUC
-with interval and positives; hate has 190 positives in the whole log and supports no claim. Histories have an order but
-no time of each event.
+Protocol. Split and metrics were fixed before the test days were looked at, settings were chosen on the validation day.
+The histories before 25 April 2022 pretrain the tower. The log from 25 April to 8 May gives the impressions: a request
+is a user's UTC day. The last 3 days test, the day before validates, the 10 days before that train the rankers. Main
+metrics: AUC of long_view over all impressions, and HIT@3 over the requests of at least 4 distinct items; requests of at
+least 2 train. like, click, hate and follow are reported as AUC with interval and positives; hate has 190 positives in
+the whole log and supports no claim. Histories have an order but no time of each event.
 
 Pretraining asks for the next video that was watched long, with shown ones that were not among the negatives.
 """

@@ -35,6 +35,7 @@ _MAY_BE_ZERO = (
   'ranker.cross_layers',
   'ranker.item_buckets',
   'ranker.similarity_width',
+  'ranker.sparse_width',
   'ranker.transact.length',
   'update.warmup_steps',
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
+from pinfm_jax.clicks.command import add_clicks
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.import_command import add_import_tables
 from pinfm_jax.serve.inspect_command import add_inspect
@@ -17,9 +18,10 @@ from pinfm_jax.serve.offline.command import add_demo, add_embed, add_recommend
 from pinfm_jax.serve.rows.command import add_serve_rows
 from pinfm_jax.serve.server import add_serve
 from pinfm_jax.stages.export_command import add_export
+from pinfm_jax.study.command import add_study
 from pinfm_jax.sweep.command import add_sweep
 
-_RESUMED = ('run', 'download', 'sweep')
+_RESUMED = ('run', 'download', 'sweep', 'study', 'clicks')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
   for add in (
     _add_run,
     add_sweep,
+    add_study,
+    add_clicks,
     _add_prepare,
     _add_prepare_beam,
     _add_download,

@@ -194,6 +194,8 @@ class RankerConfig:
   dropout: float = 0.0
   item_buckets: int = 65_536  # the ranker's own hashed item-id embedding, with or without PinFM; 0 = none
   max_sparse_width: int = 32
+  sparse_width: int = 0  # of all embeddings of sparse features; 0 = by cardinality, at most max_sparse_width
+  raw_embeddings: bool = False  # these enter as they are, not normalised to unit length
   embedding_width: int = 32  # embedding features are projected to this width
   module_width: int = 64  # the module's outputs are projected to this width
   learnable_token: bool = False  # one more token between the history and the candidate (PinFM-GraphSAGE-LT)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 COLOURS = ('#3f83d1', '#d97b29', '#2f9e6e', '#b763b8', '#d05252', '#8f8a2c', '#5aa9a9', '#8d6e63')
 _INK = '#010203'  # stands for the page's text colour while matplotlib draws
 _MAX_POINTS = 400
-_STYLE = {
+STYLE = {
   'svg.fonttype': 'none',  # text stays text: smaller, selectable, in the page's font
   'font.size': 10,
   'axes.titlesize': 11,
@@ -64,7 +64,7 @@ def curves(
   Returns:
     An <svg> element.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure, axes = _figure(title)
     for name, (steps, values) in series.items():
       x, y = _thinned(steps, values)
@@ -74,7 +74,7 @@ def curves(
       axes.set_ylim(bottom=0)
     axes.set_ylabel(ylabel)
     _legend(axes, len(series))
-    return _svg(figure, f'curves {title} {ylabel}')
+    return to_svg(figure, f'curves {title} {ylabel}')
 
 
 def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], ylabel: str) -> str:
@@ -89,7 +89,7 @@ def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], ylabel: 
     An <svg> element.
   """
   categories = list(dict.fromkeys(category for points in series.values() for category in points))
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure, axes = _figure(title)
     axes.axhline(0, color=_INK, linewidth=0.9)
     for i, (name, points) in enumerate(series.items()):
@@ -103,7 +103,7 @@ def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], ylabel: 
     axes.grid(axis='x', visible=False)
     axes.set_ylabel(ylabel)
     _legend(axes, len(series))
-    return _svg(figure, f'intervals {title} {ylabel}')
+    return to_svg(figure, f'intervals {title} {ylabel}')
 
 
 def reliability(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
@@ -116,7 +116,7 @@ def reliability(title: str, series: Mapping[str, Sequence[tuple[float, float]]])
   Returns:
     An <svg> element.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure, axes = _figure(title)
     top = max((value for points in series.values() for point in points for value in point), default=1.0) or 1.0
     axes.plot([0, top], [0, top], color=_INK, linewidth=0.9, linestyle=':')
@@ -125,7 +125,7 @@ def reliability(title: str, series: Mapping[str, Sequence[tuple[float, float]]])
     axes.set_xlabel('mean prediction')
     axes.set_ylabel('share of positives')
     _legend(axes, len(series))
-    return _svg(figure, f'reliability {title}')
+    return to_svg(figure, f'reliability {title}')
 
 
 def _legend(axes: matplotlib.axes.Axes, entries: int) -> None:
@@ -144,7 +144,8 @@ def _figure(title: str) -> tuple:
   return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def to_svg(figure: Figure, name: str) -> str:
+  """A figure as an <svg> element for a page, with ids that begin with its name."""
   for text in figure.findobj(matplotlib.text.Text):
     text.set_parse_math(False)  # a label such as 'price_$' is no formula
   figure.patch.set_alpha(0)

@@ -119,8 +119,11 @@ def test_a_named_experiment_is_what_it_was(name):
 
 @pytest.mark.parametrize('name', sorted(p.stem for p in EXPERIMENTS.glob('*.py')))
 def test_a_named_experiment_says_what_it_does(name):
-  text = (EXPERIMENTS / f'{name}.py').read_text(encoding='utf-8')
+  path = EXPERIMENTS / f'{name}.py'
+  text = path.read_text(encoding='utf-8')
   for word in ('Command:', 'Hardware:', 'Time:', 'Expected:'):
     assert word in text.split('"""')[1], f'the docstring of experiments/{name}.py states no {word}'
   command = 'pinfm run' if name in LAUNCH_FILES else 'python'
+  if path in _golden_update().study_files():
+    command = 'pinfm clicks' if '\nclicks = ' in text else '--blocks'
   assert f'{command} experiments/{name}.py' in text

@@ -235,7 +235,7 @@ def test_a_split_without_requests_is_refused_before_anything_trains(run, tmp_pat
 
 
 def test_the_facts_are_those_of_the_data(run):
-  facts = sweep_module._facts(run)
+  facts = sweep_module.data_facts(run)
   assert facts.requests == len(run.requests('finetune'))
   assert facts.content  # the simulated items have content vectors
   assert set(facts.actions) == {'click', 'closeup', 'save', 'hide', 'share'}

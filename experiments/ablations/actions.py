@@ -11,6 +11,8 @@ The main action is the launch file's evaluate.main_label, where the paper has Sa
 negative weight in evaluate.utility, as Hide. The next-token loss of fine-tuning takes the same set.
 """
 
+from typing import Any
+
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.sweep.ablations import without_pinfm
@@ -44,7 +46,11 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
     'every event, with or without action': ((), ''),
   }
   distinct = {chosen: name for name, (chosen, _) in reversed(sets.items())}  # of equal sets the first name stays
-  rows = [
-    Arm(name, {'pretrain.positive_actions': sets[name][0]}, sets[name][1]) for name in sets if name in distinct.values()
-  ]
+  rows = [Arm(name, _positive(sets[name][0]), sets[name][1]) for name in sets if name in distinct.values()]
   return (*rows, without_pinfm())
+
+
+def _positive(actions: tuple[str, ...]) -> dict[str, Any]:
+  """Where every event is positive, no shown one is left to be a negative."""
+  none = {} if actions else {'pretrain.impression_negatives': 0}
+  return {'pretrain.positive_actions': actions} | none

@@ -1,5 +1,6 @@
 """Runs a trained ranker over evaluation requests."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,25 +45,33 @@ def predict(
     layout: how the tables lie over the mesh of the context.
     seen: uint64 keys of the items that pretraining has seen, ascending; None = not told apart.
   """
+  scores = scoring_program(task, layout)
+  progress, scored, done = Progress(label, len(requests), 'requests'), [], 0
+  for batch, count in evaluation_batches(requests, task.config.batch_requests):
+    result = scores(params, rows_GE, stats, put_examples(batch))
+    scored.extend(np.asarray(result)[u][batch['candidate_mask'][u]] for u in range(count))
+    done += count
+    progress.update(done)
+  progress.close()
+  return predictions_of(requests, np.concatenate(scored), seen)
+
+
+def scoring_program(
+  task: FinetuneTask, layout: MeshConfig = MeshConfig()
+) -> Callable[[Any, Array | None, Any, Batch], Array]:
+  """The jitted function (params, rows_GE, stats, batch) -> probabilities [U, C, T]; arguments as in `predict`."""
   task = replace(task, config=without_randomness(task.config))
-  weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
 
   @partial(jax.jit, out_shardings=on_every_device())
-  def scores(weights: Any, rows_GE: Array | None, stats: Any, batch: Batch) -> Array:
+  def scores(params: Any, rows_GE: Array | None, stats: Any, batch: Batch) -> Array:
+    weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
     vectors = (None, None)
     if rows_GE is not None:
       vectors = read_vectors(rows_GE, task.ids(batch, jnp.int32(0)), task.tables, layout.table_axes)
     inputs = ranking_batch(batch)
     return jax.nn.sigmoid(task.module.apply(weights, *vectors, inputs, stats).logits_UCT)
 
-  progress, scored, done = Progress(label, len(requests), 'requests'), [], 0
-  for batch, count in evaluation_batches(requests, task.config.batch_requests):
-    result = scores(weights, rows_GE, stats, put_examples(batch))
-    scored.extend(np.asarray(result)[u][batch['candidate_mask'][u]] for u in range(count))
-    done += count
-    progress.update(done)
-  progress.close()
-  return predictions_of(requests, np.concatenate(scored), seen)
+  return scores
 
 
 def predictions_of(requests: Requests, scores_MT: np.ndarray, seen: np.ndarray | None = None) -> RankingPredictions:

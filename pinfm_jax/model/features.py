@@ -92,9 +92,10 @@ class FeatureLayer(nn.Module):
     """CandidateBatch -> [U, C, width of x0]."""
     parts = [stats.apply(candidates.dense_UCF)] if self.spec.num_dense else []
     for i, size in enumerate(self.spec.sparse_sizes):
-      width = sparse_width(size, self.config.max_sparse_width)
+      width = self.config.sparse_width or sparse_width(size, self.config.max_sparse_width)
       table = self.param(f'sparse_{i}', nn.initializers.normal(0.05), (size, width))
-      parts.append(l2_normalise(table[candidates.sparse_UCF[..., i]]))
+      vector = table[candidates.sparse_UCF[..., i]]
+      parts.append(vector if self.config.raw_embeddings else l2_normalise(vector))
     start = 0
     for i, width in enumerate(self.spec.embedding_widths):
       x = l2_normalise(candidates.embedding_UCF[..., start : start + width])
@@ -117,7 +118,8 @@ def ranker_fields(spec: FeatureSpec, config: RankerConfig, modules: bool) -> Fie
     modules: whether outputs of the user-sequence modules stand behind the features.
   """
   parts = [('dense', spec.num_dense)] if spec.num_dense else []
-  parts += [('sparse', sparse_width(size, config.max_sparse_width)) for size in spec.sparse_sizes]
+  most = config.max_sparse_width
+  parts += [('sparse', config.sparse_width or sparse_width(size, most)) for size in spec.sparse_sizes]
   parts += [('embedding', config.embedding_width) for _ in spec.embedding_widths]
   if modules and config.sequence == 'pinfm':  # in the order of `RankingModel._module`
     outputs = 2 + config.user_output

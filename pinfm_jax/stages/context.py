@@ -15,6 +15,7 @@ from pinfm_jax.checks import check_labels
 from pinfm_jax.config import Arm, Experiment, InteractionConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema
+from pinfm_jax.data.kept_examples import kept_or_made
 from pinfm_jax.data.pipeline import Requests, action_bits
 from pinfm_jax.data.splits import Split, pretrained_items, split_by_time
 from pinfm_jax.data.tokens import PLAIN, TokenInputs, check_tokens
@@ -23,6 +24,8 @@ from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.train.finetune import FinetuneTask
 from pinfm_jax.train.profiling import Window
 from pinfm_jax.train.sharding import make_mesh
+
+KEPT = 'examples'  # folder of a workdir with the examples that many rankers share (`pinfm study`)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ class Run:
       tokens = self.tokens
     else:  # of a ranker without PinFM just TransAct reads any of it
       tokens = TokenInputs(items=self.tokens.items) if experiment.ranker.transact.length else PLAIN
-    return Requests.between(self.dataset, self.schema, experiment.finetune, times, least, tokens)
+    requests = Requests.between(self.dataset, self.schema, experiment.finetune, times, least, tokens)
+    return kept_or_made(requests, self.workdir / KEPT)
 
   def task(self, steps: int) -> FinetuneTask:
     """The fine-tuning task."""

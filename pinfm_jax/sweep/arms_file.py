@@ -1,9 +1,10 @@
 """Files of arms: what a sweep compares, for example experiments/ablations/fusion.py."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.errors import UserError
@@ -71,7 +72,15 @@ def load_arms(path: str | Path) -> ArmsFile:
   path = Path(path)
   if not path.is_file():
     raise UserError(f'--arms got {path}, which is no file; give one such as experiments/ablations/fusion.py')
-  names = run_file(path, 'file')
+  return arms_file(path, run_file(path, 'file'))
+
+
+def arms_file(path: Path, names: Mapping[str, Any]) -> ArmsFile:
+  """What the names that a file defines say of arms.
+
+  Raises:
+    UserError: see `load_arms`.
+  """
   if 'arms' not in names:
     raise UserError(f"{path} defines no `arms`; expected `arms = (Arm('...', {{...}}), ...)` or `def arms(experiment)`")
   texts = {name: names.get(name, '') for name in ('baseline', 'challenger', 'about')}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pinfm_jax.checks import ARM_GROUPS
-from pinfm_jax.config import Arm, Experiment
+from pinfm_jax.config import Arm
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides, parse_assignments
 
@@ -23,7 +23,7 @@ class Axis:
   values: tuple[Any, ...]
 
 
-def parse_grid(words: Sequence[str], experiment: Experiment) -> tuple[Axis, ...]:
+def parse_grid(words: Sequence[str], experiment: Any, groups: tuple[str, ...] = ARM_GROUPS) -> tuple[Axis, ...]:
   """Reads the words of `--grid`.
 
   Values stand between commas and are read like those of --set. A value that holds commas itself (a tuple) stands in
@@ -31,7 +31,8 @@ def parse_grid(words: Sequence[str], experiment: Experiment) -> tuple[Axis, ...]
 
   Args:
     words: 'key=a,b', one a setting.
-    experiment: whose settings they are.
+    experiment: whose settings they are (a frozen dataclass).
+    groups: what a setting may begin with.
 
   Returns:
     One axis a word, in order.
@@ -44,7 +45,7 @@ def parse_grid(words: Sequence[str], experiment: Experiment) -> tuple[Axis, ...]
   for key in keys:
     if keys.count(key) > 1:
       raise UserError(f'--grid got {key} twice; give all its values at once: {key}=A,B')
-  return tuple(_axis(key, text, experiment) for key, text in parse_assignments(words, '--grid').items())
+  return tuple(_axis(key, text, experiment, groups) for key, text in parse_assignments(words, '--grid').items())
 
 
 def grid_arms(arms: Sequence[Arm], axes: Sequence[Axis]) -> tuple[Arm, ...]:
@@ -69,16 +70,16 @@ def settings_text(overrides: Mapping[str, Any]) -> str:
   return ' '.join(f'{key}={_text(value)}' for key, value in overrides.items())
 
 
-def _axis(key: str, text: str, experiment: Experiment) -> Axis:
+def _axis(key: str, text: str, experiment: Any, groups: tuple[str, ...]) -> Axis:
   texts = _split(key, text)
   values = tuple(_value(key, part, experiment) for part in texts)
   for place, value in enumerate(values):
     if value in values[:place]:
       raise UserError(f'--grid {key} got {texts[place]} twice; give each value once')
-  if not key.startswith(ARM_GROUPS):
+  if not key.startswith(groups):
     raise UserError(
       f'--grid changes {key}, but all runs of a sweep share data, evaluation and seeds; it may change '
-      f'{", ".join(f"{group}*" for group in ARM_GROUPS)}: set the rest with --set'
+      f'{", ".join(f"{group}*" for group in groups)}: set the rest with --set'
     )
   return Axis(key, texts, values)
 
@@ -107,7 +108,7 @@ def _split(key: str, text: str) -> tuple[str, ...]:
   return tuple(parts)
 
 
-def _value(key: str, text: str, experiment: Experiment) -> Any:
+def _value(key: str, text: str, experiment: Any) -> Any:
   bare = text[1:-1].strip().rstrip(',') if text[0] in '([\'"' else text  # a tuple without brackets is what --set takes
   bare = text if text[0] in '([' and any(quote in bare for quote in '\'"') else bare  # quoted parts need them
   changed = apply_overrides(experiment, {key: bare})

@@ -180,7 +180,7 @@ def _start(job: Job, workdir: Path, slot: Slot) -> subprocess.Popen:
       stdin=subprocess.PIPE,
       stdout=log,
       stderr=subprocess.STDOUT,
-      env={**os.environ, **_this_package(), 'PYTHONUNBUFFERED': '1', **(slot.environment or {})},
+      env={**os.environ, **this_package(), 'PYTHONUNBUFFERED': '1', **(slot.environment or {})},
       start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends its runs in order
     )
   with suppress(BrokenPipeError):  # it died while starting: its log says why
@@ -189,7 +189,7 @@ def _start(job: Job, workdir: Path, slot: Slot) -> subprocess.Popen:
   return process
 
 
-def _this_package() -> dict[str, str]:
+def this_package() -> dict[str, str]:
   """Lets a run import the very files that the sweep runs from."""
   source = str(Path(pinfm_jax.__file__).resolve().parent.parent)
   return {'PYTHONPATH': os.pathsep.join(filter(None, [source, os.environ.get('PYTHONPATH', '')]))}

@@ -59,7 +59,7 @@ def run_sweep(sweep: Sweep, workdir: Path) -> bool:
   with ExitStack() as lock:
     hold_workdir(workdir, lock)
     directory.mkdir(parents=True, exist_ok=True)
-    _prepare(sweep.experiment, workdir, directory / 'logs')
+    prepare_data(sweep.experiment, workdir, directory / 'logs')
     plan = _plan(sweep, workdir, directory / 'logs')
     _check_name(directory / 'experiment.json', plan.run.experiment)
     write_json(directory / 'experiment.json', to_dict(plan.run.experiment))
@@ -125,11 +125,11 @@ def _chosen(arms: Sequence[Arm], only: Sequence[str], baseline: str) -> tuple[Ar
 
 def _plan(sweep: Sweep, workdir: Path, logs: Path) -> Plan:
   run = Run(sweep.experiment, workdir)
-  experiment = sweep_experiment(sweep, _facts(run))
+  experiment = sweep_experiment(sweep, data_facts(run))
   return make_plan(replace(run, experiment=experiment), sweep.experiment.arms, logs)
 
 
-def _facts(run: Run) -> DataFacts:
+def data_facts(run: Run) -> DataFacts:
   """What the files of arms may ask about the data."""
   info = run.dataset.info
   content = run.of_arm(Arm('content', {'ranker.candidate_content': True}))
@@ -144,7 +144,7 @@ def _facts(run: Run) -> DataFacts:
   return DataFacts(requests, has_content, info.actions, info.labels)
 
 
-def _prepare(experiment: Experiment, workdir: Path, logs: Path) -> None:
+def prepare_data(experiment: Experiment, workdir: Path, logs: Path) -> None:
   """Prepares the data, if need be in a process of its own: memory that this takes is free again for the runs."""
   check_experiment(experiment)
   run = Run(experiment, workdir)

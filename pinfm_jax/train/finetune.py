@@ -206,7 +206,14 @@ def dense_stats(requests: Requests, sample: int = 20_000) -> DenseStats:
   count = len(requests)
   rows = np.linspace(0, count - 1, min(count, sample)).astype(np.int64)
   examples = [requests[row] for row in rows]
-  dense_MF = np.concatenate([e['candidate_dense'][e['candidate_mask']] for e in examples]).astype(np.float64)
+  return dense_stats_of(np.concatenate([e['candidate_dense'][e['candidate_mask']] for e in examples]))
+
+
+def dense_stats_of(dense_MF: np.ndarray) -> DenseStats:
+  """`dense_stats` of rows of dense features [M, F], NaN = missing; F may be 0."""
+  if not dense_MF.shape[1]:
+    return DenseStats(*(jnp.zeros(0, jnp.float32) for _ in range(4)))
+  dense_MF = dense_MF.astype(np.float64)
   dense_MF[~np.isfinite(dense_MF)] = np.nan
   missing = np.all(np.isnan(dense_MF), axis=0)
   dense_MF[:, missing] = 0

@@ -1,6 +1,7 @@
 """Writes tests/golden/NAME.json, the settings of each named experiment that tests/test_launch.py compares.
 
-Also tests/golden/ablations/NAME.json, the arms of each ablation on each launch file, for tests/test_ablations.py.
+Also tests/golden/ablations/NAME.json, the arms of each ablation on each launch file, for tests/test_ablations.py, and
+tests/golden/studies/NAME.json, the files of blocks and of click-through experiments, for tests/test_study_blocks.py.
 
 Run it after a change that is meant to change an experiment, and read the difference before you commit it:
 
@@ -11,9 +12,11 @@ import json
 import os
 from pathlib import Path
 
+from pinfm_jax.clicks.config import load_clicks
 from pinfm_jax.errors import UserError
 from pinfm_jax.launch import load_experiment
 from pinfm_jax.overrides import to_dict
+from pinfm_jax.study.blocks_file import load_blocks
 from pinfm_jax.sweep.arms_file import DataFacts, load_arms
 
 GOLDEN = Path(__file__).resolve().parent
@@ -44,6 +47,28 @@ def settings(launch_file: Path) -> str:
       os.environ['PINFM_DATA'] = data
 
 
+def study_files() -> list[Path]:
+  """The files of blocks and of click-through experiments."""
+  texts = {path: path.read_text(encoding='utf-8') for path in sorted(EXPERIMENTS.glob('*.py'))}
+  return [path for path, text in texts.items() if '\nclicks = ' in text or '\nbaseline = ' in text]
+
+
+def study(path: Path) -> str:
+  """A study's blocks with all that they try, or a click-through experiment, as JSON text."""
+  data = os.environ.pop('PINFM_DATA', None)
+  try:
+    if '\nclicks = ' in path.read_text(encoding='utf-8'):
+      return json.dumps(to_dict(load_clicks(path)), indent=1) + '\n'
+  finally:
+    if data is not None:
+      os.environ['PINFM_DATA'] = data
+  file, found = load_blocks(path), {}
+  experiment = load_experiment(EXPERIMENTS / 'kuairand.py', file.settings)
+  for block, arms in file.candidates(file.blocks(experiment, FACTS['kuairand'])).items():
+    found[block] = {arm.name: arm.overrides for arm in arms}
+  return json.dumps({'settings': file.settings, 'quick': file.quick, 'blocks': found}, indent=1) + '\n'
+
+
 def ablation_files() -> list[Path]:
   """The files of arms."""
   return sorted((EXPERIMENTS / 'ablations').glob('*.py'))
@@ -68,3 +93,6 @@ if __name__ == '__main__':
   for path in ablation_files():
     (GOLDEN / 'ablations' / f'{path.stem}.json').write_text(ablation(path), encoding='utf-8')
     print(GOLDEN / 'ablations' / f'{path.stem}.json')
+  for path in study_files():
+    (GOLDEN / 'studies' / f'{path.stem}.json').write_text(study(path), encoding='utf-8')
+    print(GOLDEN / 'studies' / f'{path.stem}.json')

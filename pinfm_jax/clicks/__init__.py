@@ -1,0 +1,1 @@
+"""`pinfm clicks`: the ranker without histories on public click-through sets."""

@@ -11,6 +11,7 @@ import numpy as np
 from pinfm_jax.config import MeshConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import event_inputs, window_start
+from pinfm_jax.data.records import HistoryChange
 from pinfm_jax.data.splits import usable_events
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
@@ -34,6 +35,7 @@ class RetrievalTask:
     target_Q: place in the catalogue of each user's first positive event after the time.
     unseen: share of users left out because their target was first seen after the time.
     content_VW: content of the catalogue, for a model with content.
+    user_Q: row of each user.
   """
 
   catalogue_V: np.ndarray
@@ -42,6 +44,7 @@ class RetrievalTask:
   target_Q: np.ndarray
   unseen: float
   content_VW: np.ndarray | None = None
+  user_Q: np.ndarray | None = None
 
 
 def retrieval_task(
@@ -53,8 +56,9 @@ def retrieval_task(
   users: int,
   seed: int = 0,
   tokens: TokenInputs = PLAIN,
+  change: HistoryChange | None = None,
 ) -> RetrievalTask:
-  """Collects the task over at most `users` users, drawn by seed.
+  """Collects the task over at most `users` users, drawn by seed; the model reads what `change` makes of their events.
 
   Raises:
     UserError: no user has events on both sides of the time.
@@ -72,20 +76,24 @@ def retrieval_task(
   catalogue_V = np.unique(np.concatenate(seen))
   popularity_V = np.bincount(np.searchsorted(catalogue_V, np.concatenate(positives)), minlength=len(catalogue_V))
   chosen = np.random.default_rng(seed).permutation(len(rows))[:users]
-  examples, targets, unseen = [], [], 0
+  examples, targets, found, unseen = [], [], [], 0
   for row, end, target in (rows[i] for i in np.sort(chosen)):
     history = dataset.history(row)
     place = int(np.searchsorted(catalogue_V, history.item[target]))
     if place == len(catalogue_V) or catalogue_V[place] != history.item[target]:
       unseen += 1
       continue
-    examples.append(event_inputs(history, slice(window_start(end, length, block), end), length, tokens))
+    events = history.before(end) if change is None else change(row, history.before(end))
+    window = slice(window_start(len(events), length, block), len(events))
+    examples.append(event_inputs(events, window, length, tokens))
     targets.append(place)
+    found.append(row)
   if not targets:
     raise UserError('every next item was first seen after the pretraining split: nothing to rank in the catalogue')
   histories = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
   content_VW = tokens.items.inputs(catalogue_V)['content'] if tokens.items else None
-  return RetrievalTask(catalogue_V, popularity_V, histories, np.array(targets), unseen / len(chosen), content_VW)
+  unseen_share, user_Q = unseen / len(chosen), np.array(found)
+  return RetrievalTask(catalogue_V, popularity_V, histories, np.array(targets), unseen_share, content_VW, user_Q)
 
 
 def evaluate_retrieval(
@@ -103,22 +111,17 @@ def evaluate_retrieval(
   set (`jax.set_mesh`), over which the tables lie as `layout` says; of several processes, all take part and all get the
   result.
   """
-  encode, represent = _programs(model, layout)
-  catalogue = {'item': key_words(task.catalogue_V)}
-  if task.content_VW is not None:
-    catalogue['content'] = task.content_VW
-  parts = [{name: value[start : start + 4096] for name, value in catalogue.items()}
-           for start in range(0, len(task.catalogue_V), 4096)]  # fmt: skip
-  z_VO = jnp.concatenate([represent(params, rows_GE, put_examples(part)) for part in parts])
+  encode = _programs(model, layout)[0]
+  z_VO = catalogue_targets(task.catalogue_V, task.content_VW, model, params, rows_GE, layout)
   ranks = []
   for start in range(0, len(task.target_Q), chunk):
     part = {name: value[start : start + chunk] for name, value in task.histories.items()}
     h_QO = encode(params, rows_GE, put_examples(part))
-    ranks.append(np.asarray(_ranks(h_QO @ z_VO.T, task.target_Q[start : start + chunk])))
+    ranks.append(np.asarray(pessimistic_ranks(h_QO @ z_VO.T, task.target_Q[start : start + chunk])))
   figures = _figures('tower', np.concatenate(ranks), ks)
   popularity_V = jnp.asarray(task.popularity_V, jnp.float32)
   popularity_ranks = [
-    np.asarray(_ranks(jnp.broadcast_to(popularity_V, (len(t), len(popularity_V))), jnp.asarray(t)))
+    np.asarray(pessimistic_ranks(jnp.broadcast_to(popularity_V, (len(t), len(popularity_V))), jnp.asarray(t)))
     for t in _chunks(task.target_Q, chunk)
   ]
   figures |= _figures('popularity', np.concatenate(popularity_ranks), ks)
@@ -127,6 +130,31 @@ def evaluate_retrieval(
     'catalogue': float(len(task.catalogue_V)),
     'unseen_share': task.unseen,
   }
+
+
+def catalogue_targets(
+  keys_V: np.ndarray,
+  content_VW: np.ndarray | None,
+  model: PinFMConfig,
+  params: Any,
+  rows_GE: Array,
+  layout: MeshConfig = MeshConfig(),
+) -> Array:
+  """z of items [V, O], 4096 at a time.
+
+  Args:
+    keys_V: uint64 item keys.
+    content_VW: their content, for a model with content.
+    model: its configuration; the other arguments are those of `evaluate_retrieval`.
+    params: see there.
+    rows_GE: see there.
+    layout: see there.
+  """
+  represent = _programs(model, layout)[1]
+  catalogue = {'item': key_words(keys_V)} | ({} if content_VW is None else {'content': content_VW})
+  parts = [{name: value[start : start + 4096] for name, value in catalogue.items()}
+           for start in range(0, len(keys_V), 4096)]  # fmt: skip
+  return jnp.concatenate([represent(params, rows_GE, put_examples(part)) for part in parts])
 
 
 def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
@@ -153,7 +181,8 @@ def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:
 
 
 @jax.jit
-def _ranks(scores_QV: Array, target_Q: Array) -> Array:
+def pessimistic_ranks(scores_QV: Array, target_Q: Array) -> Array:
+  """[Q], from 1: the target's rank by score, behind every item with the same one."""
   target_score_Q1 = jnp.take_along_axis(scores_QV, target_Q[:, None], axis=1)
   return jnp.sum(scores_QV >= target_score_Q1, axis=1)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from pinfm_jax.robustness.attacks import Logits, Objective, fooled, loss_of
+from pinfm_jax.robustness.attacks import Logits, Objective, classifier_objective
 from pinfm_jax.robustness.draws import fold
 from pinfm_jax.robustness.repair import LossTerm, RepairConfig, repair
 
@@ -39,24 +39,29 @@ def noise_defence(config: RepairConfig) -> Defence:
   return lambda x, seed_B: config.ball.random(x, seed_B)
 
 
-def defended_objective(logits: Logits, defence: Defence, label_B: jax.Array, loss: str = 'margin') -> Objective:
-  """Fooling the defended classifier, with the defence's true values and its true gradient."""
-
-  def objective(x: jax.Array, seed_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits_BK = logits(defence(x, seed_B))
-    return loss_of(logits_BK, label_B, loss), fooled(logits_BK, label_B)
-
-  return objective
+def behind(objective: Objective, defence: Defence) -> Objective:
+  """The objective of what a defence makes of the input, with the defence's true values and its true gradient."""
+  return lambda x, seed_B: objective(defence(x, seed_B), seed_B)
 
 
-def bpda(logits: Logits, defence: Defence, label_B: jax.Array, loss: str = 'margin') -> Objective:
-  """The defended classifier, with the identity as the defence's gradient (Athalye et al., 2018)."""
+def straight_through(defence: Defence) -> Defence:
+  """The defence with the identity as its gradient (BPDA: Athalye et al., 2018)."""
 
   def through(x: jax.Array, seed_B: jax.Array) -> jax.Array:
     moved = jax.lax.stop_gradient(defence(jax.lax.stop_gradient(x), seed_B))
     return moved + (x - jax.lax.stop_gradient(x))
 
-  return defended_objective(logits, through, label_B, loss)
+  return through
+
+
+def defended_objective(logits: Logits, defence: Defence, label_B: jax.Array, loss: str = 'margin') -> Objective:
+  """Fooling the defended classifier, with the defence's true values and its true gradient."""
+  return behind(classifier_objective(logits, label_B, loss), defence)
+
+
+def bpda(logits: Logits, defence: Defence, label_B: jax.Array, loss: str = 'margin') -> Objective:
+  """The defended classifier, with the identity as the defence's gradient."""
+  return defended_objective(logits, straight_through(defence), label_B, loss)
 
 
 def unrolled(
@@ -99,14 +104,19 @@ def averaged(objective: Objective, draws: int) -> Objective:
 def task_aware(
   logits: Logits, terms: Sequence[LossTerm], label_B: jax.Array, strength: float, loss: str = 'ce'
 ) -> Objective:
-  """CE - lambda * sum_k alpha_k L_k on the undefended classifier: fools it while the tasks see nothing to repair.
+  """CE - lambda * sum_k alpha_k L_k on the undefended classifier, see `paying`."""
+  return paying(classifier_objective(logits, label_B, loss), terms, strength)
+
+
+def paying(objective: Objective, terms: Sequence[LossTerm], strength: float) -> Objective:
+  """An objective minus lambda times the tasks' losses: fools what is undefended while there is nothing to repair.
 
   It never looks at the repair; `strength` is to be swept, and the worst of the sweep counted an example at a time.
   """
 
-  def objective(x: jax.Array, seed_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits_BK = logits(x)
+  def less(x: jax.Array, seed_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    loss_B, fooled_B = objective(x, seed_B)
     tasks_B = sum(term.weight * term.loss(x, fold(seed_B, _TERM, k)) for k, term in enumerate(terms))
-    return loss_of(logits_BK, label_B, loss) - strength * tasks_B, fooled(logits_BK, label_B)
+    return loss_B - strength * tasks_B, fooled_B
 
-  return objective
+  return less

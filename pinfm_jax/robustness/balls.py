@@ -10,6 +10,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.robustness.draws import fold, normals, uniforms
 
 NORMS = ('linf', 'l2')
+PER = ('example', 'vector')
 _TINY = 1e-12
 
 
@@ -22,16 +23,20 @@ class Ball:
     radius: in the unit of the input; images are in [0, 1], so 8/255 is the usual l_inf attack.
     low: least valid value; None = unbounded, as for embeddings.
     high: largest valid value; None = unbounded.
+    per: whose change is bounded in l_2: the whole 'example', or each 'vector' of the last axis for itself (each event
+      of a history, however long that is). For l_inf there is no difference.
   """
 
   norm: str = 'linf'
   radius: float = 8 / 255
   low: float | None = 0.0
   high: float | None = 1.0
+  per: str = 'example'
 
   def __post_init__(self):
-    if self.norm not in NORMS:
-      raise UserError(f"norm is '{self.norm}'; expected one of {', '.join(NORMS)}")
+    for name, value, choices in (('norm', self.norm, NORMS), ('per', self.per, PER)):
+      if value not in choices:
+        raise UserError(f"{name} is '{value}'; expected one of {', '.join(choices)}")
     if not (self.radius >= 0 and math.isfinite(self.radius)):
       raise UserError(f'radius is {self.radius}; expected a number of at least 0')
     if self.low is not None and self.high is not None and not self.low < self.high:
@@ -51,7 +56,7 @@ class Ball:
     if self.norm == 'linf':
       change = jnp.clip(change, -self.radius, self.radius)
     else:
-      length = lengths(change)
+      length = self._lengths(change)
       change = change * jnp.where(length > self.radius, self.radius / jnp.maximum(length, _TINY), 1.0)
     return self.clip(x + change)
 
@@ -68,7 +73,7 @@ class Ball:
         derivative is 0 everywhere; the value stays the sign.
     """
     if self.norm == 'l2':
-      return gradient / jnp.maximum(lengths(gradient), _TINY)
+      return gradient / jnp.maximum(self._lengths(gradient), _TINY)
     sign = jnp.sign(gradient)
     if not sharpness:
       return sign
@@ -82,15 +87,20 @@ class Ball:
     if self.norm == 'linf':
       return self.clip(x + self.radius * (2 * uniforms(seed_B, shape) - 1))
     direction = normals(fold(seed_B, 0), shape)
-    direction = direction / jnp.maximum(lengths(direction), _TINY)
+    direction = direction / jnp.maximum(self._lengths(direction), _TINY)
     # A ball's volume grows with the radius to the power of its dimensions.
-    share_B = uniforms(fold(seed_B, 1), (1,))[:, 0] ** (1 / math.prod(shape))
-    return self.clip(x + self.radius * direction * expand(share_B, x))
+    balls, dimensions = ((*shape[:-1], 1), shape[-1]) if self.per == 'vector' else ((1,) * len(shape), math.prod(shape))
+    share = uniforms(fold(seed_B, 1), balls) ** (1 / dimensions)
+    return self.clip(x + self.radius * direction * share)
+
+  def _lengths(self, change: jax.Array) -> jax.Array:
+    """Of what is bounded: [B, 1, ...], or [B, ..., 1] of each vector."""
+    return lengths(change, (change.ndim - 1,) if self.per == 'vector' else None)
 
 
-def lengths(x: jax.Array) -> jax.Array:
-  """[B, 1, ...]: the Euclidean length of each example; its gradient at 0 is 0 and not undefined."""
-  squares = jnp.sum(jnp.square(x), axis=_inner(x), keepdims=True)
+def lengths(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+  """Euclidean lengths over some axes (None = of each example), which stay as 1; at 0 the gradient is 0."""
+  squares = jnp.sum(jnp.square(x), axis=_inner(x) if axes is None else axes, keepdims=True)
   return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
 
 

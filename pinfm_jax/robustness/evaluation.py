@@ -17,6 +17,7 @@ from pinfm_jax.data.public.cifar10 import Images, as_floats
 from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
 from pinfm_jax.robustness.attacks import Attacked
+from pinfm_jax.robustness.cells import filled, save_cell
 from pinfm_jax.robustness.defended import CLEAN, NONE, Defended, EvaluationConfig
 from pinfm_jax.robustness.draws import example_seeds
 from pinfm_jax.robustness.tasks import Tasks
@@ -91,7 +92,7 @@ class Evaluation:
     path = self.directory / 'attacked' / f'{column}.npz'
     if not path.exists():
       attack = lambda d, seed, x, label_B, index_B: d.transfer_attack(column, x, label_B, index_B)  # noqa: E731
-      _save(path, x=self._batched(f'attack {column}', column, attack, 0, self.x, self.label))
+      save_cell(path, x=self._batched(f'attack {column}', column, attack, 0, self.x, self.label))
     return np.load(path)['x']
 
   def transfer_cell(self, row: str, column: str, seed: int) -> np.ndarray:
@@ -104,7 +105,7 @@ class Evaluation:
         return jnp.argmax(d.logits(moved), axis=-1) == label_B
 
       x = self.attacked(column)
-      _save(path, correct=self._batched(f'{row} / {column} / seed {seed}', row, correct, seed, x, self.label))
+      save_cell(path, correct=self._batched(f'{row} / {column} / seed {seed}', row, correct, seed, x, self.label))
     return np.load(path)['correct']
 
   def adaptive_cell(self, row: str, column: str, seed: int) -> np.ndarray:
@@ -127,7 +128,7 @@ class Evaluation:
 
       x, labels = self.x[: self.config.adaptive_images], self.label[: self.config.adaptive_images]
       label = f'{row} / {column} / seed {seed}'
-      _save(path, correct=self._batched(label, (row, column), correct, seed, x, labels))
+      save_cell(path, correct=self._batched(label, (row, column), correct, seed, x, labels))
     return np.load(path)['correct']
 
   def found(self, row: str, column: str) -> dict[int, np.ndarray]:
@@ -153,19 +154,10 @@ class Evaluation:
       jax.jit(lambda params, *rest: function(Defended(self.tasks, self.config, params), *rest)),
     )
     progress, parts = Progress(label, len(x), 'images'), []
-    for start in range(0, len(x), size):
-      rows = np.arange(start, min(start + size, len(x)))
-      padded = np.concatenate([rows, np.full(size - len(rows), rows[0])])
-      found = program(self._params, np.uint32(seed), jnp.asarray(x[padded]), jnp.asarray(labels[padded]), padded)
-      parts.append(np.asarray(found)[: len(rows)])
-      progress.update(start + len(rows))
+    for rows in filled(np.arange(len(x)), size):
+      parts.append(
+        np.asarray(program(self._params, np.uint32(seed), jnp.asarray(x[rows]), jnp.asarray(labels[rows]), rows))
+      )
+      progress.update(min(size * len(parts), len(x)))
     progress.close()
-    return np.concatenate(parts)
-
-
-def _save(path: Path, **arrays: np.ndarray) -> None:
-  """Writes an .npz that appears only when it is complete."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial_path = path.with_name(f'{path.stem}.partial.npz')
-  np.savez_compressed(partial_path, **arrays)
-  partial_path.replace(path)
+    return np.concatenate(parts)[: len(x)]

@@ -81,8 +81,8 @@ class Injection:
   def __post_init__(self):
     if not 0 < self.count <= self.length - self.block:
       raise UserError(
-        f'{self.count} events are to be injected; expected 1 to {self.length - self.block}, so that they and an event of '
-        f'the user fit into a window of {self.length} events that moves by {self.block}'
+        f'{self.count} events are to be injected; expected 1 to {self.length - self.block}, so that they fit into a '
+        f'window of {self.length} events that moves by {self.block}'
       )
 
   def __call__(self, row: int, events: History) -> History:

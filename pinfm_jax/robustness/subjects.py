@@ -63,14 +63,14 @@ class Subject(Protocol):
 
   Attributes:
     name: of its cells.
-    key_N: each example's own row, ascending: seeds its draws.
-    events_N: how many events its history has.
+    rows: [N] each example's own row, ascending: seeds its draws.
+    lengths: [N] how many events its history has.
     window: events that the model reads at most, and by how many the window moves.
   """
 
   name: str
-  key_N: np.ndarray
-  events_N: np.ndarray
+  rows: np.ndarray
+  lengths: np.ndarray
   window: tuple[int, int]
 
   def examples(self, change: HistoryChange | None = None) -> Batch:
@@ -105,14 +105,14 @@ class RankingSubject:
   name = 'ranking'
 
   @property
-  def key_N(self) -> np.ndarray:
+  def rows(self) -> np.ndarray:
     """Rows of the requests."""
     return self.requests.request_row
 
   @cached_property
-  def events_N(self) -> np.ndarray:
+  def lengths(self) -> np.ndarray:
     """Events before each request."""
-    return np.array([self.requests.dataset.request(int(row)).history_end for row in self.key_N])
+    return np.array([self.requests.dataset.request(int(row)).history_end for row in self.rows])
 
   @property
   def window(self) -> tuple[int, int]:
@@ -182,14 +182,14 @@ class NextItemSubject:
     return self.collect(None)
 
   @property
-  def key_N(self) -> np.ndarray:
+  def rows(self) -> np.ndarray:
     """Rows of the users."""
     return self.clean.user_Q
 
   @cached_property
-  def events_N(self) -> np.ndarray:
+  def lengths(self) -> np.ndarray:
     """Events before the split."""
-    return np.array([usable_events(self.dataset.history(int(row)), self.until_ms) for row in self.key_N])
+    return np.array([usable_events(self.dataset.history(int(row)), self.until_ms) for row in self.rows])
 
   def examples(self, change: HistoryChange | None = None) -> Batch:
     """See `Subject`."""

@@ -92,12 +92,11 @@ def next_item_subject(run: Run, arm: Arm, seed: int, bank: int, users: int = 0) 
   stored = StoredState(own.pretrain_directory(seed) / 'checkpoints')
   model, experiment, tokens = own.model, own.experiment, TokenInputs.of(own.model, run.dataset)
   window = (experiment.pretrain.downstream_length, experiment.finetune.history_block)
-  bits, users = (
-    action_bits(run.experiment.pretrain, run.dataset.info.actions),
-    users or experiment.evaluate.retrieval_users,
-  )
+  bits = action_bits(run.experiment.pretrain, run.dataset.info.actions)
   until_ms = run.split.pretrain_until
-  collect = partial(retrieval_task, run.dataset, until_ms, *window, bits, users, 0, tokens)
+  collect = partial(
+    retrieval_task, run.dataset, until_ms, *window, bits, users or experiment.evaluate.retrieval_users, 0, tokens
+  )
   subject = NextItemSubject(model, experiment.pretrain, collect, until_ms, run.dataset, tokens, window, bits)
   params = stored.parts('params')['params']
   rows_GE, clean = _rows(stored, model.tables), subject.clean

@@ -6,7 +6,7 @@ defence) is made once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from pinfm_jax.robustness.sequences import (
   defence,
   embedding_attack,
   greedy_choice,
+  row_weights,
 )
 from pinfm_jax.robustness.subjects import Bound, Subject, Weights
 from pinfm_jax.workdir import claim
@@ -120,29 +121,34 @@ class SequenceEvaluation:
       if column in EMBEDDING:
         path = self.directory / 'attacked' / f'{column}.npz'
         if not path.exists():
-          attack = lambda bound, x, index_B, seed: embedding_attack(column, bound, self.config, index_B)  # noqa: E731
+          attack = lambda bound, x, index_B: embedding_attack(column, bound, self.config, index_B)  # noqa: E731
           save_cell(path, x=self._batched(column, column, attack, examples))
         x_NLD = np.load(path)['x']
       else:
-        x_NLD = self._batched(f'{column}: embed', 'embed', lambda bound, x, index_B, seed: bound.x_ULD, examples)
+        x_NLD = self._batched(f'{column}: embed', 'embed', lambda bound, x, index_B: bound.x_ULD, examples)
       self._kept = column, (examples, x_NLD)
     return self._kept[1]
 
   def _make(self, key: Key) -> None:
     config, pretrain = self.config, self.subject.pretrain
 
-    def measure(bound: Bound, x: jax.Array, index_B: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-      guard = defence(key.row, bound, pretrain, config.repair_of(key.strength))
+    def measure(
+      bound: Bound, x: jax.Array, index_B: jax.Array, seed: jax.Array, weight_K: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+      terms = bound.terms(pretrain, weight_K)
+      guard = defence(key.row, terms, config.repair_of(key.strength))
       if key.column in ADAPTIVE:
-        x = adaptive_attack(key.column, key.row, bound, pretrain, config, index_B, seed)
+        x = adaptive_attack(key.column, guard, terms, bound, config, index_B, seed)
       moved = guard(x, example_seeds(index_B, _DEFENCE, seed))
       return bound.outcome(moved), bound.loss(moved)
 
     adapts = key.column in ADAPTIVE
     examples, x_NLD = self.column('clean' if adapts else key.column)
-    program = (key.row, key.strength, key.column if adapts else '')
+    # The tasks of a row are weights, and so an argument: all repairs share a program.
+    program = ('repair' if ROWS[key.row] else key.row, key.strength, key.column if adapts else '')
     label = f'{key.column} / {key.row} {key.strength:g} / seed {key.seed}'
-    outcome, loss = self._batched(label, program, measure, examples, x_NLD, key.seed)
+    weight_K = row_weights(key.row, pretrain)
+    outcome, loss = self._batched(label, program, measure, examples, x_NLD, np.uint32(key.seed), weight_K)
     save_cell(self.path(key), outcome=outcome, loss=loss)
 
   def _change(self, column: str) -> HistoryChange | None:
@@ -158,9 +164,7 @@ class SequenceEvaluation:
     path = self.directory / 'attacked' / f'{column}.npz'
     if not path.exists():
       save_cell(path, choice=self._greedy(injection))
-    return Injection(
-      c.injected, self.pool, *self.subject.window, choices=np.load(path)['choice'], rows=self.subject.rows
-    )
+    return replace(injection, choices=np.load(path)['choice'], rows=self.subject.rows)
 
   def _greedy(self, injection: Injection) -> np.ndarray:
     """[N, K]: the events of the pool that the greedy attack injects."""
@@ -169,7 +173,7 @@ class SequenceEvaluation:
     examples['choice'] = np.stack([injection.choice(int(row)) for row in rows]).astype(np.int32)
     examples['slot'] = np.stack([injection.slots(*map(int, pair)) for pair in zip(rows, lengths, strict=True)])
 
-    def choose(bound: Bound, batch: Mapping[str, jax.Array], index_B: jax.Array, seed: jax.Array) -> jax.Array:
+    def choose(bound: Bound, batch: Mapping[str, jax.Array], index_B: jax.Array) -> jax.Array:
       pool_PD = self.subject.pool_tokens(batch['weights'], self.pool)
       return greedy_choice(bound, pool_PD, batch['choice'], batch['slot'], self.config.tried)
 
@@ -182,16 +186,17 @@ class SequenceEvaluation:
     function: Callable[..., Any],
     examples: Mapping[str, np.ndarray],
     x_NLD: np.ndarray | None = None,
-    seed: int = 0,
+    *arguments: Any,
   ) -> Any:
-    """A function of (Bound, embeddings or else the batch, rows, seed) over all examples; arrays [N, ...].
+    """A function of (Bound, embeddings or else the batch, rows, arguments) over all examples; arrays [N, ...].
 
-    `key` names the function among those compiled: weights and seed are arguments, so columns and seeds share it.
+    `key` names the function among those compiled: weights and arguments do not enter it, so columns and seeds share it.
     """
 
-    def program(weights: Weights, batch: Any, x: Any, index_B: jax.Array, seed: jax.Array) -> Any:
+    def program(weights: Weights, batch: Any, x: Any, index_B: jax.Array, *arguments: jax.Array) -> Any:
       own = {name: value for name, value in batch.items() if name not in ('choice', 'slot')}
-      return function(self.subject.bind(weights, own), {**batch, 'weights': weights} if x is None else x, index_B, seed)
+      bound = self.subject.bind(weights, own)
+      return function(bound, {**batch, 'weights': weights} if x is None else x, index_B, *arguments)
 
     rows, count = self.subject.rows, len(self.subject.rows)
     compiled = self._programs.setdefault(key, jax.jit(program))
@@ -200,7 +205,7 @@ class SequenceEvaluation:
     for place in filled(np.arange(count), size):
       batch = {name: jnp.asarray(value[place]) for name, value in examples.items()}
       x = None if x_NLD is None else jnp.asarray(x_NLD[place])
-      found = compiled(self._weights, batch, x, jnp.asarray(rows[place]), np.uint32(seed))
+      found = compiled(self._weights, batch, x, jnp.asarray(rows[place]), *arguments)
       parts.append(jax.tree.map(np.asarray, found))
       progress.update(min(size * len(parts), count))
     progress.close()

@@ -103,12 +103,11 @@ def sequence_terms(
   bank: Bank,
   log_temperature: jax.Array,
   config: PretrainConfig,
-  names: Sequence[str] = NAMES,
+  weight_K: jax.Array | Sequence[float],
 ) -> tuple[LossTerm, ...]:
   """The losses as terms of a repair of these very histories' event embeddings.
 
-  A term weighs what the loss weighs in pretraining, and 1 if it has no part there. Of terms that are summed, forward
-  and backward pass are shared, so each counts as its share of a pass of the tower.
+  Terms that are summed share forward and backward pass, so all together they cost one pass of the tower.
 
   Args:
     hidden: event embeddings [U, L, D] -> H of every event [U, L, O].
@@ -116,13 +115,12 @@ def sequence_terms(
     bank: the negatives.
     log_temperature: learned by pretraining.
     config: of the pretraining.
-    names: which losses.
+    weight_K: of each loss, in the order of NAMES; 0 leaves it out. It may be traced.
   """
   all_losses = shared(lambda x: sequence_losses_each(hidden(x), histories, bank, log_temperature, config))
-  weights = {'ntl': config.ntl_weight, 'mtl': config.mtl_weight, 'ftl': config.ftl_weight}
   return tuple(
-    LossTerm(name, lambda x, seed_B, name=name: all_losses(x)[name], weights[name] or 1.0, 1 / len(names))
-    for name in names
+    LossTerm(name, lambda x, seed_B, name=name: all_losses(x)[name], weight_K[k], 1 / len(NAMES))
+    for k, name in enumerate(NAMES)
   )
 
 

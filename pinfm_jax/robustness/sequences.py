@@ -4,11 +4,12 @@ Attacks move the embeddings within a ball or inject events; whoever makes them k
 noise (`event_noise`) has no adversary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pinfm_jax.config import PretrainConfig
 from pinfm_jax.errors import UserError
@@ -23,7 +24,7 @@ from pinfm_jax.robustness.adaptive import (
 )
 from pinfm_jax.robustness.attacks import Objective, pgd
 from pinfm_jax.robustness.balls import Ball
-from pinfm_jax.robustness.repair import RepairConfig
+from pinfm_jax.robustness.repair import LossTerm, RepairConfig
 from pinfm_jax.robustness.sequence_terms import NAMES
 from pinfm_jax.robustness.subjects import Bound
 
@@ -63,8 +64,8 @@ class SequenceConfig:
     rows: defences.
   """
 
-  radius_l2: float = 0.3
-  radius_linf: float = 0.04
+  radius_l2: float = 0.1
+  radius_linf: float = 0.0125
   repair: RepairConfig = RepairConfig(Ball('l2', 0.2, None, None, 'vector'), steps=10, step_size=0.05)
   strengths: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
   seeds: tuple[int, ...] = (0, 1, 2)
@@ -106,11 +107,20 @@ class SequenceConfig:
     return Ball(norm, self.radius_l2 if norm == 'l2' else self.radius_linf, None, None, 'vector')
 
 
-def defence(row: str, bound: Bound, pretrain: PretrainConfig, repair: RepairConfig) -> Defence:
-  """A row's defence of a batch."""
+def row_weights(row: str, pretrain: PretrainConfig) -> np.ndarray:
+  """[K] float32: what a row's repair weighs each loss, in the order of NAMES.
+
+  That is its weight in pretraining, 1 if it had no part there, and 0 for the losses that the row leaves out.
+  """
+  trained = {'ntl': pretrain.ntl_weight, 'mtl': pretrain.mtl_weight, 'ftl': pretrain.ftl_weight}
+  return np.array([(trained[name] or 1.0) * (name in ROWS[row]) for name in NAMES], np.float32)
+
+
+def defence(row: str, terms: Sequence[LossTerm], repair: RepairConfig) -> Defence:
+  """A row's defence of a batch, whose terms have the row's weights."""
   if row == NONE:
     return static_defence
-  return noise_defence(repair) if row == NOISE else repair_defence(bound.terms(pretrain, ROWS[row]), repair)
+  return noise_defence(repair) if row == NOISE else repair_defence(terms, repair)
 
 
 def objective_of(bound: Bound) -> Objective:
@@ -126,37 +136,33 @@ def embedding_attack(column: str, bound: Bound, config: SequenceConfig, index_B:
 
 def adaptive_attack(
   column: str,
-  row: str,
+  guard: Defence,
+  terms: Sequence[LossTerm],
   bound: Bound,
-  pretrain: PretrainConfig,
   config: SequenceConfig,
   index_B: jax.Array,
   seed: jax.Array,
 ) -> jax.Array:
-  """[U, L, D]: an attack that knows a row's defence, but not the draws that it will make.
+  """[U, L, D]: an attack that knows a row's defence and its terms, but not the draws that the defence will make.
 
   BPDA takes the defence's gradient for the identity. The task-aware attack keeps the tasks content, with each lambda;
   what counts is the one that the defended model suffers most from.
   """
   ball, seed = config.attack_ball(column), _ATTACK + 1 + seed
-  guard = defence(row, bound, pretrain, config.repair)
   plain, defended = objective_of(bound), behind(objective_of(bound), guard)
   if column.startswith('bpda'):
     known = behind(plain, straight_through(guard))
     return pgd(known, bound.x_ULD, ball, index_B, config.adaptive_steps, seed=seed).x
-  terms = bound.terms(pretrain, ROWS[row])
   seed_B = (index_B + seed).astype(jnp.uint32)
 
   def one(best: tuple[jax.Array, jax.Array], strength: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-    objective = paying(plain, terms, strength) if terms else plain
-    found = pgd(objective, bound.x_ULD, ball, index_B, config.steps, seed=seed).x
+    found = pgd(paying(plain, terms, strength), bound.x_ULD, ball, index_B, config.steps, seed=seed).x
     loss_B = defended(found, seed_B)[0]
     wins_B = loss_B > best[1]
     return (jnp.where(wins_B[:, None, None], found, best[0]), jnp.maximum(loss_B, best[1])), None
 
   start = (bound.x_ULD, jnp.full(bound.x_ULD.shape[:1], -jnp.inf))
-  lambdas = config.lambdas if terms else config.lambdas[:1]
-  return jax.lax.scan(one, start, jnp.asarray(lambdas, jnp.float32))[0][0]
+  return jax.lax.scan(one, start, jnp.asarray(config.lambdas, jnp.float32))[0][0]
 
 
 def greedy_choice(bound: Bound, pool_PD: jax.Array, choice_UK: jax.Array, slot_UK: jax.Array, tried: int) -> jax.Array:

@@ -22,7 +22,8 @@ from pinfm_jax.data.tokens import TokenInputs, gap_bucket
 from pinfm_jax.evaluate.retrieval import RetrievalTask, catalogue_targets, pessimistic_ranks
 from pinfm_jax.model.hashing import key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
-from pinfm_jax.robustness.sequence_terms import NAMES, Bank, Histories, histories_of, sequence_terms
+from pinfm_jax.robustness.repair import LossTerm
+from pinfm_jax.robustness.sequence_terms import Bank, Histories, histories_of, sequence_terms
 from pinfm_jax.train.exchange import read_vectors
 from pinfm_jax.train.finetune import FinetuneTask, ranking_batch
 
@@ -53,9 +54,9 @@ class Bound:
   loss: Callable[[Array], Array]
   outcome: Callable[[Array], Array]
 
-  def terms(self, config: PretrainConfig, names: tuple[str, ...] = NAMES) -> tuple:
-    """The losses as terms of a repair of this batch."""
-    return sequence_terms(self.hidden, self.histories, self.bank, self.log_temperature, config, names)
+  def terms(self, config: PretrainConfig, weight_K: Array) -> tuple[LossTerm, ...]:
+    """The losses as terms of a repair of this batch, see `sequence_terms`."""
+    return sequence_terms(self.hidden, self.histories, self.bank, self.log_temperature, config, weight_K)
 
 
 class Subject(Protocol):

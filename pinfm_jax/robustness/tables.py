@@ -110,17 +110,17 @@ def verdict(evaluation: Evaluation) -> list[str]:
     if found:
       lines.append(
         f'Under transfer attacks (worst of all, an image at a time), repair by all tasks against {what}: '
-        f'{_points(found)} points, {_direction(found)}.'
+        f'{_points(found)} points, {direction(found)}.'
       )
   found = difference(evaluation, ALL, NONE, WORST)
   if found:
     lines.append(
       f'In the worst case over all attacks, those that know of the repair included, it is {_points(found)} points '
-      f'against no defence, {_direction(found)}.'
+      f'against no defence, {direction(found)}.'
     )
   clean = difference(evaluation, ALL, NONE, CLEAN)
   if clean:
-    lines.append(f'On clean images it is {_points(clean)} points, {_direction(clean)}.')
+    lines.append(f'On clean images it is {_points(clean)} points, {direction(clean)}.')
   missing = sum(
     kept(evaluation, row, column) is None
     for row in evaluation.config.rows if row in ROWS
@@ -149,7 +149,8 @@ def _points(found: Lift | None) -> str:
   return percent_interval(found.difference, found.difference_low, found.difference_high, 1).replace(' %', '')
 
 
-def _direction(found: Lift) -> str:
+def direction(found: Lift) -> str:
+  """What the interval of a difference says, in words."""
   if found.difference_low > 0:
     return 'a gain beyond the interval'
   return 'a loss beyond the interval' if found.difference_high < 0 else 'no difference beyond the interval'

@@ -80,7 +80,7 @@ class SequenceEvaluation:
     self._programs: dict[Any, Callable[..., Any]] = {}
     self._kept: tuple[str, tuple[dict[str, np.ndarray], np.ndarray]] | None = None
 
-  def keys(self, adaptive: bool = True) -> Iterator[Key]:
+  def planned(self, adaptive: bool = True) -> Iterator[Key]:
     """All cells in the order in which they are made: the main strength of a seed, then what adapts, then the others."""
     c = self.config
     for seed in c.seeds:
@@ -93,7 +93,7 @@ class SequenceEvaluation:
 
   def run(self, rows: tuple[str, ...] | None = None, adaptive: bool = True) -> None:
     """Makes the cells that are not there yet, of some rows (None = all)."""
-    open_keys = [key for key in self.keys(adaptive) if key.row in (rows or self.config.rows)]
+    open_keys = [key for key in self.planned(adaptive) if key.row in (rows or self.config.rows)]
     open_keys = [key for key in open_keys if not self.path(key).exists()]
     progress = Progress(f'{self.subject.name}: all cells', len(open_keys), 'cells')
     for number, key in enumerate(open_keys, 1):

@@ -32,8 +32,8 @@ def tables(figures: Figures) -> list[Table]:
       (
         'attacks that know the defence',
         (*c.adaptive, WORST),
-        f'BPDA: {c.adaptive_steps} steps through {c.repair.steps} repair steps. {WORST.capitalize()}: over these and the '
-        'attacks of the first table, an example at a time: its difference from none is the headline.',
+        f'BPDA: {c.adaptive_steps} steps through {c.repair.steps} repair steps. {WORST.capitalize()}: over these '
+        'and the attacks of the first table, an example at a time: its difference from none is the headline.',
       ),
     ):
       if columns:
@@ -63,7 +63,7 @@ def verdict(figures: Figures) -> list[str]:
       lines.append(
         f'{metric}: there, all tasks against the best single one ({best}): {_text(change)}, {direction(change)}.'
       )
-  missing = sum(not figures.evaluation.path(key).exists() for key in figures.evaluation.keys())
+  missing = sum(not figures.evaluation.path(key).exists() for key in figures.evaluation.planned())
   if missing:
     lines.append(f'{figures.evaluation.subject.name}: {missing} cells are not finished; run the command again.')
   return lines

@@ -1,6 +1,7 @@
 """Image networks and tasks: no batch, no mode, inputs normalised inside; losses against NumPy."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from pinfm_jax.robustness.networks import (
   pooled,
   unfold_pixels,
 )
-from pinfm_jax.robustness.repair import RepairConfig, repair
+from pinfm_jax.robustness.repair import RepairConfig, losses, repair
 from pinfm_jax.robustness.tasks import NAMES, Tasks, TasksConfig
 
 RNG = np.random.default_rng(2)
@@ -41,15 +42,15 @@ def params(tasks: Tasks):
   classifier = jax.jit(tasks.classifier.init)(jax.random.key(0), X[:1])['params']
   shape = classifier['logits']['kernel'].shape
   classifier['logits']['kernel'] = jax.random.normal(jax.random.key(1), shape)  # they start at 0
-  found = tasks.init(jax.random.key(2), classifier)
+  found = jax.jit(tasks.init)(jax.random.key(2), classifier)
   return {**found, 'bank': jax.jit(tasks.embed)(found, X[::-1])}
 
 
 @pytest.fixture(scope='module')
 def repaired(tasks: Tasks, params):
-  """The repair by all tasks, compiled once for whole batches."""
+  """The repair by two tasks, compiled once for whole batches."""
   config = RepairConfig(Ball('linf', 8 / 255), steps=4, step_size=2 / 255)
-  return jax.jit(lambda x, index: repair(tasks.terms(params), x, config, index))
+  return jax.jit(lambda x, index: repair(tasks.terms(params, NAMES[1:]), x, config, index, report=False))
 
 
 def test_networks_normalise_and_have_no_mode(tasks: Tasks, params) -> None:
@@ -57,16 +58,18 @@ def test_networks_normalise_and_have_no_mode(tasks: Tasks, params) -> None:
   logits = jax.jit(tasks.logits)
   whole = logits(params, X)
   # What the stem sees: the same logits from the network's own arithmetic on normalised pixels, not on raw ones.
-  stem = lambda x: tasks.classifier.apply(
-    {'params': params['classifier']}, x, capture_intermediates=lambda module, _: module.name == 'stem', mutable=True
-  )[1]['intermediates']['stem']['__call__'][0]
+  stem = jax.jit(
+    lambda x: tasks.classifier.apply(
+      {'params': params['classifier']}, x, capture_intermediates=lambda module, _: module.name == 'stem', mutable=True
+    )[1]['intermediates']['stem']['__call__'][0]
+  )
   kernel, gain = params['classifier']['stem']['kernel'], params['classifier']['stem']['gain']
   centred = kernel - kernel.mean((0, 1, 2))
   size = jnp.sqrt(jnp.square(centred).mean((0, 1, 2)) * np.prod(kernel.shape[:3]) / 2 + 1e-6)
   expected = convolve(fold_pixels((X - jnp.asarray(MEAN)) / jnp.asarray(STD), 2), centred * gain / size)
   np.testing.assert_allclose(stem(X), expected, atol=1e-4)
   # No statistics are kept and none are taken over the batch.
-  assert set(tasks.classifier.init(jax.random.key(0), X[:1])) == {'params'}
+  assert set(jax.eval_shape(tasks.classifier.init, jax.random.key(0), X[:1])) == {'params'}
   mates = logits(params, X.at[1:].set(1 - X[1:]))
   np.testing.assert_array_equal(mates[0], whole[0])
   np.testing.assert_allclose(logits(params, X[:1])[0], whole[0], atol=1e-5)
@@ -74,16 +77,14 @@ def test_networks_normalise_and_have_no_mode(tasks: Tasks, params) -> None:
 
 def test_every_term_is_an_examples_own(tasks: Tasks, params) -> None:
   order = np.array([2, 0, 3, 1])
-  for term in tasks.terms(params):
-    loss = jax.jit(term.loss)
-    whole = np.asarray(loss(X, SEEDS))
-    assert whole.shape == (4,)
-    assert np.isfinite(whole).all()
-    np.testing.assert_allclose(loss(X[order], SEEDS[order]), whole[order], rtol=1e-5)
-    other = loss(X.at[2:].set(0.5), SEEDS.at[2:].add(7))
-    np.testing.assert_array_equal(other[:2], whole[:2])
-    assert not term.couples
-    assert term.passes > 0
+  loss = jax.jit(partial(losses, tasks.terms(params)))
+  whole = np.asarray(loss(X, SEEDS))
+  assert whole.shape == (4, 3)
+  assert np.isfinite(whole).all()
+  np.testing.assert_allclose(loss(X[order], SEEDS[order]), whole[order], rtol=1e-5)
+  other = loss(X.at[2:].set(0.5), SEEDS.at[2:].add(7))
+  np.testing.assert_array_equal(other[:2], whole[:2])
+  assert all(term.passes > 0 and not term.couples for term in tasks.terms(params))
 
 
 def test_repair_of_images(tasks: Tasks, repaired) -> None:
@@ -107,11 +108,12 @@ def test_repair_lowers_each_task(tasks: Tasks, params, name: str) -> None:
 
 
 def test_contrastive_losses_against_loops(tasks: Tasks, params) -> None:
-  z = [np.asarray(jax.jit(tasks.embed)(params, views.view(X, fold(SEEDS, v))), np.float64) for v in range(2)]
+  embed = jax.jit(lambda seed_B: tasks.embed(params, views.view(X, seed_B)))
+  z = [np.asarray(embed(fold(SEEDS, v)), np.float64) for v in range(2)]
   bank = np.asarray(params['bank'], np.float64)
   np.testing.assert_allclose(np.linalg.norm(z[0], axis=1), 1, rtol=1e-5)
   for b, (own, batch) in enumerate(
-    zip(tasks.contrastive(params, X, SEEDS), tasks.contrastive_in_batch(params, X, SEEDS), strict=True)
+    zip(*(jax.jit(f)(params, X, SEEDS) for f in (tasks.contrastive, tasks.contrastive_in_batch)), strict=True)
   ):
     with_bank, with_mates = [], []
     for i, j in ((0, 1), (1, 0)):
@@ -126,7 +128,7 @@ def test_contrastive_losses_against_loops(tasks: Tasks, params) -> None:
 def test_rotations_and_masks() -> None:
   turns = jnp.asarray([0, 1, 2, 3])
   np.testing.assert_array_equal(views.rotate(X, turns), np.stack([np.rot90(X[k], k) for k in range(4)]))
-  shown = np.asarray(views.mask(SEEDS))
+  shown = np.asarray(jax.jit(views.mask)(SEEDS))
   assert shown.shape == (4, 32, 32, 1)
   assert (shown.mean((1, 2, 3)) == 0.5).all()
   assert not (shown[0] == shown[1]).all()
@@ -138,14 +140,15 @@ def test_rotations_and_masks() -> None:
 
 def test_views_crop_flip_and_shift() -> None:
   flat = jnp.broadcast_to(jnp.asarray([0.2, 0.5, 0.8]), X.shape)
+  view = jax.jit(views.view, static_argnums=2)
   plain = views.ViewConfig(colour=0.0, grey=0.0)
-  np.testing.assert_allclose(views.view(flat, SEEDS, plain), flat, atol=1e-5)  # a crop of one colour is that colour
-  whole = views.view(X, SEEDS, views.ViewConfig(area=(1.0, 1.0), aspect=1.0, colour=0.0, grey=0.0))
+  np.testing.assert_allclose(view(flat, SEEDS, plain), flat, atol=1e-5)  # a crop of one colour is that colour
+  whole = view(X, SEEDS, views.ViewConfig(area=(1.0, 1.0), aspect=1.0, colour=0.0, grey=0.0))
   for b in range(4):  # the whole image, as it is or flipped
     assert min(float(jnp.abs(whole[b] - X[b]).max()), float(jnp.abs(whole[b] - X[b][:, ::-1]).max())) < 1e-5
-  grey = views.view(X, SEEDS, views.ViewConfig(grey=1.0))
+  grey = view(X, SEEDS, views.ViewConfig(grey=1.0))
   np.testing.assert_allclose(grey[..., 0], grey[..., 2], atol=1e-5)
-  moved = np.asarray(views.shifted(X, SEEDS))
+  moved = np.asarray(jax.jit(views.shifted)(X, SEEDS))
   padded = np.pad(np.asarray(X), ((0, 0), (4, 4), (4, 4), (0, 0)))
   for b in range(4):
     places = [padded[b, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]

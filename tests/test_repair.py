@@ -30,6 +30,8 @@ def _noisy(x, seed_B):
 
 
 TERMS = (LossTerm('a', _quadratic(0), 1.0, 2.0), LossTerm('b', _quadratic(1), 0.5, 0.25))
+# Operation by operation it would compile each of them.
+FOUND = jax.jit(repair, static_argnums=(0, 2), static_argnames='report')
 
 
 def _loop(x: np.ndarray, config: RepairConfig) -> np.ndarray:
@@ -78,7 +80,7 @@ def test_repair_equals_a_loop(norm: str, weighting: str, order: str, low: float 
 
 @pytest.mark.parametrize('k', [0, 1])
 def test_each_term_alone_falls(k: int) -> None:
-  found = repair((TERMS[k],), jnp.asarray(X), PLAIN, INDEX)
+  found = FOUND((TERMS[k],), X, PLAIN, INDEX)
   assert (found.loss_after_BK < found.loss_before_BK).all()
 
 
@@ -86,7 +88,7 @@ def test_embeddings_of_any_rank() -> None:
   x = jnp.asarray(RNG.normal(size=(3, 4, 5)), jnp.float32)
   term = LossTerm('norm', lambda x, seed_B: jnp.sum(jnp.square(x), axis=(1, 2)))
   config = RepairConfig(Ball('l2', 0.5, None, None), steps=60, step_size=0.1)
-  found = repair((term,), x, config, jnp.arange(3))
+  found = FOUND((term,), x, config, jnp.arange(3))
   # The nearest point to 0 in the ball is known: straight towards it.
   length = jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True))
   np.testing.assert_allclose(found.x, x * (1 - 0.5 / length), atol=1e-2)
@@ -95,7 +97,8 @@ def test_embeddings_of_any_rank() -> None:
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_an_example_owes_nothing_to_its_batch(norm: str) -> None:
   config = replace(PLAIN, ball=Ball(norm, 0.3), random_start=True, patience=2)
-  step = jax.jit(lambda x, i: repair((LossTerm('noisy', _noisy), TERMS[0]), x, config, i, 3).x)
+  terms = (LossTerm('noisy', _noisy), TERMS[0])
+  step = jax.jit(lambda x, i: repair(terms, x, config, i, 3, report=False).x)
   whole = np.asarray(step(X, INDEX))
   order = RNG.permutation(6)
   np.testing.assert_array_equal(step(X[order], INDEX[order]), whole[order])
@@ -105,8 +108,8 @@ def test_an_example_owes_nothing_to_its_batch(norm: str) -> None:
   other = step(np.concatenate([X[:3], 1 - X[3:]]), np.concatenate([INDEX[:3], INDEX[3:] + 50]))
   np.testing.assert_array_equal(other[:3], whole[:3])
   assert not np.allclose(step(X, INDEX + 1), whole)  # the index does count
-  start = np.asarray(random_noise(jnp.asarray(X), config.ball, INDEX, 3))
-  np.testing.assert_array_equal(repair(TERMS, jnp.asarray(X), replace(config, steps=0), INDEX, 3).x, start)
+  start = np.asarray(jax.jit(random_noise, static_argnums=1)(X, config.ball, INDEX, 3))
+  np.testing.assert_array_equal(FOUND(TERMS, X, replace(config, steps=0), INDEX, 3, report=False).x, start)
   assert (distance(jnp.asarray(start), jnp.asarray(X), norm) <= 0.3 + 1e-6).all()
   assert start.min() >= 0
   assert start.max() <= 1
@@ -115,45 +118,63 @@ def test_an_example_owes_nothing_to_its_batch(norm: str) -> None:
 def test_examples_stop_one_by_one() -> None:
   values = (_quadratic(0)(X, None) + 0.5 * _quadratic(1)(X, None)).tolist()
   limit = sorted(values)[2]
-  found = repair(TERMS, jnp.asarray(X), replace(PLAIN, stop_below=limit), INDEX)
+  found = FOUND(TERMS, X, replace(PLAIN, stop_below=limit), INDEX, report=False)
   for b in range(6):
-    alone = repair(TERMS, jnp.asarray(X[b : b + 1]), replace(PLAIN, stop_below=limit), INDEX[b : b + 1])
+    alone = FOUND(TERMS, X[b : b + 1], replace(PLAIN, stop_below=limit), INDEX[b : b + 1], report=False)
     assert int(alone.steps_B[0]) == int(found.steps_B[b])
     assert (int(found.steps_B[b]) == 0) == (values[b] <= limit)
   # At the lowest point nothing gets better: an example waits as long as it was told to.
   bowl = (LossTerm('bowl', lambda x, seed_B: jnp.sum(jnp.square(x - 0.5), axis=-1)),)
   config = RepairConfig(Ball('l2', 9.0, None, None), steps=30, step_size=0.4, random_start=False, patience=3)
-  steps = repair(bowl, jnp.full((1, 2), 0.5), config, jnp.zeros(1, int)).steps_B
+  steps = FOUND(bowl, jnp.full((1, 2), 0.5), config, jnp.zeros(1, int), report=False).steps_B
   assert 0 < int(steps[0]) < 10
 
 
 def test_gradients_go_through_the_steps() -> None:
   """l_2 steps are smooth, so the gradient through the repair is that of finite differences."""
   config = RepairConfig(Ball('l2', 0.2, None, None), steps=3, step_size=0.1, random_start=False)
-  value = lambda x: jnp.sum(jnp.sin(3 * repair(TERMS, x, config, jnp.zeros(1, int), report=False).x))
+  value = jax.jit(lambda x: jnp.sum(jnp.sin(3 * repair(TERMS, x, config, jnp.zeros(1, int), report=False).x)))
   x, direction = jnp.asarray(X[:1]), jnp.asarray(RNG.normal(size=(1, 5)), jnp.float32)
-  slope = float(jnp.sum(jax.grad(value)(x) * direction))
+  slope = float(jnp.sum(jax.jit(jax.grad(value))(x) * direction))
   step = 1e-2
   assert slope == pytest.approx(float(value(x + step * direction) - value(x - step * direction)) / (2 * step), rel=2e-2)
   # The sign has no derivative; its soft stand-in has, and changes no value.
   signs = replace(PLAIN, steps=3)
   soft = replace(signs, sharpness=1.0)
-  np.testing.assert_array_equal(repair(TERMS, x, signs, INDEX[:1]).x, repair(TERMS, x, soft, INDEX[:1]).x)
-  through = lambda config: jax.grad(lambda x: jnp.sum(x**0 * repair(TERMS, x, config, INDEX[:1], report=False).x))(x)
+  moved = lambda config: lambda x: repair(TERMS, x, config, INDEX[:1], report=False).x
+  np.testing.assert_array_equal(jax.jit(moved(signs))(x), jax.jit(moved(soft))(x))
+  through = lambda config: jax.jit(jax.grad(lambda x: jnp.sum(moved(config)(x))))(x)
   np.testing.assert_array_equal(through(signs), jnp.ones_like(x))
   assert not np.allclose(through(soft), 1.0)
 
 
 def test_draws_are_uniform_and_of_the_example() -> None:
-  seed_B = example_seeds(np.arange(64), 5)
-  drawn = np.asarray(uniforms(seed_B, (500,)))
+  seed_B = jax.jit(example_seeds)(np.arange(64), 5)
+  drawn = np.asarray(jax.jit(uniforms, static_argnums=1)(seed_B, (500,)))
   assert 0 < drawn.min() < drawn.max() < 1
   assert abs(drawn.mean() - 0.5) < 0.01
   assert abs(drawn.std() - 12**-0.5) < 0.01
   assert abs(np.corrcoef(drawn[0], drawn[1])[0, 1]) < 0.2
   ball = Ball('l2', 2.0, None, None)
-  lengths = np.asarray(distance(ball.random(jnp.zeros((64, 3)), seed_B), jnp.zeros((64, 3)), 'l2'))
+  lengths = np.asarray(distance(jax.jit(ball.random)(jnp.zeros((64, 3)), seed_B), jnp.zeros((64, 3)), 'l2'))
   assert abs((lengths < 2 * 0.5 ** (1 / 3)).mean() - 0.5) < 0.2  # half of the volume
+
+
+def test_each_vector_in_a_ball_of_its_own() -> None:
+  ball, x = Ball('l2', 0.5, None, None, 'vector'), jnp.asarray(RNG.normal(size=(4, 30, 3)), jnp.float32)
+
+  @jax.jit
+  def measured(x, moved, seed_B):
+    return ball.random(x, seed_B), ball.project(moved, x), ball.direction(moved)
+
+  moved = x + jnp.asarray(RNG.normal(size=x.shape), jnp.float32)
+  drawn, near, direction = map(np.asarray, measured(x, moved, example_seeds(np.arange(4), 0)))
+  lengths = np.linalg.norm(drawn - x, axis=-1)
+  assert lengths.max() <= 0.5 + 1e-6
+  assert abs((lengths < 0.5 * 0.5 ** (1 / 3)).mean() - 0.5) < 0.15  # half of the volume, whatever the other vectors
+  for change, whole in zip((near - x).reshape(-1, 3), np.asarray(moved - x).reshape(-1, 3), strict=True):
+    np.testing.assert_allclose(change, whole * min(1, 0.5 / np.linalg.norm(whole)), atol=1e-5)
+  np.testing.assert_allclose(np.linalg.norm(direction, axis=-1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +182,7 @@ def test_draws_are_uniform_and_of_the_example() -> None:
   [
     (lambda: Ball('l1'), "norm is 'l1'"),
     (lambda: Ball(radius=-1), 'radius is -1'),
+    (lambda: Ball(per='batch'), "per is 'batch'"),
     (lambda: Ball(low=1.0, high=0.0), 'valid range'),
     (lambda: RepairConfig(order='random'), 'repair.order'),
     (lambda: RepairConfig(weighting='auto'), 'repair.weighting'),

@@ -109,7 +109,7 @@ def fit(
       abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), jax.eval_shape(create)
       )
-      state = checkpoints.load_pytree(checkpoints.latest.step, abstract)
+      state = checkpoints.load(checkpoints.latest.step, abstract)
     step, history = int(state['step']), _history(directory)
     if step < steps:
       state = _run(label, directory, state, (loss, optimizer, held_out), images, schedule, checkpoints, history)
@@ -149,7 +149,7 @@ def _run(
         # A copy: the step gives the buffers of its state away.
         best = jax.tree.map(jnp.copy, state['average'])
         state = {**state, 'best': best, 'best_score': jnp.float32(measured['score'])}
-      checkpoints.save_pytree(step, state)
+      checkpoints.save(step, state)
       write_json(directory / 'history.json', history)
       note = '  '.join(f'{name} {value:.3f}' for name, value in measured.items() if name != 'score')
     progress.update(step, note)

@@ -81,15 +81,15 @@ class SequenceEvaluation:
     self._kept: tuple[str, tuple[dict[str, np.ndarray], np.ndarray]] | None = None
 
   def planned(self, adaptive: bool = True) -> Iterator[Key]:
-    """All cells in the order in which they are made: the main strength of a seed, then what adapts, then the others."""
+    """All cells in the order in which they are made: the main strength, seed by seed, the others, then what adapts."""
     c = self.config
     for seed in c.seeds:
       yield from (Key(column, row, c.main, seed) for column in c.columns for row in c.rows)
-    for seed in c.seeds if adaptive else ():
-      yield from (Key(column, row, c.main, seed) for column in c.adaptive for row in c.rows)
     for strength in c.strengths:
       if strength != c.main:
         yield from (Key(column, row, strength, c.seeds[0]) for column in c.columns for row in c.rows if row != NONE)
+    for seed in c.seeds if adaptive else ():
+      yield from (Key(column, row, c.main, seed) for column in c.adaptive for row in c.rows)
 
   def run(self, rows: tuple[str, ...] | None = None, adaptive: bool = True) -> None:
     """Makes the cells that are not there yet, of some rows (None = all)."""

@@ -87,6 +87,7 @@ def test_every_term_is_an_examples_own(tasks: Tasks, params) -> None:
   assert all(term.passes > 0 and not term.couples for term in tasks.terms(params))
 
 
+@pytest.mark.slow
 def test_repair_of_images(tasks: Tasks, repaired) -> None:
   index = jnp.asarray([5, 6, 7, 8])
   found = repaired(X, index)
@@ -107,6 +108,7 @@ def test_repair_lowers_each_task(tasks: Tasks, params, name: str) -> None:
   assert float(jnp.mean(found.loss_after_BK)) < float(jnp.mean(found.loss_before_BK))
 
 
+@pytest.mark.slow
 def test_contrastive_losses_against_loops(tasks: Tasks, params) -> None:
   embed = jax.jit(lambda seed_B: tasks.embed(params, views.view(X, seed_B)))
   z = [np.asarray(embed(fold(SEEDS, v)), np.float64) for v in range(2)]

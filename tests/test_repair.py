@@ -65,8 +65,10 @@ def _loop(x: np.ndarray, config: RepairConfig) -> np.ndarray:
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
-@pytest.mark.parametrize(('weighting', 'order'), [('fixed', 'summed'), ('gradient', 'summed'), ('fixed', 'one_by_one')])
-@pytest.mark.parametrize('low', [None, 0.0])
+@pytest.mark.parametrize(
+  ('weighting', 'order', 'low'),
+  [('fixed', 'summed', None), ('gradient', 'summed', 0.0), ('fixed', 'one_by_one', 0.0)],
+)
 def test_repair_equals_a_loop(norm: str, weighting: str, order: str, low: float | None) -> None:
   ball = Ball(norm, 0.3, low, None if low is None else 1.0)
   config = replace(PLAIN, ball=ball, weighting=weighting, order=order)

@@ -197,6 +197,7 @@ def test_attack_on_embeddings_raises_the_rankers_loss_within_its_ball(ranking, b
   assert change[~np.asarray(found['mask'])].max(initial=0) <= CONFIG.radius_l2 + 1e-5
 
 
+@pytest.mark.slow
 def test_greedy_injection_is_what_the_model_then_reads(ranking, toy_run) -> None:
   subject, weights = ranking
   pool = event_pool(toy_run.dataset, toy_run.split.pretrain_until, 24)

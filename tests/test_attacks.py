@@ -182,14 +182,16 @@ def test_bpda_has_the_defended_value_and_the_plain_gradient() -> None:
 def test_unrolled_gradient_sees_the_repair() -> None:
   """With an l_2 repair, whose steps are smooth, the gradient is that of finite differences; BPDA's is not."""
   config = RepairConfig(Ball('l2', 1.0), steps=2, step_size=0.3, random_start=False)
-  seeds, direction = INDEX.astype(jnp.uint32), jnp.asarray(RNG.normal(size=X.shape), jnp.float32)
-  value = jax.jit(lambda x: jnp.sum(adaptive.unrolled(_curved, (TERM,), config, CURVED_LABEL)(x, seeds)[0]))
-  true = float(value(X + 1e-2 * direction) - value(X - 1e-2 * direction)) / 2e-2
+  seeds = INDEX.astype(jnp.uint32)
+  direction = jnp.asarray(np.random.default_rng(7).normal(size=X.shape), jnp.float32)
+  # Cross entropy: the margin's largest logit may change on the way.
+  value = jax.jit(lambda x: jnp.sum(adaptive.unrolled(_curved, (TERM,), config, CURVED_LABEL, 'ce')(x, seeds)[0]))
+  true = float(value(X + 3e-3 * direction) - value(X - 3e-3 * direction)) / 6e-3
   slope = float(jnp.sum(jax.jit(jax.grad(value))(X) * direction))
-  assert slope == pytest.approx(true, rel=0.05)
-  through = adaptive.bpda(_curved, adaptive.repair_defence((TERM,), config), CURVED_LABEL)
+  assert slope == pytest.approx(true, rel=0.02)
+  through = adaptive.bpda(_curved, adaptive.repair_defence((TERM,), config), CURVED_LABEL, 'ce')
   substitute = float(jnp.sum(jax.jit(jax.grad(lambda x: jnp.sum(through(x, seeds)[0])))(X) * direction))
-  assert abs(substitute - true) > 0.02 * abs(true)
+  assert abs(substitute - true) > 0.05 * abs(true)
 
 
 def test_expectation_is_the_mean_of_independent_draws() -> None:

@@ -136,7 +136,7 @@ def test_gradients_go_through_the_steps() -> None:
   """l_2 steps are smooth, so the gradient through the repair is that of finite differences."""
   config = RepairConfig(Ball('l2', 0.2, None, None), steps=3, step_size=0.1, random_start=False)
   value = jax.jit(lambda x: jnp.sum(jnp.sin(3 * repair(TERMS, x, config, jnp.zeros(1, int), report=False).x)))
-  x, direction = jnp.asarray(X[:1]), jnp.asarray(RNG.normal(size=(1, 5)), jnp.float32)
+  x, direction = jnp.asarray(X[:1]), jnp.asarray(np.random.default_rng(7).normal(size=(1, 5)), jnp.float32)
   slope = float(jnp.sum(jax.jit(jax.grad(value))(x) * direction))
   step = 1e-2
   assert slope == pytest.approx(float(value(x + step * direction) - value(x - step * direction)) / (2 * step), rel=2e-2)
@@ -163,13 +163,14 @@ def test_draws_are_uniform_and_of_the_example() -> None:
 
 
 def test_each_vector_in_a_ball_of_its_own() -> None:
-  ball, x = Ball('l2', 0.5, None, None, 'vector'), jnp.asarray(RNG.normal(size=(4, 30, 3)), jnp.float32)
+  ball, rng = Ball('l2', 0.5, None, None, 'vector'), np.random.default_rng(8)
+  x = jnp.asarray(rng.normal(size=(4, 30, 3)), jnp.float32)
 
   @jax.jit
   def measured(x, moved, seed_B):
     return ball.random(x, seed_B), ball.project(moved, x), ball.direction(moved)
 
-  moved = x + jnp.asarray(RNG.normal(size=x.shape), jnp.float32)
+  moved = x + jnp.asarray(rng.normal(size=x.shape), jnp.float32)
   drawn, near, direction = map(np.asarray, measured(x, moved, example_seeds(np.arange(4), 0)))
   lengths = np.linalg.norm(drawn - x, axis=-1)
   assert lengths.max() <= 0.5 + 1e-6

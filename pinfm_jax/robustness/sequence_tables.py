@@ -36,6 +36,7 @@ def tables(figures: Figures) -> list[Table]:
         'and the attacks of the first table, an example at a time: its difference from none is the headline.',
       ),
     ):
+      columns = tuple(column for column in columns if figures.figure(metric, column))  # what is measured yet
       if columns:
         found.append(_values(figures, metric, f'{metric} under {title} ({about})', columns, note))
     found.append(_changes(figures, metric, (*hostile, *natural, *c.adaptive, WORST)))
@@ -110,6 +111,7 @@ def _changes(figures: Figures, metric: str, columns: tuple[str, ...]) -> Table:
   rows = [
     (column, *(_text(_change(figures, metric, column, (ALL, c.main), (other, c.main))) for other in others))
     for column in columns
+    if figures.figure(metric, column)
   ]
   note = 'Paired over users, 95 %.' + (f' The best single task is {best}.' if best else '')
   return Table(f'{metric}: repair by all tasks against ..', ('under', *others), tuple(rows), note)

@@ -2,7 +2,8 @@
 
 Command:   python experiments/sequence_repair.py --run runs/kuairand --workdir runs/sequence_repair
 Options:   --arm 'with PinFM'    --model-seed 0    --requests N    --users N    (fewer examples; 0 = all)
-           --until static | adaptive    --seeds 0,1,2    --rows none,noise,all    --set KEY=VALUE ..
+           --until static | adaptive    --subjects ranking,next    --seeds 0,1,2    --rows none,noise,all
+           --set KEY=VALUE ..    (SequenceConfig)
 Hardware:  2 CPU cores, 4 GB of memory
 Time:      see experiments/README.md; every cell is kept, and a run that was stopped goes on with the next one
 Expected:  see experiments/README.md
@@ -21,6 +22,7 @@ tuned on the validation split; the evaluation split is the run's own (`evaluate.
 
 import argparse
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
@@ -38,6 +40,7 @@ from pinfm_jax.stages.context import Run
 from pinfm_jax.workdir import write_text
 
 PARTS = ('static', 'adaptive')
+SUBJECTS = {'ranking': ranking_subject, 'next': next_item_subject}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,11 +64,9 @@ def run(options: argparse.Namespace) -> None:
   arm, found, lines = pinfm_arm(finished, options.arm), [], []
   pool = event_pool(finished.dataset, finished.split.pretrain_until, config.pool)
   with jax.set_mesh(finished.mesh):
-    subjects = (
-      ranking_subject(finished, arm, options.model_seed, config.bank, options.requests),
-      next_item_subject(finished, arm, options.model_seed, config.bank, options.users),
-    )
-    for subject, weights in subjects:
+    for name in options.subjects:
+      examples = options.requests if name == 'ranking' else options.users
+      subject, weights = SUBJECTS[name](finished, arm, options.model_seed, config.bank, examples)
       settings = {
         'model': finished.of_arm(arm).finetune_settings(options.model_seed),
         'split': finished.experiment.evaluate.split,
@@ -90,8 +91,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--requests', type=int, default=0, help='ranking requests, drawn; 0 = all')
   parser.add_argument('--users', type=int, default=0, help="users of the next-item task, drawn; 0 = as the run's own")
   parser.add_argument('--until', choices=PARTS, default=PARTS[-1], help='the last part to run')
+  parser.add_argument('--subjects', type=_some(SUBJECTS), default=tuple(SUBJECTS), help='ranking, next or both')
   parser.add_argument('--seeds', type=_seeds, default=(), help='of the defence, as 0,1,2')
-  parser.add_argument('--rows', type=_rows, default=(), help=f'defences to work on, some of {",".join(ROWS)}')
+  parser.add_argument('--rows', type=_some(ROWS), default=(), help=f'defences to work on, some of {",".join(ROWS)}')
   parser.add_argument('--set', metavar='KEY=VALUE', nargs='+', action='extend', default=[], dest='assignments',
                       help='change settings (SequenceConfig), for example repair.steps=20')  # fmt: skip
   return parser
@@ -104,12 +106,17 @@ def _seeds(text: str) -> tuple[int, ...]:
     raise argparse.ArgumentTypeError(f"got '{text}'; expected numbers, as 0,1,2") from None
 
 
-def _rows(text: str) -> tuple[str, ...]:
-  names = tuple(text.split(','))
-  for name in names:
-    if name not in ROWS:
-      raise argparse.ArgumentTypeError(f"there is no row '{name}'; expected some of {', '.join(ROWS)}")
-  return names
+def _some(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+  """Reads names with commas between them."""
+
+  def read(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(','))
+    for name in names:
+      if name not in known:
+        raise argparse.ArgumentTypeError(f"got '{name}'; expected some of {', '.join(known)}")
+    return names
+
+  return read
 
 
 if __name__ == '__main__':

@@ -103,9 +103,12 @@ def test_repair_of_images(tasks: Tasks, repaired) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_repair_lowers_each_task(tasks: Tasks, params, name: str) -> None:
-  config = RepairConfig(Ball('linf', 16 / 255), steps=20, step_size=2 / 255)
-  found = jax.jit(lambda x: repair(tasks.terms(params, (name,)), x, config, jnp.arange(4)))(X)
-  assert float(jnp.mean(found.loss_after_BK)) < float(jnp.mean(found.loss_before_BK))
+  config, terms = RepairConfig(Ball('linf', 16 / 255), steps=20, step_size=2 / 255), tasks.terms(params, (name,))
+  found = jax.jit(lambda x: repair(terms, x, config, jnp.arange(4), report=False))(X)
+  # Every step has views and masks of its own: what falls is the loss over all of them.
+  measure = jax.jit(lambda x, seed: jnp.mean(losses(terms, x, example_seeds(jnp.arange(4), seed))))
+  before, after = (np.mean([measure(x, seed) for seed in range(100, 132)]) for x in (X, found.x))
+  assert after < before
 
 
 @pytest.mark.slow

@@ -64,12 +64,14 @@ class Subject(Protocol):
 
   Attributes:
     name: of its cells.
+    pretrain: of the tower: what the sequence losses of a repair were trained as.
     rows: [N] each example's own row, ascending: seeds its draws.
     lengths: [N] how many events its history has.
     window: events that the model reads at most, and by how many the window moves.
   """
 
   name: str
+  pretrain: PretrainConfig
   rows: np.ndarray
   lengths: np.ndarray
   window: tuple[int, int]

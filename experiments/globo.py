@@ -91,7 +91,7 @@ experiment = Experiment(
     history_length=24,
     history_block=8,
     ntl_columns=512,
-    cold_start=ColdStartConfig(age_edges_hours=(6.0, 24.0), age_dropout=(0.3, 0.1)),
+    cold_start=ColdStartConfig(randomise=0.3, age_edges_hours=(6.0, 24.0), age_dropout=(0.3, 0.1)),
     update=UpdateConfig(learning_rate=2e-3, table_learning_rate=0.05, warmup_steps=50, pretrained_ratio=0.5),
   ),
   evaluate=EvaluateConfig(main_label='click', utility={'click': 1.0}, age_edges_hours=(1.0, 6.0, 24.0)),

@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig, PretrainConfig, RankerConfig
+from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig, RankerConfig
 from pinfm_jax.data.simulator import SimulatorConfig
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.hashing import EXACT_ROWS
 from pinfm_jax.model.interaction.settings import INTERACTIONS, check_interaction
 from pinfm_jax.overrides import apply_overrides, from_dict
+from pinfm_jax.train.pretrain_settings import check_pretraining
 
 ARM_GROUPS = ('model.', 'pretrain.', 'ranker.', 'finetune.')  # what an arm may change
 
 _MAY_BE_ZERO = (
   'data.validation_days',
-  'evaluate.retrieval_users',
   'finetune.ntl_columns',
   'hash_seed',
   'mesh.data',
@@ -29,7 +30,10 @@ _MAY_BE_ZERO = (
   'model.tower.time_gap_buckets',
   'pretrain.eval_every',
   'pretrain.impression_negatives',
+  'pretrain.bce_negatives',
   'pretrain.keep_best',
+  'pretrain.max_columns',
+  'pretrain.patience',
   'pretrain.uniform_negatives',
   'ranker.block.most_field_width',
   'ranker.cross_layers',
@@ -44,7 +48,7 @@ _CHOICES = {
   'evaluate.resample': ('users', 'requests'),
   'evaluate.split': ('test', 'validation'),
   'model.tables.dtype': ('float32', 'bfloat16'),
-  'pretrain.update.table_rule': ('adagrad', 'sgd'),
+  'pretrain.update.table_rule': ('adagrad', 'sgd', 'adam'),
   'finetune.update.table_rule': ('adagrad', 'sgd'),
   'finetune.init': ('pretrained', 'scratch'),
   'pretrain.use_checkpoint': ('newest', 'best'),
@@ -92,6 +96,7 @@ def check_experiment(experiment: Experiment) -> None:
   for each in (experiment, *(apply_overrides(experiment, arm.overrides) for arm in experiment.arms)):
     _check_values(each)
     _check_model(each.model)
+    _check_tower(each.model)
     _check_ranker(each.ranker, each.model)
     check_interaction(each.ranker)
     _check_mesh(each.mesh)
@@ -99,8 +104,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_ages(each)
     _check_training(each)
     _check_lists(each)
-    _check_held_out(each.pretrain)
-    _check_negatives(each.pretrain)
+    check_pretraining(each)
 
 
 def check_labels(experiment: Experiment, labels: tuple[str, ...]) -> None:
@@ -130,6 +134,8 @@ def _check_values(experiment: Experiment) -> None:
       raise UserError(f"{key} is '{value}'; expected one of: {', '.join(_CHOICES[key])}")
     if isinstance(value, bool) or not isinstance(value, int | float):
       continue
+    if key == 'model.tables.hash_seed' and value == EXACT_ROWS:
+      continue
     if not np.isfinite(value) or value < 0:
       raise UserError(f'{key} is {value}; expected a finite number that is not negative')
     if value == 0 and isinstance(value, int) and not key.endswith(_MAY_BE_ZERO):
@@ -142,12 +148,8 @@ def _check_lists(experiment: Experiment) -> None:
   for key, values in (('evaluate.ks', experiment.evaluate.ks), ('ranker.mlp', experiment.ranker.mlp)):
     if any(value < 1 for value in values):
       raise UserError(f'{key} is {values}; expected numbers of at least 1')
-  for key, rate in (
-    ('model.tower.dropout', experiment.model.tower.dropout),
-    ('ranker.dropout', experiment.ranker.dropout),
-  ):
-    if rate >= 1:
-      raise UserError(f'{key} is {rate}; expected a share below 1')
+  if experiment.ranker.dropout >= 1:
+    raise UserError(f'ranker.dropout is {experiment.ranker.dropout}; expected a share below 1')
 
 
 def _check_model(model: PinFMConfig) -> None:
@@ -177,6 +179,40 @@ def _check_model(model: PinFMConfig) -> None:
     raise UserError(
       f'model.id_mask is {model.id_mask}, which leaves nothing of an item without content: '
       'set model.content=true, or model.id_mask=0'
+    )
+
+
+def _check_tower(model: PinFMConfig) -> None:
+  tower, item_width = model.tower, model.tables.item_width
+  for name in ('dropout', 'embedding_dropout', 'token_dropout', 'attention_dropout'):
+    rate = getattr(tower, name)
+    if rate >= 1:
+      raise UserError(f'model.tower.{name} is {rate}; expected a share below 1')
+  for name in ('rotary', 'rms_norm', 'swiglu', 'attention_dropout'):
+    if tower.backbone == 'hstu' and getattr(tower, name):
+      raise UserError(
+        f'model.tower.{name} is {getattr(tower, name)}, but it is of the gpt2 backbone and model.tower.backbone is '
+        "'hstu'; set one of both"
+      )
+  if tower.attention_dropout and tower.attention == 'flash':
+    raise UserError(
+      f'model.tower.attention_dropout is {tower.attention_dropout}, but flash kernels have none; set '
+      'model.tower.attention=auto'
+    )
+  if tower.rotary and tower.width // tower.heads % 2:
+    raise UserError(
+      f'model.tower.rotary turns pairs of elements, but a head is {tower.width // tower.heads} wide '
+      '(model.tower.width / model.tower.heads); make it even'
+    )
+  if tower.bare_tokens and tower.width != item_width:
+    raise UserError(
+      f'model.tower.bare_tokens takes item vectors of {item_width} (model.tables.sub_tables x width) as tokens of '
+      f'model.tower.width {tower.width}; make them equal'
+    )
+  if tower.bare_targets and not tower.width == tower.output_width == item_width:
+    raise UserError(
+      f'model.tower.bare_targets compares outputs of model.tower.width {tower.width} with item vectors of {item_width} '
+      f'(model.tables.sub_tables x width), as model.tower.output_width {tower.output_width}; make the three equal'
     )
 
 
@@ -210,20 +246,6 @@ def _check_mesh(mesh: MeshConfig) -> None:
   if not axes or axes != mesh.table_axes:
     raise UserError(
       f'mesh.table_axes is {",".join(mesh.table_axes) or "empty"}; expected some of data,fsdp,model, in this order'
-    )
-
-
-def _check_held_out(pretrain: PretrainConfig) -> None:
-  if not 0 < pretrain.eval_share < 1:
-    raise UserError(f'pretrain.eval_share is {pretrain.eval_share}; expected a share between 0 and 1')
-  if pretrain.keep_best and not pretrain.eval_every:
-    raise UserError(
-      f'pretrain.keep_best is {pretrain.keep_best}, but nothing is measured (pretrain.eval_every=0); '
-      'set eval_every to a number of steps, or keep_best to 0'
-    )
-  if pretrain.use_checkpoint == 'best' and not pretrain.keep_best:
-    raise UserError(
-      "pretrain.use_checkpoint is 'best', but no best checkpoint is kept (pretrain.keep_best=0); set keep_best to 1"
     )
 
 
@@ -304,33 +326,6 @@ def _check_training(experiment: Experiment) -> None:
     raise UserError('pretrain.start_from and pretrain.continue_from are both set: a run starts from one of them')
   if pretrain.temperature <= 0:
     raise UserError(f'pretrain.temperature is {pretrain.temperature}; expected a positive number')
-
-
-def _check_negatives(config: PretrainConfig) -> None:
-  if config.uniform_negatives % config.batch_segments:
-    raise UserError(
-      f'pretrain.uniform_negatives is {config.uniform_negatives}; expected a multiple of pretrain.batch_segments '
-      f'{config.batch_segments}: every segment carries as many'
-    )
-  if config.impression_negatives and not config.positive_actions:
-    raise UserError(
-      f'pretrain.impression_negatives is {config.impression_negatives}, but pretrain.positive_actions is empty, so '
-      'that every event is positive; name the positive actions, or set pretrain.impression_negatives=0'
-    )
-  if config.impression_negatives and not config.ntl_weight:
-    raise UserError(
-      f'pretrain.impression_negatives is {config.impression_negatives}, but only the next-token loss uses them and '
-      'pretrain.ntl_weight is 0; set one of both'
-    )
-  if config.impression_negatives > config.window:
-    raise UserError(
-      f'pretrain.impression_negatives {config.impression_negatives} exceeds pretrain.window {config.window}, the '
-      'events after an anchor that are looked at; make the window larger'
-    )
-  if not 0 < config.sketch_decay <= 1:
-    raise UserError(f'pretrain.sketch_decay is {config.sketch_decay}; expected above 0 and at most 1 (1 = never fades)')
-  if 4 * config.sketch_width >= 2**31:
-    raise UserError(f'pretrain.sketch_width is {config.sketch_width}; expected fewer than {2**29} counters')
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -30,6 +30,9 @@ class DataConfig:
   # so that no ranker trains on what its tower has seen.
   pretrain_overlap_users: str = 'all'
   min_candidates: int = 4  # smaller requests are not evaluated
+  # Of a log without impressions: events at the end of each history that do not train. 1: the last one, which is tested;
+  # 2: also the one before, for validation (leave-one-out).
+  held_out_events: int = 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TableConfig:
   sub_tables: int = 8
   rows: int = 80_000_000
   width: int = 32
-  hash_seed: int = 0
+  hash_seed: int = 0  # of the hash family; -1 = exact rows: an integer id is its own row, one below `rows` - 1
   init_scale: float = 0.02
   dtype: str = 'float32'  # of the stored rows: 'float32', or 'bfloat16' with stochastic rounding
 
@@ -60,7 +63,16 @@ class TowerConfig:
   mlp_ratio: int = 4
   output_width: int = 256  # width of phi_out and psi
   max_positions: int = 512
-  dropout: float = 0.0
+  dropout: float = 0.0  # of what each attention and MLP adds to the residual
+  embedding_dropout: float = 0.0  # of elements of the tokens that enter the first block
+  token_dropout: float = 0.0  # of whole tokens there
+  attention_dropout: float = 0.0  # of the attention weights in the context pass (gpt2)
+  rotary: bool = False  # rotary positions of queries and keys instead of learned ones (gpt2)
+  rms_norm: bool = False  # RMSNorm instead of LayerNorm (gpt2)
+  swiglu: bool = False  # SiLU-gated MLP instead of GELU (gpt2)
+  bare_tokens: bool = False  # tokens are E + V + A themselves, without phi_in; width is then the item vectors'
+  bare_targets: bool = False  # z is E itself and H the decoder's output, without psi and phi_out (tied weights)
+  dot_product: bool = False  # H and z keep their length: scores are inner products, not cosines
   dtype: str = 'float32'  # of the activations; parameters, softmax and losses stay float32
   time_gap_buckets: int = 0  # embeddings of the log2 time since the event before; 0 = off, 32 cover 17 years
   remat: str = 'none'  # what the backward pass computes again, to save memory: 'full', or 'dots' (all but the matmuls)
@@ -86,7 +98,9 @@ class UpdateConfig:
 
   learning_rate: float = 1e-3
   table_learning_rate: float = 0.05
-  table_rule: str = 'adagrad'  # 'adagrad' (one float32 accumulator a row) or 'sgd' (no state)
+  # 'adagrad' (one float32 accumulator a row), 'sgd' (no state), or 'adam' (all rows move in every step, also those
+  # that it did not read: for small tables).
+  table_rule: str = 'adagrad'
   warmup_steps: int = 100
   final_ratio: float = 0.1  # of the peak learning rate, reached at the last step
   weight_decay: float = 0.01
@@ -112,13 +126,19 @@ class PretrainConfig:
   ntl_weight: float = 1.0
   mtl_weight: float = 1.0
   ftl_weight: float = 1.0
-  max_columns: int = 16_384  # K: unique items of the global batch that serve as negatives
+  max_columns: int = 16_384  # K: unique items of the global batch that serve as negatives; 0 = none
   uniform_negatives: int = 0  # random items of the catalogue a step as further columns
+  negative_power: float = 0.0  # these are drawn by (positive events)^power: 0 = uniformly, 1 = by popularity
+  full_catalogue: bool = False  # instead, all items of the catalogue are columns: the full softmax
+  keep_positives: bool = False  # columns that are a user's own positives of the batch stay that user's negatives
+  bce_negatives: int = 0  # binary cross-entropy with the weight of so many negatives a positive; 0 = softmax
+  bce_calibration: float = 0.0  # t of gSASRec's calibration of the positives for the share of negatives; 0 = none
   impression_negatives: int = 0  # nearest shown events outside A_pos within L' as further negatives of L_ntl
   log_q: str = 'none'  # popularity correction of the columns: 'none', 'counts' (exact) or 'sketch' (streaming)
   sketch_width: int = 1_048_576  # counters of each of the sketch's 4 rows
   sketch_decay: float = 0.999  # a step; what the sketch has counted fades with it
   temperature: float = 0.05  # initial value of the learnable temperature
+  fixed_temperature: bool = False  # it does not learn
   action_mask: float = 0.0  # share of events whose actions are hidden and predicted (UniPinRec: 0.2); 0 = off
   action_weight: float = 1.0  # of that loss
   checkpoint_every: int = 500
@@ -126,9 +146,15 @@ class PretrainConfig:
   eval_every: int = 0  # steps between measurements on held-out users, who do not train; 0 = all users train
   eval_share: float = 0.02  # of the users, chosen by hash: the same ones in every run
   eval_batches: int = 8  # measured each time, of batch_segments held-out segments
+  # Of a log without impressions: instead of a loss on held-out users, NDCG@10 of every user's validation event is
+  # measured (data.held_out_events 2), and all users train.
+  eval_ranking: bool = False
+  patience: int = 0  # measurements without a better one after which training stops; 0 = never
   keep_last: int = 2  # newest checkpoints that stay
   keep_best: int = 0  # besides, so many with the lowest held-out loss
   use_checkpoint: str = 'newest'  # 'newest' or 'best': which one retrieval and fine-tuning use
+  ema_decay: float = 0.0  # a step, of the running average of the tower's weights, which all that follows uses; 0 = off
+  ema_tables: bool = False  # the tables are averaged too, all rows in every step: for small tables
   resume: str = ''  # directory of another pretraining run (same shapes and data) that a fresh run goes on from
   continue_from: str = ''  # workdir (or pretraining directory) of an earlier run on an earlier state of the data set
   continue_on: str = 'new'  # segments with events that run has not read, or 'all'
@@ -251,6 +277,8 @@ class EvaluateConfig:
   resample: str = 'users'  # what the intervals' bootstrap draws: 'users' (all rows of one stay together) or 'requests'
   split: str = 'test'  # 'validation' while tuning: the test split is read once, at the end
   retrieval_users: int = 2000  # users of the whole-catalogue evaluation of the pretrained tower
+  filter_seen: bool = False  # of that evaluation: a user's earlier items are not ranked, but for the target itself
+  whole_catalogue: bool = False  # also with items that training never saw, as candidates and as targets
   ks: tuple[int, ...] = (10, 50)
 
 

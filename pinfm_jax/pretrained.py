@@ -24,6 +24,7 @@ from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.manifest import MANIFEST
 from pinfm_jax.serve.quantize import as_float32, dequantise
 from pinfm_jax.stages.context import Run
+from pinfm_jax.train.checkpoint import best_step
 from pinfm_jax.train.stored_tables import StoredState
 
 
@@ -67,7 +68,7 @@ class Pretrained:
 
 
 def load_pretrained(path: str | Path, seed: int = 0, arm: str | None = None) -> Pretrained:
-  """Opens a bundle, or reads a run's newest checkpoint.
+  """Opens a bundle, or reads a run's checkpoint: that of `pretrain.use_checkpoint`, of a ranker the newest.
 
   A checkpoint's tables are read into memory; a bundle's stay mapped from disk, as they are packed.
 
@@ -100,7 +101,9 @@ def _of_run(path: Path, seed: int, arm: str | None) -> Pretrained:
     if not found:
       raise UserError(f"no arm '{arm}'; expected one of: {', '.join(known.name for known in run.experiment.arms)}")
     directory, run = run.arm_directory(seed, found[0]), run.of_arm(found[0])
-  stored, model, info = StoredState(directory / 'checkpoints'), run.model, run.dataset.info
+  best = arm is None and run.experiment.pretrain.use_checkpoint == 'best'
+  stored = StoredState(directory / 'checkpoints', best_step(directory / 'checkpoints') if best else None)
+  model, info = run.model, run.dataset.info
   if not stored.has_tables:
     raise UserError(f"{directory} is a ranker without PinFM; name an arm whose ranker.sequence is 'pinfm'")
   count = model.tables.sub_tables * model.tables.rows

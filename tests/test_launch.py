@@ -30,7 +30,7 @@ def _golden_update():
   return module
 
 
-LAUNCH_FILES = sorted(path.stem for path in _golden_update().launch_files())
+LAUNCH_FILES = {_golden_update().name(path): path for path in _golden_update().launch_files()}
 
 
 def test_a_launch_file_is_loaded_and_overridden(tmp_path):
@@ -109,21 +109,23 @@ def test_every_launch_file_has_a_golden_file_and_the_other_way_round():
   assert set(LAUNCH_FILES) == {p.stem for p in GOLDEN.glob('*.json')}
 
 
-@pytest.mark.parametrize('name', LAUNCH_FILES)
+@pytest.mark.parametrize('name', sorted(LAUNCH_FILES))
 def test_a_named_experiment_is_what_it_was(name):
-  found = json.loads(_golden_update().settings(EXPERIMENTS / f'{name}.py'))
+  found = json.loads(_golden_update().settings(LAUNCH_FILES[name]))
   expected = json.loads((GOLDEN / f'{name}.json').read_text(encoding='utf-8'))
-  hint = f'the settings of experiments/{name}.py changed; if that is meant: python tests/golden/update.py'
+  hint = f'the settings of {LAUNCH_FILES[name].name} changed; if that is meant: python tests/golden/update.py'
   assert found == expected, hint
 
 
-@pytest.mark.parametrize('name', sorted(p.stem for p in EXPERIMENTS.glob('*.py')))
-def test_a_named_experiment_says_what_it_does(name):
-  path = EXPERIMENTS / f'{name}.py'
-  text = path.read_text(encoding='utf-8')
+@pytest.mark.parametrize(
+  'path', sorted([*EXPERIMENTS.glob('*.py'), *EXPERIMENTS.glob('sequential/*.py')]), ids=lambda path: path.stem
+)
+def test_a_named_experiment_says_what_it_does(path):
+  name, text = path.relative_to(EXPERIMENTS).with_suffix(''), path.read_text(encoding='utf-8')
   for word in ('Command:', 'Hardware:', 'Time:', 'Expected:'):
     assert word in text.split('"""')[1], f'the docstring of experiments/{name}.py states no {word}'
-  command = 'pinfm run' if name in LAUNCH_FILES else 'python'
+  command = 'pinfm run' if path in LAUNCH_FILES.values() else 'python'
+  command = '--arms' if '\nbaseline = ' in text else command
   if path in _golden_update().study_files():
     command = 'pinfm clicks' if '\nclicks = ' in text else '--blocks'
   assert f'{command} experiments/{name}.py' in text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pinfm_jax.model.hashing import fold_seed, permute_words
-from pinfm_jax.train.negatives import choose_columns, excluded, liked_elsewhere, log_sum_negatives
+from pinfm_jax.train.negatives import choose_columns, excluded, liked_elsewhere, reduce_negatives
 
 TOKENS, ITEMS, USERS = 96, 30, 7
 
@@ -105,7 +105,7 @@ def test_nobody_positive():
   columns = _columns((item, user, positive & False, drawn))
   assert not np.any(columns.valid_K)
   h = jnp.ones((TOKENS, 4))
-  found = log_sum_negatives(h, jnp.asarray(user), columns, jnp.ones((TOKENS, 4)), jnp.zeros(TOKENS), jnp.float32(1))
+  found = reduce_negatives(h, jnp.asarray(user), columns, jnp.ones((TOKENS, 4)), jnp.zeros(TOKENS), jnp.float32(1))
   assert np.all(np.asarray(found) <= -1e29)
 
 
@@ -127,7 +127,7 @@ def test_the_log_sum_over_columns_and_any_chunking_of_it():
   expected = np.log(np.where(allowed, np.exp(2.0 * h @ z.T - correction), 0).sum(axis=1))
   arrays = [jnp.asarray(x, jnp.float32) for x in (h, z, correction)]
   for chunk in (0, 7, 1000):
-    found = log_sum_negatives(arrays[0], jnp.asarray(user), columns, *arrays[1:], jnp.float32(2.0), chunk)
+    found = reduce_negatives(arrays[0], jnp.asarray(user), columns, *arrays[1:], jnp.float32(2.0), chunk)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -48,7 +48,7 @@ class _Oracle:
     self._config, self._steps, self._pretrained = config, steps, pretrained
     self.params = dict(_leaves(params))
     self._moments = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in self.params.items()}
-    self.rows, self.accumulator = (np.array(x, np.float64) for x in tables)
+    self.rows, self.accumulator = (np.array(x, np.float64) for x in tables[:2])
 
   def step(self, grads, rows_grad, step):
     """`rows_grad`: row number -> gradient. Returns the norm before clipping."""

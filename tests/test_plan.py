@@ -62,6 +62,11 @@ def test_the_bytes_of_a_real_state_are_those_of_the_arithmetic():
   assert least_bytes(small) == 1000 * (8 * 2 + 4)
   plain = problem(model__tables__dtype='bfloat16', pretrain__update__table_rule='sgd')
   assert state_bytes(plain) == replace(found, accumulators=0)
+  adam = problem(pretrain__update__table_rule='adam', pretrain__ema_decay=0.9, pretrain__ema_tables=True)
+  both = state_bytes(adam)
+  assert (both.tables, both.accumulators) == (1024 * 8 * 4, 2 * 1024 * 8 * 4)
+  assert both.rest == found.rest + both.tables + both.tower  # the averages
+  assert least_bytes(adam) == 1000 * 8 * 4 * 3
 
 
 OPTIONS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pinfm_jax.train.negatives import Columns, choose_columns
-from pinfm_jax.train.popularity import DEPTH, empty_sketch, log_inclusion, sketch_frequency, update_sketch
+from pinfm_jax.train.popularity import DEPTH, Draws, empty_sketch, log_inclusion, sketch_frequency, update_sketch
 
 
 def _columns(positives, share):
@@ -23,7 +23,7 @@ def test_the_inclusion_probability_in_float64(uniforms, share):
   frequency = np.array([0.0, 1e-9, 1e-6, 1e-3, 0.2, 1.0])
   absent = 1 - share * (1 - (1 - frequency) ** 5000)
   expected = 1 - absent * (1 - 1 / 2000) ** uniforms
-  found = np.exp(log_inclusion(jnp.asarray(frequency, jnp.float32), _columns(5000, share), uniforms, 2000))
+  found = np.exp(log_inclusion(jnp.asarray(frequency, jnp.float32), _columns(5000, share), Draws(uniforms, 2000)))
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-29)
 
 
@@ -42,7 +42,7 @@ def test_the_correction_makes_the_denominator_unbiased():
       jnp.stack([drawn, drawn * 0], -1), most, seed,
     )  # fmt: skip
     k = of[columns.token_K]
-    log_q = log_inclusion(jnp.asarray(frequency, jnp.float32)[k], columns, uniforms, items)
+    log_q = log_inclusion(jnp.asarray(frequency, jnp.float32)[k], columns, Draws(uniforms, items))
     corrected = jnp.sum(jnp.where(columns.valid_K, jnp.exp(jnp.asarray(score, jnp.float32)[k] - log_q), 0))
     return corrected, jnp.sum(jnp.where(columns.valid_K, jnp.exp(jnp.asarray(score, jnp.float32)[k]), 0))
 

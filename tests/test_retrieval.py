@@ -13,7 +13,7 @@ from pinfm_jax.data.featurize import window_start
 from pinfm_jax.data.records import History
 from pinfm_jax.data.splits import pretrained_items
 from pinfm_jax.errors import UserError
-from pinfm_jax.evaluate.retrieval import RetrievalTask, evaluate_retrieval, retrieval_task
+from pinfm_jax.evaluate.retrieval import RetrievalTask, _crop, evaluate_retrieval, retrieval_task
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
 
@@ -211,3 +211,8 @@ def test_the_users_are_drawn_by_seed(toy_run):
   np.testing.assert_array_equal(a.target_Q, b.target_Q)
   assert not np.array_equal(a.histories['item'], other.histories['item'])
   np.testing.assert_array_equal(a.catalogue_V, whole.catalogue_V)  # the catalogue does not depend on the draw
+
+
+def test_histories_are_cropped_to_few_sizes():
+  assert [_crop(events, 50) for events in (0, 1, 16, 17, 32, 33, 50)] == [16, 16, 16, 32, 32, 50, 50]
+  assert _crop(3, 8) == 8

@@ -13,7 +13,7 @@ from flax.core import meta
 from pinfm_jax.config import PretrainConfig
 from pinfm_jax.data.pipeline import Requests, action_bits
 from pinfm_jax.evaluate.predict import scoring_program
-from pinfm_jax.evaluate.retrieval import catalogue_targets, evaluate_retrieval, retrieval_task
+from pinfm_jax.evaluate.retrieval import evaluate_retrieval, item_targets, retrieval_task
 from pinfm_jax.model.pinfm import EventBatch, PinFM
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.robustness.event_noise import Injection, event_pool
@@ -79,7 +79,7 @@ def next_item(toy_run):
   )['params']
   params, rows_GE = _random(shapes, 2), 50 * toy.tables(model.tables).rows_GE
   weights = {
-    'z_VO': catalogue_targets(subject.clean.catalogue_V, None, model, params, rows_GE),
+    'z_VO': item_targets(subject.clean.catalogue_V, None, model, params, rows_GE),
     'bank': bank_of(subject.clean.catalogue_V, CONFIG.bank, model, params, rows_GE, toy_run.tokens),
     'pinfm': params,
     'rows': rows_GE,

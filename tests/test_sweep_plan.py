@@ -98,9 +98,11 @@ def test_an_arm_may_not_take_a_launch_arms_name_for_other_settings(run):
 def test_finished_runs_are_not_run_again(run):
   tower = run.workdir / 'seed0' / 'pretrain'
   claim(tower, run.pretrain_settings(0))
-  write_json(tower / 'results.json', {})
+  write_json(tower / 'results.json', {f'retrieval/tower/hr@{k}': 0.1 for k in run.experiment.evaluate.ks})
   jobs = _plan(run).jobs()
   assert tower not in [job.directory for job in jobs]
+  more = replace(run, experiment=_experiment(evaluate=replace(toy.EXPERIMENT.evaluate, ks=(7,))))
+  assert tower in [job.directory for job in _plan(more).jobs()]  # measured again, for the figures that it lacks
   ranker = next(job for job in jobs if job.directory == run.workdir / 'seed0' / 'ranker_with_pinfm' / 'test')
   assert ranker.needs is None
 

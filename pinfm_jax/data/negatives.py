@@ -5,6 +5,7 @@ A catalogue of any size stays on the host; a batch carries the few ids and numbe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,11 +77,13 @@ class NegativeSource:
 
   Attributes:
     rows: U of the global batch.
-    a_row: uniform negatives that each row carries.
+    a_row: items of the catalogue that each row carries.
     seed: of the draws.
     keys: uint64 keys of the items that may be drawn.
     counts: positive events of each item, or None.
     content: content of the items, for a model that reads it, or None.
+    weights: of each item in the draws, float64; None = uniform draws.
+    whole: nothing is drawn, the rows carry the whole catalogue.
   """
 
   rows: int
@@ -89,6 +92,8 @@ class NegativeSource:
   keys: np.ndarray
   counts: ItemCounts | None
   content: ItemContent | None = None
+  weights: np.ndarray | None = None
+  whole: bool = False
 
   @classmethod
   def of(
@@ -105,19 +110,38 @@ class NegativeSource:
     Items first seen at `until_ms` or later are not drawn: training must not learn that the future is unlikely.
     """
     keys = np.zeros(0, np.uint64)
-    if config.uniform_negatives:
+    if config.uniform_negatives or config.full_catalogue:
       items = dataset.items
       keys = items['item_key'].to_numpy()
       if until_ms is not None:
         keys = keys[items['first_seen'].to_numpy() < until_ms]
-    counts = ItemCounts.of(source, action_bits) if config.log_q == 'counts' else None
-    a_row, content = config.uniform_negatives // config.batch_segments, source.tokens.items
-    return cls(config.batch_segments, a_row, seed, keys, counts, content)
+    counts, weights = None, None
+    if config.log_q == 'counts' or config.negative_power:
+      counts = ItemCounts.of(source, action_bits)
+    if config.negative_power:
+      weights = counts.frequency(key_words(keys)).astype(np.float64) ** config.negative_power
+    if config.log_q != 'counts':
+      counts = None
+    carried = len(keys) if config.full_catalogue else config.uniform_negatives
+    a_row = -(-carried // config.batch_segments)
+    content = source.tokens.items
+    return cls(config.batch_segments, a_row, seed, keys, counts, content, weights, config.full_catalogue)
 
   @property
   def catalogue(self) -> int:
     """Number of items that may be drawn; at least 1."""
     return max(1, len(self.keys))
+
+  @property
+  def power_sum(self) -> float:
+    """Sum of the items' weights, frequency^power; 1 where items are drawn uniformly."""
+    return 1.0 if self.weights is None else float(self.weights.sum())
+
+  @cached_property
+  def _ends(self) -> np.ndarray:
+    """Where each item's part of [0, 1] ends, as wide as its weight."""
+    ends = np.cumsum(self.weights)
+    return ends / ends[-1]
 
   def add(self, batches: Iterator[Batch], first_step: int, own: np.ndarray | None = None) -> Iterator[Batch]:
     """The batches of a process from a step on, with the columns added.
@@ -137,9 +161,7 @@ class NegativeSource:
   def _added(self, batch: Batch, step: int, own: np.ndarray) -> Batch:
     batch = dict(batch)
     if self.a_row:
-      bits = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, step]))
-      place = bits.integers(0, len(self.keys), (self.rows, self.a_row))[own]
-      drawn = self.keys[place]
+      drawn = self.keys[self._places(step)[own]]
       batch['negative_item'] = key_words(drawn)
       if self.content is not None:
         batch['negative_content'] = self.content.inputs(drawn.reshape(-1))['content'].reshape(*drawn.shape, -1)
@@ -148,6 +170,16 @@ class NegativeSource:
       if self.a_row:
         batch['negative_frequency'] = self.counts.frequency(batch['negative_item'])
     return batch
+
+  def _places(self, step: int) -> np.ndarray:
+    """Places in the catalogue that the rows of the global batch carry, [rows, a_row]."""
+    shape = (self.rows, self.a_row)
+    if self.whole:  # items that come twice to fill the last row are one column
+      return (np.arange(self.rows * self.a_row) % len(self.keys)).reshape(shape)
+    bits = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, step]))
+    if self.weights is None:
+      return bits.integers(0, len(self.keys), shape)
+    return np.minimum(np.searchsorted(self._ends, bits.random(shape), side='right'), len(self.keys) - 1)
 
 
 def _keys(words: np.ndarray) -> np.ndarray:

@@ -42,6 +42,7 @@ class Segments:
     length: int,
     tokens: TokenInputs = PLAIN,
     until_U: np.ndarray | None = None,
+    held_out: int = 1,
   ) -> 'Segments':
     """Cuts every user's usable events (see `usable_histories`).
 
@@ -50,7 +51,7 @@ class Segments:
     Raises:
       UserError: nothing is left.
     """
-    usable = [events for _, events in usable_histories(dataset, until_ms, until_U)]
+    usable = [events for _, events in usable_histories(dataset, until_ms, until_U, held_out)]
     rows, starts, stops = [], [], []
     for row, events in enumerate(usable):
       for stop in range(events, 1, -length):
@@ -59,7 +60,8 @@ class Segments:
         stops.append(stop)
     keep = np.array(stops, np.int64) - np.array(starts, np.int64) >= 2
     if not keep.any():
-      raise UserError(f'no user of {dataset.path} has two events before the pretraining split; lower finetune_days')
+      mend = 'lower data.finetune_days' if until_ms is not None else f'the last {held_out} of each do not train'
+      raise UserError(f'no user of {dataset.path} has two events before the pretraining split; {mend}')
     return cls(dataset, length, np.array(rows)[keep], np.array(starts)[keep], np.array(stops)[keep], tokens)
 
   def __len__(self) -> int:

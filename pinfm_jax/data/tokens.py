@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pinfm_jax.config import PinFMConfig
+from pinfm_jax.config import PinFMConfig, TableConfig
 from pinfm_jax.data.info import DatasetInfo
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.hashing import EXACT_ROWS
 
 if TYPE_CHECKING:
   from pinfm_jax.data.dataset import PreparedDataset
@@ -106,14 +107,35 @@ class TokenInputs:
       trained_until_ms: end of the training data, to tell new items apart if the model learned to read them.
 
     Raises:
-      UserError: see `check_tokens`.
+      UserError: see `check_tokens` and `check_exact_rows`.
     """
     check_tokens(model, dataset.info)
+    check_exact_rows(model.tables, dataset)
     items = ItemContent.of(dataset, trained_until_ms if model.id_mask else None) if model.content else None
     return cls(model.tower.time_gap_buckets, items)
 
 
 PLAIN = TokenInputs()
+
+
+def check_exact_rows(tables: TableConfig, dataset: 'PreparedDataset') -> None:
+  """Checks that every item of a data set has a row of its own where the tables hash nothing.
+
+  Raises:
+    UserError: ids that are text, or are too large for the rows.
+  """
+  if tables.hash_seed != EXACT_ROWS:
+    return
+  if dataset.info.id_type.item != 'integer':
+    raise UserError(
+      f'model.tables.hash_seed is {EXACT_ROWS} (exact rows), but the item ids are text; set another hash_seed'
+    )
+  largest = int(dataset.items['item_key'].max())
+  if largest >= tables.rows - 1:
+    raise UserError(
+      f'model.tables.rows is {tables.rows}, and exact rows (model.tables.hash_seed={EXACT_ROWS}) of ids up to '
+      f'{largest} need at least {largest + 2}'
+    )
 
 
 def check_tokens(model: PinFMConfig, info: DatasetInfo) -> None:

@@ -39,12 +39,14 @@ class View:
       user) then share a history. None = row u belongs to history u.
     causal: a token also sees the tokens before it in its row (appended events); False: just itself (candidates).
     bidirectional: in the context pass every event sees all events of its history, not just those before it.
+    place_UL: int32 places of the tokens of a pass, for rotary positions; broadcasts to [U, L]. None = without these.
     layout: rows are single candidates, and this makes each row's own keys and values (`dcat_forms`, for comparison).
   """
 
   mask_UL: Array
   segment_UL: Array | None = None
   user_M: Array | None = None
+  place_UL: Array | None = None
   causal: bool = flax.struct.field(pytree_node=False, default=False)
   bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
   layout: 'Layout | None' = flax.struct.field(pytree_node=False, default=None)
@@ -83,7 +85,13 @@ def visible_keys(mask_UL: Array, segment_UL: Array | None) -> Array:
   return visible_ULM[:, None]
 
 
-def attend_causal(query_ULHK: Array, kv: LayerKV, mask_UL: Array, segment_UL: Array | None = None) -> Array:
+def attend_causal(
+  query_ULHK: Array,
+  kv: LayerKV,
+  mask_UL: Array,
+  segment_UL: Array | None = None,
+  drop: Callable[[Array], Array] | None = None,
+) -> Array:
   """Causal self-attention over histories (PinFM Eq. 3); softmax in float32.
 
   Args:
@@ -91,6 +99,7 @@ def attend_causal(query_ULHK: Array, kv: LayerKV, mask_UL: Array, segment_UL: Ar
     kv: keys and values of the same positions.
     mask_UL: True on real events; padding is never attended to.
     segment_UL: int32, equal inside a segment of a packed row; segments do not attend to each other. None = one a row.
+    drop: dropout of the weights; None = none.
 
   Returns:
     [U, L, H, K]; a padded position's output is finite and meaningless.
@@ -105,6 +114,7 @@ def attend_causal(query_ULHK: Array, kv: LayerKV, mask_UL: Array, segment_UL: Ar
     scores = jnp.einsum('blk,bmk->blm', query[:, rows], key[:, keys], preferred_element_type=jnp.float32)
     scores_UHLM = scores.reshape(users, heads, *scores.shape[1:]) * (1 / math.sqrt(width))
     weights_UHLM = jax.nn.softmax(jnp.where(visible_U1LM[:, :, rows, keys], scores_UHLM, MASKED), axis=-1)
+    weights_UHLM = weights_UHLM if drop is None else drop(weights_UHLM)
     weights = weights_UHLM.astype(value.dtype).reshape(scores.shape)
     outputs.append(jnp.einsum('blm,bmk->blk', weights, value[:, keys]))
   return jnp.concatenate(outputs, axis=1).reshape(users, heads, length, width).swapaxes(1, 2)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+EXACT_ROWS = -1  # the seed that stands for no hashing
+
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive sub-tables get far-apart seeds
 
 
@@ -37,7 +39,8 @@ def hash_rows(words: Any, sub_tables: int, rows: int, seed: int = 0) -> Any:
     words: uint32 [..., 2] (see `key_words`), a NumPy or a JAX array.
     sub_tables: S.
     rows: R, rows of one sub-table.
-    seed: changes the whole family.
+    seed: changes the whole family. `EXACT_ROWS` = no hashing: ids below R - 1 are their own row, so that no two items
+      share one, and all other ids read the last row.
 
   Returns:
     int32 [..., S] rows counted over the sub-tables laid one after another: sub-table s holds s * R to (s + 1) * R.
@@ -49,6 +52,10 @@ def hash_rows(words: Any, sub_tables: int, rows: int, seed: int = 0) -> Any:
     raise ValueError(f'{sub_tables} sub-tables of {rows} rows: rows are numbered by int32, at most {2**31 - 1} in all')
   xp = jnp if isinstance(words, jax.Array) else np
   low, high = words[..., 0, None], words[..., 1, None]
+  first_S = np.arange(sub_tables, dtype=np.uint32) * np.uint32(rows)
+  if seed == EXACT_ROWS:
+    last = np.uint32(rows - 1)
+    return (xp.where((high == 0) & (low < last), low, last) + first_S).astype(xp.int32)
   salts = np.arange(1, sub_tables + 1, dtype=np.uint64) + np.uint64(seed & 0xFFFFFFFF) * np.uint64(1_000_003)
   salt_low = ((salts * np.uint64(_GOLDEN)) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
   salt_high = ((salts * np.uint64(0xC2B2AE3D)) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
@@ -56,7 +63,7 @@ def hash_rows(words: Any, sub_tables: int, rows: int, seed: int = 0) -> Any:
   b = _mix(high ^ salt_high ^ a, xp)
   a = _mix(a + b * np.uint32(_GOLDEN), xp)  # both halves now depend on both words
   row = _multiply_high(a, b, rows) if xp is jnp else _multiply_high_64(a, b, rows)
-  return (row + np.arange(sub_tables, dtype=np.uint32) * np.uint32(rows)).astype(xp.int32)
+  return (row + first_S).astype(xp.int32)
 
 
 def hash_uniform(counter: Any, seed: Any) -> jax.Array:

@@ -65,7 +65,7 @@ class HSTUBlock(nn.Module):
     gated = gate * self.norm_attention(mixed.reshape(x.shape))
     return x + self.dropout(self.out(gated), deterministic=not train), kept
 
-  def keys_values(self, x: Array) -> LayerKV:
+  def keys_values(self, x: Array, view: View) -> LayerKV:
     """Just the keys and values: all that the crossing pass needs of the context's last layer."""
     return self._project(x)[2]
 

@@ -60,12 +60,14 @@ class PointwiseMLP(nn.Module):
   hidden: int
   width: int
   dtype: jnp.dtype
+  unit: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """[..., any width] -> [..., width] of unit length, in float32."""
+    """[..., any width] -> [..., width] in float32; of unit length, unless `unit` is False."""
     x = jax.nn.gelu(dense(self.hidden, (None, 'mlp'), dtype=self.dtype)(x))
-    return l2_normalise(dense(self.width, ('mlp', None), dtype=self.dtype)(x).astype(jnp.float32))
+    x = dense(self.width, ('mlp', None), dtype=self.dtype)(x).astype(jnp.float32)
+    return l2_normalise(x) if self.unit else x
 
 
 class PinFM(nn.Module):
@@ -82,7 +84,8 @@ class PinFM(nn.Module):
     # One row an action, and a last one for actions that are not known: those of a candidate (it has no surface either),
     # and those that pretraining hides to be predicted. So pretraining with hidden actions trains the candidate's mark.
     self.action_embedding = self.param('action_embedding', normal, (self.config.num_actions + 1, item_width))
-    self.position_embedding = self.param('position_embedding', normal, (tower.max_positions, tower.width))
+    if not tower.rotary:
+      self.position_embedding = self.param('position_embedding', normal, (tower.max_positions, tower.width))
     if tower.time_gap_buckets:
       self.gap_embedding = self.param('gap_embedding', normal, (tower.time_gap_buckets, item_width))
     if self.config.content:  # no bias: an item without content is its id alone
@@ -90,10 +93,17 @@ class PinFM(nn.Module):
       self.content_projection = self.param('content_projection', normal, (self.config.content_width, item_width))
     if self.config.id_mask:
       self.masked_id = self.param('masked_id', normal, (item_width,))
-    self.phi_in = PointwiseMLP(tower.width, tower.width, dtype)
-    self.phi_out = PointwiseMLP(tower.width, tower.output_width, dtype)
-    self.psi = PointwiseMLP(tower.width, tower.output_width, dtype)
+    unit = not tower.dot_product
+    bare = l2_normalise if unit else lambda x: x
+    self.phi_in = (lambda x: x) if tower.bare_tokens else PointwiseMLP(tower.width, tower.width, dtype)
+    if tower.bare_targets:
+      self.phi_out = self.psi = lambda x: bare(x.astype(jnp.float32))
+    else:
+      self.phi_out = PointwiseMLP(tower.width, tower.output_width, dtype, unit)
+      self.psi = PointwiseMLP(tower.width, tower.output_width, dtype, unit)
     self.decoder = Decoder(tower)
+    self.embedding_dropout = nn.Dropout(tower.embedding_dropout)
+    self.token_dropout = nn.Dropout(tower.token_dropout, broadcast_dims=(-1,))
 
   def __call__(self, vectors_ULV: Array, events: EventBatch) -> tuple[Array, Array]:
     """H and z of every position: touches every parameter, so it is what `init` runs."""
@@ -145,8 +155,8 @@ class PinFM(nn.Module):
       bidirectional: events see later events of their history too, unlike in pretraining.
 
     Returns:
-      Unit-length H [U, L, O], or [U, 1, O] of the last events; and every layer's keys and values [N, U, L, H, K]
-      (L + 1 of them with `token_V`).
+      H [U, L, O], of unit length but with `dot_product`, or [U, 1, O] of the last events; and every layer's keys and
+      values [N, U, L, H, K] (L + 1 of them with `token_V`).
 
     Raises:
       ValueError: histories longer than the learned positions.
@@ -170,6 +180,8 @@ class PinFM(nn.Module):
     length = events.mask_UL.shape[1]
     x_ULD, mask_UL = self._with_token(x_ULD, events, token_V)
     output_at_U = None if every_output else last_event(events.mask_UL)
+    if train:
+      x_ULD = self.token_dropout(self.embedding_dropout(x_ULD, deterministic=False), deterministic=False)
     x_ULD = x_ULD.astype(self.config.tower.dtype)
     output_ULD, kv = self.decoder.context(x_ULD, mask_UL, train, output_at_U, events.segment_UL, bidirectional)
     return self.phi_out(output_ULD[:, :length] if every_output else output_ULD), kv
@@ -185,10 +197,11 @@ class PinFM(nn.Module):
     length = events.mask_UL.shape[1]
     if isinstance(length, int) and length > self.config.tower.max_positions:
       raise ValueError(f'histories of {length} events exceed tower.max_positions {self.config.tower.max_positions}')
-    return self.embed_tokens(vectors_ULV, events, hidden_actions_UL) + self._positions(events)
+    x_ULD = self.embed_tokens(vectors_ULV, events, hidden_actions_UL)
+    return x_ULD if self.config.tower.rotary else x_ULD + self._positions(events)
 
   def embed_tokens(self, vectors_ULV: Array, events: EventBatch, hidden_actions_UL: Array | None = None) -> Array:
-    """phi_in of events, wherever they stand: unit length, [U, L, D]."""
+    """phi_in of events, wherever they stand: [U, L, D]."""
     return self.phi_in(vectors_ULV + self._event_terms(events, hidden_actions_UL))
 
   def _with_token(self, x_ULD: Array, events: EventBatch, token_V: Array | None) -> tuple[Array, Array]:
@@ -196,7 +209,7 @@ class PinFM(nn.Module):
     if token_V is None:
       return x_ULD, events.mask_UL
     count_U = jnp.sum(events.mask_UL, axis=1)
-    token_UD = self.phi_in(token_V) + self.position_embedding[count_U]
+    token_UD = self.phi_in(token_V) + self._place(count_U)
     return insert(x_ULD, token_UD, count_U), key_mask(count_U, x_ULD.shape[1] + 1, 1)
 
   def embed_candidates(self, vectors_MCV: Array, position_M: Array, gap_MC: Array | None = None) -> Array:
@@ -204,7 +217,7 @@ class PinFM(nn.Module):
     token_MCV = vectors_MCV + self.action_embedding[-1]
     if self.config.tower.time_gap_buckets:
       token_MCV += self._gaps(gap_MC)
-    return self.phi_in(token_MCV) + self.position_embedding[position_M][:, None, :]
+    return self.phi_in(token_MCV) + self._place(position_M[:, None])
 
   def extend(
     self,
@@ -234,10 +247,10 @@ class PinFM(nn.Module):
     view = View(mask_UL, user_M=user_M)
     first_U = jnp.sum(mask_UL if user_M is None else mask_UL[user_M], axis=1)
     position_UK = first_U[:, None] + jnp.arange(events.mask_UL.shape[1])
-    x_UKD = self.phi_in(vectors_UKV + self._event_terms(events, None)) + self.position_embedding[position_UK]
+    x_UKD = self.phi_in(vectors_UKV + self._event_terms(events, None)) + self._place(position_UK)
     if token_V is not None:
       count_U = jnp.sum(events.mask_UL, axis=1)
-      token_UD = self.phi_in(token_V) + self.position_embedding[first_U + count_U]
+      token_UD = self.phi_in(token_V) + self._place(first_U + count_U)
       x_UKD = insert(x_UKD, token_UD, count_U)
     output_UKD, kv = self.decoder.extend(x_UKD.astype(self.config.tower.dtype), context, view)
     if every_output:
@@ -267,13 +280,17 @@ class PinFM(nn.Module):
       layout: one of `dcat_forms`, for rows of one candidate; None = tiles.
 
     Returns:
-      Unit-length output at each candidate's position, [M, C, O].
+      Output at each candidate's position, [M, C, O], of unit length but with `dot_product`.
     """
     position_U = jnp.sum(mask_UL, axis=1)  # the candidate's place is right behind the last real event
     position_M = position_U if user_M is None else position_U[user_M]
     x_MCD = self.embed_candidates(vectors_MCV, position_M, gap_MC).astype(self.config.tower.dtype)
     view = View(mask_UL, user_M=user_M, layout=layout)
     return self.phi_out(self.decoder.crossing(x_MCD, context, view, train))
+
+  def _place(self, place: Array) -> Array | float:
+    """Embeddings of places [...]: [..., D]; nothing where queries and keys turn instead."""
+    return 0.0 if self.config.tower.rotary else self.position_embedding[place]
 
   def _positions(self, events: EventBatch) -> Array:
     """Position embeddings of the events, counted from the start of each segment: [L, D], or [U, L, D] if packed."""
@@ -282,7 +299,7 @@ class PinFM(nn.Module):
     return self.position_embedding[segment_places(events.segment_UL)]
 
   def targets(self, vectors: Array) -> Array:
-    """z = psi(E) of items (see `items`), unit length: [..., V] -> [..., O]."""
+    """z = psi(E) of items (see `items`), of unit length but with `dot_product`: [..., V] -> [..., O]."""
     return self.psi(vectors)
 
   def _event_terms(self, events: EventBatch, hidden_actions_UL: Array | None) -> Array:

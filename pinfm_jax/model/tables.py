@@ -30,11 +30,22 @@ class Tables(NamedTuple):
 
   Attributes:
     rows_GE: float32, or bfloat16 as uint16 bits.
-    accumulator_G: float32 row-wise Adagrad accumulators; None where rows learn by plain SGD.
+    accumulator_G: float32 row-wise Adagrad accumulators; None where rows learn by another rule.
+    moments_G2E: float32 means of the rows' gradients and of their squares; None but for Adam.
   """
 
   rows_GE: Array
   accumulator_G: Array | None
+  moments_G2E: Array | None = None
+
+
+class AdamStep(NamedTuple):
+  """What Adam takes from a step, float32 scalars: the decay of both moments, and what corrects them (1 - decay^t)."""
+
+  beta1: Array
+  beta2: Array
+  correction1: Array
+  correction2: Array
 
 
 class RowPlan(NamedTuple):
@@ -175,6 +186,27 @@ def update_rows(
   moved_KE = as_float32(gather_rows(tables.rows_GE, unique_K)) + step_KE
   bits_KE = _hash_cells((unique_K + first_row).astype(jnp.uint32), jnp.arange(grad_KE.shape[1], dtype=jnp.uint32), salt)
   return Tables(tables.rows_GE.at[unique_K].set(_store(moved_KE, jnp.uint16, bits_KE), **how), accumulator_G)
+
+
+def add_rows(sums_GE: Array, unique_K: Array, grad_KE: Array) -> Array:
+  """Adds the gradients of ascending distinct rows to a table of sums; rows beyond it are dropped."""
+  return sums_GE.at[unique_K].add(grad_KE, mode='drop', indices_are_sorted=True, unique_indices=True)
+
+
+def adam_rows(tables: Tables, grad_GE: Array, learning_rate: Array | float, adam: AdamStep) -> Tables:
+  """Adam over all rows, those without a gradient too: their moments fade, and as long as they last the rows move.
+
+  Args:
+    tables: float32 rows and their moments.
+    grad_GE: the gradient of every row.
+    learning_rate: step size, schedule and ratio already applied.
+    adam: decays and corrections.
+  """
+  mean_GE = adam.beta1 * tables.moments_G2E[:, 0] + (1 - adam.beta1) * grad_GE
+  square_GE = adam.beta2 * tables.moments_G2E[:, 1] + (1 - adam.beta2) * jnp.square(grad_GE)
+  step_GE = mean_GE / adam.correction1 / (jnp.sqrt(square_GE / adam.correction2) + 1e-8)
+  rows_GE = tables.rows_GE - learning_rate * step_GE
+  return Tables(rows_GE, tables.accumulator_G, jnp.stack([mean_GE, square_GE], axis=1))
 
 
 def _distinct(sorted_K: Array) -> tuple[Array, Array]:

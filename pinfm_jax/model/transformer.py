@@ -1,20 +1,26 @@
 """The decoder M of PinFM: pre-LN blocks run as a context pass over histories or a crossing pass over candidates."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pinfm_jax.config import TowerConfig
 from pinfm_jax.model.attention import causal_attention
-from pinfm_jax.model.dcat import LayerKV, View, attend_bidirectional, attend_context, attend_rows
+from pinfm_jax.model.dcat import LayerKV, View, attend_bidirectional, attend_causal, attend_context, attend_rows
 from pinfm_jax.model.hstu import HSTUBlock
-from pinfm_jax.model.layers import dense
+from pinfm_jax.model.layers import dense, rotate
 
 Array = jax.Array
 
 
 class Block(nn.Module):
-  """One pre-LN decoder block: attention, then a GELU MLP, each with a residual."""
+  """One pre-norm decoder block: attention, then an MLP, each with a residual.
+
+  As in GPT-2 (LayerNorm, GELU), or with the parts of later decoders: RMSNorm (arXiv:1910.07467), a SwiGLU MLP
+  (arXiv:2002.05202), rotary positions (arXiv:2104.09864).
+  """
 
   config: TowerConfig
 
@@ -22,13 +28,15 @@ class Block(nn.Module):
     """Declares the layers."""
     width, dtype = self.config.width, jnp.dtype(self.config.dtype)
     residual_scale = 1 / (2 * self.config.layers)  # GPT-2: residual branches start small, by depth
-    self.norm_attention = nn.LayerNorm(dtype=dtype)
+    self.norm_attention = norm(self.config)
     self.query_key_value = dense(3 * width, ('embed', 'heads'), dtype=dtype)
     self.attention_out = dense(width, ('heads', 'embed'), residual_scale, dtype=dtype)
-    self.norm_mlp = nn.LayerNorm(dtype=dtype)
-    self.mlp_in = dense(self.config.mlp_ratio * width, ('embed', 'mlp'), dtype=dtype)
+    self.norm_mlp = norm(self.config)
+    hidden = self.config.mlp_ratio * width
+    self.mlp_in = dense(2 * hidden if self.config.swiglu else hidden, ('embed', 'mlp'), dtype=dtype)
     self.mlp_out = dense(width, ('mlp', 'embed'), residual_scale, dtype=dtype)
     self.dropout = nn.Dropout(self.config.dropout)
+    self.attention_dropout = nn.Dropout(self.config.attention_dropout)
 
   def __call__(self, x: Array, context: LayerKV | None, view: View, train: bool) -> tuple[Array, LayerKV | None]:
     """Runs the block.
@@ -42,9 +50,12 @@ class Block(nn.Module):
     Returns:
       The block's output, like x, and the keys and values to keep (None in the crossing pass).
     """
-    query, own = self._project(x)
+    query, own = self._project(x, view)
     if context is None and view.bidirectional:
       attended, kept = attend_bidirectional(query, own, view.mask_UL), own
+    elif context is None and train and self.config.attention_dropout:
+      drop = partial(self.attention_dropout, deterministic=False)
+      attended, kept = attend_causal(query, own, view.mask_UL, view.segment_UL, drop), own
     elif context is None:
       # `init` runs on tiny shapes that flash kernels refuse, and any form makes the same parameters.
       kind = 'xla' if self.is_initializing() else self.config.attention
@@ -56,18 +67,31 @@ class Block(nn.Module):
       kept = own if view.causal else None
     attended = attended.reshape(x.shape)
     x = x + self.dropout(self.attention_out(attended), deterministic=not train)
-    hidden = jax.nn.gelu(self.mlp_in(self.norm_mlp(x)))
+    hidden = self._activate(self.mlp_in(self.norm_mlp(x)))
     return x + self.dropout(self.mlp_out(hidden), deterministic=not train), kept
 
-  def keys_values(self, x: Array) -> LayerKV:
+  def keys_values(self, x: Array, view: View) -> LayerKV:
     """Just the keys and values: all that the crossing pass needs of the context's last layer (PinFM section 6)."""
-    return self._project(x)[1]
+    return self._project(x, view)[1]
 
-  def _project(self, x: Array) -> tuple[Array, LayerKV]:
+  def _activate(self, hidden: Array) -> Array:
+    if not self.config.swiglu:
+      return jax.nn.gelu(hidden)
+    gate, value = jnp.split(hidden, 2, axis=-1)
+    return jax.nn.silu(gate) * value
+
+  def _project(self, x: Array, view: View) -> tuple[Array, LayerKV]:
     heads = (self.config.heads, self.config.width // self.config.heads)
     query, key, value = jnp.split(self.query_key_value(self.norm_attention(x)), 3, axis=-1)
     query, key, value = (y.reshape(*x.shape[:-1], *heads) for y in (query, key, value))
+    if view.place_UL is not None:
+      query, key = (rotate(y, view.place_UL) for y in (query, key))  # keys are kept turned: their places never change
     return query, LayerKV(key, value)
+
+
+def norm(config: TowerConfig) -> nn.Module:
+  """The configured normalisation."""
+  return (nn.RMSNorm if config.rms_norm else nn.LayerNorm)(dtype=jnp.dtype(config.dtype))
 
 
 def block_class(config: TowerConfig, scanned: bool) -> type[nn.Module]:
@@ -103,7 +127,7 @@ class Decoder(nn.Module):
     )
     self.blocks = scanned(self.config) if self.config.layers > 1 else None
     self.last = block_class(self.config, scanned=False)(self.config)
-    self.norm = nn.LayerNorm(dtype=jnp.dtype(self.config.dtype))
+    self.norm = norm(self.config)
 
   def context(
     self,
@@ -133,13 +157,14 @@ class Decoder(nn.Module):
     """
     if segment_UL is not None and output_at_U is not None:
       raise ValueError('packed rows hold several segments: an output at one position needs one history a row')
-    view, stacked = View(mask_UL, segment_UL, bidirectional=bidirectional), None
+    place_UL = jnp.arange(x_ULD.shape[1])[None] if self.config.rotary else None
+    view, stacked = View(mask_UL, segment_UL, place_UL=place_UL, bidirectional=bidirectional), None
     if self.blocks is not None:
       x_ULD, stacked = self.blocks(x_ULD, None, view, train)
     if output_at_U is None:
       x_ULD, last = self.last(x_ULD, None, view, train)
     else:
-      last = self.last.keys_values(x_ULD)
+      last = self.last.keys_values(x_ULD, view)
       x_ULD = self._at(x_ULD, last, view, output_at_U, train)
     return self.norm(x_ULD), _append_layer(stacked, last)
 
@@ -148,7 +173,8 @@ class Decoder(nn.Module):
     place_L = jnp.arange(view.mask_UL.shape[1])
     others_UL = place_L != position_U[:, None] if view.bidirectional else place_L < position_U[:, None]
     x_U1D = jnp.take_along_axis(x_ULD, position_U[:, None, None], axis=1)
-    return self.last(x_U1D, kv, View(view.mask_UL & others_UL), train)[0]
+    place_U1 = position_U[:, None] if self.config.rotary else None
+    return self.last(x_U1D, kv, View(view.mask_UL & others_UL, place_UL=place_U1), train)[0]
 
   def extend(self, x_UCD: Array, context: LayerKV, view: View, train: bool = False) -> tuple[Array, LayerKV]:
     """The context pass of C events that follow histories whose keys and values [N, U, L, H, K] are kept.
@@ -167,10 +193,19 @@ class Decoder(nn.Module):
     self, x_MCD: Array, context: LayerKV, view: View, train: bool
   ) -> tuple[Array, LayerKV | None, LayerKV | None]:
     stacked = None
+    if self.config.rotary:
+      view = view.replace(place_UL=_places_behind(view, x_MCD.shape[1]))
     if self.blocks is not None:
       x_MCD, stacked = self.blocks(x_MCD, jax.tree.map(lambda y: y[:-1], context), view, train)
     x_MCD, last = self.last(x_MCD, jax.tree.map(lambda y: y[-1], context), view, train)
     return x_MCD, stacked, last
+
+
+def _places_behind(view: View, tokens: int) -> Array:
+  """Places of tokens that stand behind their history: all of the candidates at one, events that follow in a row."""
+  count_M1 = jnp.sum(view.mask_UL, axis=1)[:, None]
+  count_M1 = count_M1 if view.user_M is None else count_M1[view.user_M]
+  return count_M1 + jnp.arange(tokens) if view.causal else count_M1
 
 
 def _append_layer(stacked: LayerKV | None, last: LayerKV) -> LayerKV:

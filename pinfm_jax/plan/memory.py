@@ -15,10 +15,10 @@ class StateBytes:
   """Exact bytes of one device's shards."""
 
   tables: int
-  accumulators: int
+  accumulators: int  # and Adam's moments of the rows
   tower: int
   moments: int
-  rest: int  # step, key data, counters, constants
+  rest: int  # step, key data, counters, constants, averages of the weights
 
   @property
   def total(self) -> int:
@@ -35,7 +35,7 @@ def state_bytes(problem: Problem) -> StateBytes:
   """The state's bytes on one device; needs no device and allocates nothing."""
   state = abstract_state(problem, problem.abstract_mesh)
   moments = (state.opt_state.mu, state.opt_state.nu)
-  parts = [device_bytes(part) for part in (*state.tables, state.params, moments)]
+  parts = [device_bytes(part) for part in (state.tables.rows_GE, state.tables[1:], state.params, moments)]
   return StateBytes(*parts, device_bytes(state) - sum(parts))
 
 
@@ -44,7 +44,7 @@ def least_bytes(problem: Problem) -> int:
   tables, layout = problem.model.tables, problem.layout
   owners = math.prod(getattr(layout, axis) for axis in layout.table_axes)
   row = tables.width * storage_dtype(tables).itemsize
-  row += 4 if problem.task.update.config.table_rule == 'adagrad' else 0
+  row += {'adagrad': 4, 'sgd': 0, 'adam': 2 * 4 * tables.width}[problem.task.update.config.table_rule]
   return tables.sub_tables * tables.rows * row // owners
 
 

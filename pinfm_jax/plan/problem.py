@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from pinfm_jax.config import Experiment, MeshConfig, PinFMConfig
 from pinfm_jax.errors import UserError
+from pinfm_jax.model.hashing import EXACT_ROWS
 from pinfm_jax.train.popularity import empty_sketch
 from pinfm_jax.train.pretrain import PretrainTask
 from pinfm_jax.train.sharding import AXES, batch_sharding, mesh_sizes
@@ -79,7 +80,24 @@ class Problem:
   def columns(self) -> int:
     """K, columns of the losses."""
     pretrain = self.experiment.pretrain
-    return min(pretrain.max_columns, self.tokens) + pretrain.uniform_negatives
+    return min(pretrain.max_columns, self.tokens) + self.carried
+
+  @property
+  def carried(self) -> int:
+    """Items of the catalogue that a global batch carries besides its events.
+
+    Raises:
+      UserError: the full softmax over a catalogue whose size only the data tell.
+    """
+    pretrain, tables = self.experiment.pretrain, self.model.tables
+    if not pretrain.full_catalogue:
+      return pretrain.uniform_negatives
+    if tables.hash_seed != EXACT_ROWS:
+      raise UserError(
+        'pretrain.full_catalogue makes a column of every item, and how many there are only the data tell; plan with '
+        'pretrain.full_catalogue=false and pretrain.uniform_negatives of about their number'
+      )
+    return -(-tables.rows // pretrain.batch_segments) * pretrain.batch_segments
 
   @property
   def tokens(self) -> int:
@@ -105,7 +123,7 @@ def abstract_batch(problem: Problem, mesh: Mesh | AbstractMesh) -> Batch:
   They are those of `data.featurize.event_inputs`, `data.packing` and `data.negatives`.
   """
   model, config = problem.model, problem.experiment.pretrain
-  event, drawn = (config.segment_length,), (config.uniform_negatives // config.batch_segments,)
+  event, drawn = (config.segment_length,), (problem.carried // config.batch_segments,)
   columns: dict[str, tuple[tuple[int, ...], Any]] = {
     'item': ((*event, 2), jnp.uint32),
     'surface': (event, jnp.int32),
@@ -121,7 +139,7 @@ def abstract_batch(problem: Problem, mesh: Mesh | AbstractMesh) -> Batch:
     columns['content'] = ((*event, model.content_width), jnp.float16)
   if config.log_q == 'counts':
     columns['frequency'] = (event, jnp.float32)
-  if config.uniform_negatives:
+  if problem.carried:
     columns['negative_item'] = ((*drawn, 2), jnp.uint32)
     if model.content:
       columns['negative_content'] = ((*drawn, model.content_width), jnp.float16)

@@ -42,7 +42,8 @@ class Bytes:
 
   Attributes:
     tower: parameters and moments read and written, gradients written and read, kernels read in both passes.
-    rows: table rows read for the lookup, read and written by the update, and their accumulators.
+    rows: table rows read for the lookup, read and written by the update, and their accumulators; with Adam and
+      averages of the tables, all rows.
     activations: those kept for the backward pass, four times (written, read, and their gradients).
     logits: the loss's chunks, in float32.
   """
@@ -82,16 +83,19 @@ def step_bytes(problem: Problem, state: StateBytes, chip: Chip) -> Bytes:
   row = tables.width * (2 if tables.dtype == 'bfloat16' else 4)
   tokens = problem.tokens / (data * fsdp)
   size = 2 if tower.dtype == 'bfloat16' else 4
-  # A block keeps 16 or so arrays of its width, and the [L, L] weights of its heads.
-  mlp = tower.mlp_ratio if tower.backbone == 'gpt2' else 0
+  # A block keeps 16 or so arrays of its width, and the [L, L] weights of its heads; SwiGLU also its gate.
+  mlp = tower.mlp_ratio * (1.5 if tower.swiglu else 1) if tower.backbone == 'gpt2' else 0
   block = (8 + 2 * mlp) * tower.width + tower.heads * pretrain.segment_length
   kept = tokens * tower.layers * block * size
   # float32 chunks: written and read in the forward pass, in its repetition and in the backward pass.
   logits = 6.0 * tokens * problem.columns * 4
-  # 32 bytes is the least that an accumulator's read or write moves.
+  if pretrain.update.table_rule == 'adam':  # the sums of the gradients too are an array of all rows
+    rows = held * row * chip.row_traffic + 4.0 * state.tables + 2.0 * state.accumulators
+  else:  # 32 bytes is the least that an accumulator's read or write moves
+    rows = held * (3 * row * chip.row_traffic + (2 * 32 if state.accumulators else 0))
   return Bytes(
     tower=2.0 * state.moments + 6.0 * state.tower,
-    rows=held * (3 * row * chip.row_traffic + (2 * 32 if state.accumulators else 0)),
+    rows=rows + (3.0 * state.tables if pretrain.ema_tables else 0),
     activations=4.0 * kept,
     logits=logits,
   )

@@ -12,7 +12,7 @@ from pinfm_jax.data.pipeline import Requests, action_bits
 from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.ranking import HIT_K
-from pinfm_jax.evaluate.retrieval import catalogue_targets, retrieval_task
+from pinfm_jax.evaluate.retrieval import item_targets, retrieval_task
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.robustness.subjects import NextItemSubject, RankingSubject, Weights, bank_of
 from pinfm_jax.stages.context import Run
@@ -101,7 +101,7 @@ def next_item_subject(run: Run, arm: Arm, seed: int, bank: int, users: int = 0) 
   params = stored.parts('params')['params']
   rows_GE, clean = _rows(stored, model.tables), subject.clean
   weights = {
-    'z_VO': catalogue_targets(clean.catalogue_V, clean.content_VW, model, params['pinfm'], rows_GE),
+    'z_VO': item_targets(clean.catalogue_V, clean.content_VW, model, params['pinfm'], rows_GE),
     'bank': bank_of(clean.catalogue_V, bank, model, params['pinfm'], rows_GE, tokens),
     **_tower(params['pinfm'], rows_GE, params['log_temperature']),
   }

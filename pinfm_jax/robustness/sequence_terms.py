@@ -16,7 +16,7 @@ from pinfm_jax.model.dcat import MASKED
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.robustness.repair import LossTerm
 from pinfm_jax.train.negatives import positive_mask
-from pinfm_jax.train.pairs import following, info_nce, window_products
+from pinfm_jax.train.pairs import following, window_products
 
 NAMES = ('ntl', 'mtl', 'ftl')
 
@@ -81,7 +81,7 @@ def sequence_losses_each(
   logits_ULW = scale * window_products(h_ULO, histories.z_ULO, window)
   inside_ULW = following(histories.mask_UL, window, False) & histories.mask_UL[..., None]
   pair_ULW = inside_ULW & following(histories.positive_UL, window, False)
-  loss_ULW = info_nce(logits_ULW, log_bank_UL[..., None])
+  loss_ULW = _info_nce(logits_ULW, log_bank_UL[..., None])
   log_all_UL = log_bank_UL
   if config.impression_negatives:
     shown_ULW = inside_ULW & following(histories.negative_UL, window, False)
@@ -91,7 +91,7 @@ def sequence_losses_each(
   anchor_U = jnp.clip(jnp.minimum(config.downstream_length, events_U - window) - 1, 0)
   anchor_UL1 = (jnp.arange(length) == anchor_U[:, None])[..., None]
   return {
-    'ntl': _mean(info_nce(logits_ULW[..., 0], log_all_UL)[..., None], pair_ULW[..., :1]),
+    'ntl': _mean(_info_nce(logits_ULW[..., 0], log_all_UL)[..., None], pair_ULW[..., :1]),
     'mtl': _mean(loss_ULW, pair_ULW),
     'ftl': _mean(loss_ULW, pair_ULW & anchor_UL1),
   }
@@ -134,6 +134,11 @@ def shared(function: Callable[[jax.Array], dict]) -> Callable[[jax.Array], dict]
     return last[1]
 
   return once
+
+
+def _info_nce(logit: jax.Array, log_negatives: jax.Array) -> jax.Array:
+  """PinFM Eq. 2, whatever form of it the tower was pretrained with."""
+  return jnp.logaddexp(logit, log_negatives) - logit
 
 
 def _mean(loss_ULW: jax.Array, pair_ULW: jax.Array) -> jax.Array:

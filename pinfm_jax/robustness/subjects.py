@@ -19,7 +19,8 @@ from pinfm_jax.data.pipeline import Requests
 from pinfm_jax.data.records import History, HistoryChange
 from pinfm_jax.data.splits import usable_events
 from pinfm_jax.data.tokens import TokenInputs, gap_bucket
-from pinfm_jax.evaluate.retrieval import RetrievalTask, catalogue_targets, pessimistic_ranks
+from pinfm_jax.evaluate.catalogue_ranks import catalogue_ranks
+from pinfm_jax.evaluate.retrieval import RetrievalTask, item_targets
 from pinfm_jax.model.hashing import key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
 from pinfm_jax.robustness.repair import LossTerm
@@ -208,17 +209,17 @@ class NextItemSubject:
     items_ULV = apply(vectors_ULV, events.content_ULW, method='items')
     last_U = jnp.sum(events.mask_UL, axis=1) - 1
 
-    def scores(x_ULD: Array) -> Array:
+    def user(x_ULD: Array) -> Array:
       h_U1O, _ = apply(x_ULD, events, every_output=False, method='encode_embedded')
-      return jnp.where(last_U[:, None] >= 0, h_U1O[:, 0], 0) @ weights['z_VO'].T
+      return jnp.where(last_U[:, None] >= 0, h_U1O[:, 0], 0)
 
     def loss(x_ULD: Array) -> Array:
-      logits_UV = jnp.exp(-weights['log_temperature']) * scores(x_ULD)
+      logits_UV = jnp.exp(-weights['log_temperature']) * (user(x_ULD) @ weights['z_VO'].T)
       own_U = jnp.take_along_axis(logits_UV, batch['target'][:, None], axis=1)[:, 0]
       return jax.nn.logsumexp(logits_UV, axis=1) - own_U
 
     def outcome(x_ULD: Array) -> Array:
-      return pessimistic_ranks(scores(x_ULD), batch['target'])
+      return catalogue_ranks(user(x_ULD), weights['z_VO'], batch['target'], None, None)[0]
 
     x_ULD, z_ULO = apply(items_ULV, events, method='embed_events'), apply(items_ULV, method='targets')
     return _bound(self.model, weights, events, x_ULD, z_ULO, self.action_bits, loss, outcome)
@@ -234,7 +235,7 @@ def bank_of(
   """Negatives: at most `size` items of a catalogue, drawn by seed, and their targets under a tower."""
   keys_K = np.sort(np.random.default_rng(seed).permutation(keys_V)[:size])
   content_KW = tokens.items.inputs(keys_K)['content'] if tokens.items else None
-  z_KO = catalogue_targets(keys_K, content_KW, model, params, rows_GE)
+  z_KO = item_targets(keys_K, content_KW, model, params, rows_GE)
   return Bank(jnp.asarray(key_words(keys_K)), z_KO)
 
 

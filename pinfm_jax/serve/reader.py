@@ -13,7 +13,8 @@ All numbers are little-endian.
 **From an id to its key** (unsigned 64-bit). An integer -2^63 <= id < 2^63: its two's complement, id mod 2^64. A string:
 BLAKE2b with an 8-byte digest, no key, no salt, of its UTF-8 bytes; the digest read as a little-endian number.
 
-**From a key to its S rows.** All arithmetic is unsigned; u32 wraps at 2^32, u64 at 2^64.
+**From a key to its S rows.** With hash_seed -1 nothing is hashed, row[s] = s * R + min(key, R - 1). With any other, as
+below. All arithmetic is unsigned; u32 wraps at 2^32, u64 at 2^64.
 
   u32 mix(u32 h) { h ^= h >> 16; h *= 0x85EBCA6B; h ^= h >> 13; h *= 0xC2B2AE35; return h ^ (h >> 16); }
 
@@ -162,8 +163,10 @@ def id_key(value: int | str) -> int:
 def hash_rows(keys: np.ndarray, sub_tables: int, rows: int, seed: int = 0) -> np.ndarray:
   """Numbers of the rows of each key, counted over all sub-tables: uint64 [n] -> int64 [n, S]."""
   keys = np.asarray(keys, np.uint64)[:, None]
-  low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
   sub_table = np.arange(sub_tables, dtype=np.uint64)
+  if seed == -1:  # exact rows
+    return (np.minimum(keys, np.uint64(rows - 1)) + sub_table * np.uint64(rows)).astype(np.int64)
+  low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
   salt = sub_table + np.uint64(1) + np.uint64((seed & 0xFFFFFFFF) * 1_000_003)
   a = _mix(low ^ (salt * np.uint64(0x9E3779B9) & _LOW).astype(np.uint32))
   b = _mix(high ^ (salt * np.uint64(0xC2B2AE3D) & _LOW).astype(np.uint32) ^ a)

@@ -83,7 +83,7 @@ class Run:
     if self.base:
       return self.base.pretrained_items
     until_U = self.split.until_by_user(self.dataset.num_users)
-    return pretrained_items(self.dataset, self.split.pretrain_until, until_U)
+    return pretrained_items(self.dataset, self.split.pretrain_until, until_U, self.split.held_out)
 
   @cached_property
   def mesh(self) -> Mesh:
@@ -110,6 +110,11 @@ class Run:
       if own != launch:
         name += f'_{_digest(own)}'
     return self.workdir / f'seed{seed}' / name
+
+  def tower_results(self, seed: int) -> Path:
+    """Directory of the figures of a seed's tower; trained once, it may be measured on both splits if there are two."""
+    directory = self.pretrain_directory(seed)
+    return directory / self.experiment.evaluate.split if self.split.held_out > 1 else directory
 
   def arm_directory(self, seed: int, arm: Arm) -> Path:
     """Directory of a seed's fine-tuned arm."""
@@ -162,17 +167,27 @@ class Run:
         'days': [data.finetune_days, data.validation_days, data.test_days],
       }
       | {'pretrain_overlap': data.pretrain_overlap}
-      | ({} if data.pretrain_overlap_users == 'all' else {'pretrain_overlap_users': data.pretrain_overlap_users}),
+      | ({} if data.pretrain_overlap_users == 'all' else {'pretrain_overlap_users': data.pretrain_overlap_users})
+      | ({} if data.held_out_events == 1 else {'held_out_events': data.held_out_events}),
       'model': dataclasses.asdict(self.model),
       'pretrain': dataclasses.asdict(self.experiment.pretrain),
       'seed': seed,
-    }
+    } | self._ranking_settings()
+
+  def _ranking_settings(self) -> dict[str, Any]:
+    """How towers are measured, as far as it is not as it always was."""
+    evaluate = self.experiment.evaluate
+    settings = {name: True for name in ('filter_seen', 'whole_catalogue') if getattr(evaluate, name)}
+    if self.experiment.pretrain.eval_ranking:  # then it chooses the checkpoint
+      settings['retrieval_users'] = evaluate.retrieval_users
+    return {'ranking': settings} if settings else {}
 
   def finetune_settings(self, seed: int) -> dict[str, Any]:
     """Everything that fine-tuning depends on."""
     experiment, settings = self.experiment, self.pretrain_settings(seed)
     if not needs_pretraining(experiment):
       settings['pretrain'] = {'positive_actions': experiment.pretrain.positive_actions}  # of the next-token loss
+    settings.pop('ranking', None)
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
     settings |= {k: dataclasses.asdict(v) for k, v in own.items()}
     if experiment.ranker.block == InteractionConfig():  # as in work that was made when there was no other

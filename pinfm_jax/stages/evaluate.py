@@ -1,5 +1,6 @@
 """Stage `evaluate`: compares the arms over all seeds, writes results.json and results.md, prints the tables."""
 
+import statistics
 from collections.abc import Mapping
 
 from pinfm_jax.config import Arm, Experiment
@@ -7,7 +8,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.comparison import RankingComparison, compare
 from pinfm_jax.evaluate.lifts import Arms
 from pinfm_jax.evaluate.ranking import RankingPredictions, reliability
-from pinfm_jax.evaluate.tables import Table
+from pinfm_jax.evaluate.tables import Table, mean_std
 from pinfm_jax.stages.context import Run
 from pinfm_jax.workdir import claim, is_done, read_results, write_json, write_text
 
@@ -71,27 +72,52 @@ def _predictions(run: Run, seed: int, arm: Arm) -> RankingPredictions:
 
 
 def _retrieval_figures(run: Run) -> dict[str, float]:
-  """Mean over the seeds of the pretrained towers' retrieval figures."""
-  directories = [run.pretrain_directory(seed) for seed in run.experiment.seeds]
+  """Mean over the seeds of the pretrained towers' retrieval figures; of several seeds also '.../std'."""
+  directories = [run.tower_results(seed) for seed in run.experiment.seeds]
   results = [read_results(directory) for directory in directories if is_done(directory)]
-  return {name: sum(r[name] for r in results) / len(results) for name in results[0]} if results else {}
+  if not results:
+    return {}
+  values = {name: [r[name] for r in results] for name in results[0]}
+  figures = {name: sum(each) / len(each) for name, each in values.items()}
+  towers = {name: each for name, each in values.items() if '/tower/' in name and len(each) > 1}
+  return figures | {f'{name}/std': statistics.stdev(each) for name, each in towers.items()}
 
 
 def _retrieval_table(figures: Mapping[str, float], ks: tuple[int, ...]) -> Table:
   names = [f'{metric}@{k}' for k in ks for metric in ('hr', 'ndcg')] + ['mrr']
+  labels = {'tower': 'pretrained tower', 'popularity': 'popularity'}
+  note = ''
+  if 'retrieval/all/users' in figures:
+    labels |= {f'all/{row}': f'{label}, all users and items' for row, label in labels.items()}
+    users, items = (f'{figures[f"retrieval/all/{name}"]:.0f}' for name in ('users', 'catalogue'))
+    note = f' All users and items: {users} users, all {items} items of the data are ranked.'
   rows = [
-    (label, *(f'{figures[f"retrieval/{row}/{name}"]:.4f}' for name in names))
-    for row, label in (('tower', 'pretrained tower'), ('popularity', 'popularity'))
+    (label, *(_cell(figures, f'retrieval/{row}/{name}') for name in names))
+    for row, label in labels.items()
+    if f'retrieval/{row}/mrr' in figures
   ]
   note = (
     f'{figures["retrieval/users"]:.0f} users; all {figures["retrieval/catalogue"]:.0f} items seen before the split are '
     f'ranked; {100 * figures["retrieval/unseen_share"]:.1f} % of the users are left out, their next item is newer.'
+    f'{note}'
   )
   return Table('Whole-catalogue next item', ('', *(name.upper() for name in names)), tuple(rows), note)
 
 
+def _cell(figures: Mapping[str, float], name: str) -> str:
+  return mean_std(figures[name], figures.get(f'{name}/std', float('nan')))
+
+
+def held_out_part(experiment: Experiment) -> str:
+  """What the towers of a log without impressions are measured on, in words."""
+  if experiment.data.held_out_events == 1:
+    return "each user's last event held out"
+  split = experiment.evaluate.split
+  return f"{split} split: each user's {'last' if split == 'test' else 'second last'} event"
+
+
 def _about(run: Run) -> str:
   info = run.dataset.info
-  part = f'{run.experiment.evaluate.split} split' if run.experiment.arms else "each user's last event held out"
+  part = f'{run.experiment.evaluate.split} split' if run.experiment.arms else held_out_part(run.experiment)
   licence = f' Terms of the data: {info.licence}.' if info.licence else ''
   return f'Data: {info.source}; {part}; {len(run.experiment.seeds)} seed(s).{licence}'

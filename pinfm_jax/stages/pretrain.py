@@ -1,17 +1,21 @@
 """Stage `pretrain`: one tower a seed, measured by whole-catalogue retrieval."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 
 from pinfm_jax.data.pipeline import action_bits
 from pinfm_jax.data.tokens import TokenInputs
-from pinfm_jax.evaluate.retrieval import evaluate_retrieval, retrieval_task
+from pinfm_jax.errors import UserError
+from pinfm_jax.evaluate.retrieval import Retrieval, RetrievalProtocol, retrieval_task
 from pinfm_jax.serve.warm_start import open_start
 from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.distributed import on_first
+from pinfm_jax.train.loop import Evaluate
 from pinfm_jax.train.pretrain import pretrain
-from pinfm_jax.workdir import claim, has_work, is_done, write_json
+from pinfm_jax.train.step import TrainState, evaluated
+from pinfm_jax.workdir import RESULTS, claim, has_work, is_done, read_results, write_json
 
 
 def pretrain_stage(run: Run) -> None:
@@ -41,30 +45,73 @@ def needed_towers(run: Run) -> list[Run]:
 def _finished(run: Run, seed: int) -> bool:
   directory = run.pretrain_directory(seed)
   claim(directory, run.pretrain_settings(seed), has_work(directory))
+  return is_measured(run, seed)
+
+
+def is_measured(run: Run, seed: int) -> bool:
+  """Whether a seed's tower has all figures that are asked for; if it has others alone, they are dropped."""
+  directory = run.tower_results(seed)
+  figures = [f'retrieval/tower/hr@{k}' for k in run.experiment.evaluate.ks]
+  if is_done(directory) and not read_results(directory).keys() >= set(figures):
+    (directory / RESULTS).unlink()  # measuring again needs no training
   return is_done(directory)
 
 
 def _pretrain(run: Run, seed: int) -> None:
-  config, evaluate, directory = run.experiment.pretrain, run.experiment.evaluate, run.pretrain_directory(seed)
-  until, start = run.split.pretrain_until, None
+  config, split, evaluate = run.experiment.pretrain, run.split, run.experiment.evaluate
+  start = None
   if config.start_from:
     start = open_start(config.start_from, 'pretrain.start_from', run.model.tables, run.dataset.info)
-  until_U = run.split.until_by_user(run.dataset.num_users)
   state = pretrain(
-    run.dataset, until, run.model, config, run.mesh, directory, seed, run.experiment.mesh, run.profile, start, until_U
-  )
+    run.dataset, split.pretrain_until, run.model, config, run.mesh, run.pretrain_directory(seed), seed,
+    run.experiment.mesh, run.profile, start, split.until_by_user(run.dataset.num_users), split.held_out, _ranking(run),
+  )  # fmt: skip
+  state, measure = evaluated(state), retrieval_of(run, evaluate.split, evaluate.ks)
+  with jax.set_mesh(run.mesh):
+    figures = measure(state.params['pinfm'], state.tables.rows_GE)
+  results = {f'retrieval/{name}': value for name, value in figures.items()}
+  on_first('pretrain: results', partial(_write, run.tower_results(seed), results))
+
+
+def _write(directory: Path, results: dict[str, float]) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  write_json(directory / RESULTS, results)
+
+
+def retrieval_of(run: Run, split: str, ks: tuple[int, ...]) -> Retrieval:
+  """The whole-catalogue evaluation of a run's towers on a split."""
+  experiment, evaluate = run.experiment, run.experiment.evaluate
+  events_back = run.split.events_back(split)
   task = retrieval_task(
     run.dataset,
-    until,
-    config.downstream_length,
-    run.experiment.finetune.history_block,
+    run.split.pretrain_until,
+    experiment.pretrain.downstream_length,
+    experiment.finetune.history_block,
     action_bits((run.base or run).experiment.pretrain, run.dataset.info.actions),  # all arms are asked for the same
     evaluate.retrieval_users,
     tokens=TokenInputs.of(run.model, run.dataset),
+    protocol=RetrievalProtocol(run.split.held_out, events_back, evaluate.filter_seen, evaluate.whole_catalogue),
   )
-  with jax.set_mesh(run.mesh):
-    figures = evaluate_retrieval(
-      task, run.model, state.params['pinfm'], state.tables.rows_GE, evaluate.ks, layout=run.experiment.mesh
+  return Retrieval(task, run.model, ks, layout=experiment.mesh)
+
+
+def _ranking(run: Run) -> Evaluate | None:
+  """Measures a state on the validation events, for the choice of the checkpoint; None where a loss is measured.
+
+  Raises:
+    UserError: the log has no such events.
+  """
+  if not run.experiment.pretrain.eval_ranking:
+    return None
+  if run.split.pretrain_until is not None:
+    raise UserError(
+      'pretrain.eval_ranking ranks the event before the last of each history, but this log has impressions and is '
+      'split by time; set pretrain.eval_ranking=false'
     )
-  results = {f'retrieval/{name}': value for name, value in figures.items()}
-  on_first('pretrain: results', lambda: write_json(directory / 'results.json', results))
+  measure = retrieval_of(run, 'validation', (10,))
+
+  def rank(state: TrainState) -> dict[str, float]:
+    figures = measure(state.params['pinfm'], state.tables.rows_GE)
+    return {name: figures[f'tower/{name}'] for name in ('hr@10', 'ndcg@10', 'mrr')}
+
+  return rank

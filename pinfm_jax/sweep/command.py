@@ -58,7 +58,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
     if axis.key in settings:
       raise UserError(f'{axis.key} is given by --set and by --grid; drop one')
   name = arguments.name or _name(
-    arguments.arms, [axis.key for axis in axes], arguments.split if experiment.arms else 'test'
+    arguments.arms,
+    [axis.key for axis in axes],
+    arguments.split if experiment.arms or experiment.data.held_out_events > 1 else 'test',
   )
   if not name or name.startswith('.') or '/' in name:
     raise UserError(f"--name got '{name}'; expected the name of a folder")

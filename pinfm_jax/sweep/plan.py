@@ -10,6 +10,7 @@ from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.stages.context import Run, needs_pretraining
+from pinfm_jax.stages.pretrain import is_measured
 from pinfm_jax.sweep.grid import settings_text
 from pinfm_jax.sweep.jobs import Job
 from pinfm_jax.workdir import claim, has_work, is_done
@@ -97,7 +98,7 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
       if towers_alone or needs_pretraining(own.experiment):
         tower = own.pretrain_directory(seed)
         if tower not in towers:
-          towers[tower] = _tower(own, arm, seed, alone, tower, logs, towers_alone)
+          towers[tower] = _tower(own, arm, seed, alone, logs, towers_alone)
       if not towers_alone:
         trained, directory = run.arm_directory(seed, home), run.measured_directory(seed, home)
         job = Job(f'{arm.name}, seed {seed}', 'finetune', alone, directory, _log(logs, trained), tower)
@@ -124,9 +125,8 @@ def _homes(experiment: Experiment, launch_arms: Sequence[Arm]) -> Mapping[str, A
   return homes
 
 
-def _tower(
-  own: Run, arm: Arm, seed: int, alone: Experiment, directory: Path, logs: Path, towers_alone: bool
-) -> Trained:
+def _tower(own: Run, arm: Arm, seed: int, alone: Experiment, logs: Path, towers_alone: bool) -> Trained:
+  directory, results = own.pretrain_directory(seed), own.tower_results(seed)
   launch = own.base.experiment
   changed = {
     key: value
@@ -136,9 +136,10 @@ def _tower(
   is_own = directory.name == 'pretrain'
   settings = '' if is_own else settings_text(changed)
   name = arm.name if towers_alone else settings or "the launch file's"
-  job = Job(f'pretraining ({name}), seed {seed}', 'pretrain', alone, directory, _log(logs, directory))
+  job = Job(f'pretraining ({name}), seed {seed}', 'pretrain', alone, results, _log(logs, directory))
   _check_stands(directory, own.pretrain_settings(seed))
-  return Trained('tower', name, settings, seed, directory, replace(job, towers_alone=towers_alone))
+  is_measured(own, seed)  # drops results that lack figures
+  return Trained('tower', name, settings, seed, results, replace(job, towers_alone=towers_alone))
 
 
 def _check_stands(directory: Path, settings: Mapping) -> None:

@@ -12,7 +12,7 @@ from pinfm_jax.config import Experiment
 from pinfm_jax.evaluate.comparison import RankingComparison
 from pinfm_jax.evaluate.ranking import RankingPredictions, figure_name, ranking_metrics
 from pinfm_jax.evaluate.tables import Table, mean_std
-from pinfm_jax.stages.evaluate import compare_arms
+from pinfm_jax.stages.evaluate import compare_arms, held_out_part
 from pinfm_jax.sweep.jobs import FINISHED, Outcome
 from pinfm_jax.sweep.plan import Plan, Trained
 from pinfm_jax.workdir import is_done, read_results, write_json, write_text
@@ -145,23 +145,39 @@ def _run_figures(one: Trained, experiment: Experiment) -> dict[str, float]:
   return {name: metrics[name] for name in names}
 
 
+_HOLDOUTS = {'': '', 'all/': ', all users and items'}  # prefix of the figures -> the rows' addition
+
+
 def _towers(plan: Plan, ks: Sequence[int]) -> tuple[Table | None, dict[str, float]]:
-  names = [f'{metric}@{k}' for k in ks for metric in ('hr', 'ndcg')] + ['mrr']
+  metrics = [f'{metric}@{k}' for k in ks for metric in ('hr', 'ndcg')] + ['mrr']
   rows, figures, note = [], {}, ''
   for name, runs in plan.of('tower').items():
     results = [read_results(one.directory) for one in runs if is_done(one.directory)]
     if not results:
       continue
+    holdouts = {prefix: label for prefix, label in _HOLDOUTS.items() if f'retrieval/{prefix}tower/mrr' in results[0]}
     if not rows:
-      popularity = [_over(results, f'retrieval/popularity/{metric}') for metric in names]
-      rows.append(('popularity', '', *(mean_std(mean, float('nan')) for mean, _ in popularity)))
-      note = f'{results[0]["retrieval/users"]:.0f} users; all {results[0]["retrieval/catalogue"]:.0f} items are ranked.'
-    values = {metric: _over(results, f'retrieval/tower/{metric}') for metric in names}
-    rows.append((name, str(len(results)), *(mean_std(*value) for value in values.values())))
-    for metric, (mean, std) in values.items():
-      figures |= {f'tower/{name}/{metric}/mean': mean} | ({f'tower/{name}/{metric}/std': std} if std == std else {})
-  header = ('', 'seeds', *(name.upper() for name in names))
+      note = _towers_note(results[0])
+      for prefix, label in holdouts.items():
+        popularity = [results[0][f'retrieval/{prefix}popularity/{metric}'] for metric in metrics]
+        rows.append((f'popularity{label}', '', *(mean_std(value, float('nan')) for value in popularity)))
+    for prefix, label in holdouts.items():
+      values = {metric: _over(results, f'retrieval/{prefix}tower/{metric}') for metric in metrics}
+      rows.append((f'{name}{label}', str(len(results)), *(mean_std(*value) for value in values.values())))
+      for metric, (mean, std) in values.items():
+        key = f'{prefix}tower/{name}/{metric}'
+        figures |= {f'{key}/mean': mean} | ({f'{key}/std': std} if std == std else {})
+  header = ('', 'seeds', *(metric.upper() for metric in metrics))
   return (Table('Whole-catalogue next item of the towers', header, tuple(rows), note) if rows else None), figures
+
+
+def _towers_note(results: Mapping[str, float]) -> str:
+  users, catalogue = (f'{results[f"retrieval/{name}"]:.0f}' for name in ('users', 'catalogue'))
+  note = f'{users} users; all {catalogue} items are ranked.'
+  if 'retrieval/all/users' not in results:
+    return note
+  users, catalogue = (f'{results[f"retrieval/all/{name}"]:.0f}' for name in ('users', 'catalogue'))
+  return f'Users whose next item was seen in training: {note} The others too: {users} users, {catalogue} items.'
 
 
 def _over(results: Sequence[Mapping[str, float]], name: str) -> tuple[float, float]:
@@ -172,7 +188,7 @@ def _over(results: Sequence[Mapping[str, float]], name: str) -> tuple[float, flo
 def _about(plan: Plan, about: str, seeds: Sequence[int]) -> str:
   experiment, info = plan.run.experiment, plan.dataset.info
   if plan.towers_alone:
-    part = "each user's last event held out"
+    part = held_out_part(experiment)
   else:
     part = f'measured on the {experiment.evaluate.split} split'
     if experiment.evaluate.split == 'validation':

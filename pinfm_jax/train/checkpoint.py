@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,21 @@ class Checkpoints:
         )
 
 
+def best_step(directory: Path) -> int | None:
+  """Step of the best checkpoint in a directory that another run may be writing to; None if none was measured."""
+  if not directory.is_dir():
+    return None
+  with closing(Checkpoints(directory, read_only=True)) as checkpoints:
+    return checkpoints.best_step
+
+
 def unseen_in_shapes(model: PinFMConfig) -> dict[str, Any]:
   """Settings that change what arrays mean and not their shapes; a part of a checkpoint's position."""
   tables, tower = model.tables, model.tower
+  options = ['dot_product'] if tower.dot_product else []
   return {
     'hash': [tables.sub_tables, tables.rows, tables.hash_seed],
-    'tower': [tower.backbone, tower.heads, tower.max_positions],
+    'tower': [tower.backbone, tower.heads, tower.max_positions, *options],
   }
 
 
@@ -217,10 +227,12 @@ def plain(state: TrainState) -> dict[str, Any]:
     'opt_state': {'count': state.opt_state.count, 'mu': state.opt_state.mu, 'nu': state.opt_state.nu},
   }
   if tables is not None:
-    nested['tables'] = {'rows': tables.rows_GE, 'accumulator': tables.accumulator_G}
+    nested['tables'] = {'rows': tables.rows_GE, 'accumulator': tables.accumulator_G, 'moments': tables.moments_G2E}
     nested['tables'] = {name: array for name, array in nested['tables'].items() if array is not None}
   if state.constants is not None:
     nested['constants'] = {field: getattr(state.constants, field) for field in state.constants.__dataclass_fields__}
+  if state.average is not None:
+    nested['average'] = state.average
   return nested
 
 
@@ -228,11 +240,12 @@ def rebuilt(like: TrainState, nested: dict[str, Any]) -> TrainState:
   """The inverse of `plain`, for a state of the same kind."""
   tables, constants = like.tables, like.constants
   if tables is not None:
-    tables = type(tables)(nested['tables']['rows'], nested['tables'].get('accumulator'))
+    tables = type(tables)(*(nested['tables'].get(name) for name in ('rows', 'accumulator', 'moments')))
   if constants is not None:
     constants = type(constants)(**nested['constants'])
   opt_state = type(like.opt_state)(**nested['opt_state'])
-  return TrainState(nested['step'], nested['rng'], nested['params'], opt_state, tables, constants)
+  average = nested.get('average')
+  return TrainState(nested['step'], nested['rng'], nested['params'], opt_state, tables, constants, average)
 
 
 def _policy(keep: Keep) -> Any:

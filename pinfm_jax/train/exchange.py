@@ -12,7 +12,7 @@ The number of rounds changes no row's sum, only the order in which the squares o
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,11 @@ from jax.sharding import PartitionSpec as P
 
 from pinfm_jax.config import TableConfig
 from pinfm_jax.model.tables import (
+  AdamStep,
   RowPlan,
   Tables,
+  adam_rows,
+  add_rows,
   as_float32,
   gather_rows,
   item_vectors,
@@ -138,9 +141,11 @@ class Exchange:
 
   def update(
     self, tables: Tables, plan: ExchangePlan, grad_KE: Array, summed: SummedGradients, clip: Array,
-    learning_rate: Array, salt: Array,
+    learning_rate: Array, salt: Array, adam: AdamStep | None = None,
   ) -> Tables:  # fmt: skip
     """Updates the rows at their owners (`model.tables.update_rows`), in place when the tables are donated.
+
+    With `adam`, the gradients of all rounds are first added in an array of the table's size; then all rows move.
 
     Args:
       tables: rows and accumulators.
@@ -150,27 +155,34 @@ class Exchange:
       clip: factor of all gradients.
       learning_rate: step size.
       salt: uint32 scalar, see `update_rows`.
+      adam: see `adam_rows`; None = the other rules.
     """
 
     def local(
       tables: Tables, unique_K: Array, grad_KE: Array, rounds: Array, first: SummedGradients, clip: Array,
-      learning_rate: Array, salt: Array,
+      learning_rate: Array, salt: Array, adam: AdamStep | None,
     ) -> Tables:  # fmt: skip
       first_row = jax.lax.axis_index(self.axes) * self._own_rows
-      tables = update_rows(tables, first.row_K, first.grad_KE * clip, learning_rate, salt, first_row)
-      if self._alone:
-        return tables
 
-      def one(state: tuple[Array, Tables]) -> tuple[Array, Tables]:
-        number, tables = state
-        row_K, sums_KE = self._collect(unique_K, grad_KE, number, rounds)
-        return number + 1, update_rows(tables, row_K, sums_KE * clip, learning_rate, salt, first_row)
+      def take(held: Any, row_K: Array, sums_KE: Array) -> Any:
+        if adam is not None:
+          return add_rows(held, row_K, sums_KE * clip)
+        return update_rows(held, row_K, sums_KE * clip, learning_rate, salt, first_row)
 
-      return jax.lax.while_loop(lambda state: state[0] < rounds, one, (jnp.int32(1), tables))[1]
+      def one(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        number, held = state
+        return number + 1, take(held, *self._collect(unique_K, grad_KE, number, rounds))
+
+      held = take(tables if adam is None else jnp.zeros_like(tables.rows_GE), first.row_K, first.grad_KE)
+      if not self._alone:
+        # The first sums are of round 0 (see `sum_gradients`).
+        held = jax.lax.while_loop(lambda state: state[0] < rounds, one, (jnp.int32(1), held))[1]
+      return held if adam is None else adam_rows(tables, held, learning_rate, adam)
 
     own = jax.tree.map(lambda _: P(self.axes), tables)
-    specs = (own, P(AXES), P(AXES), P(), SummedGradients(P(AXES), P(AXES), P()), P(), P(), P())
-    arguments = (tables, plan.rows.unique_K, grad_KE, plan.rounds, summed, clip, learning_rate, salt)
+    scalars = jax.tree.map(lambda _: P(), (clip, learning_rate, salt, adam))
+    specs = (own, P(AXES), P(AXES), P(), SummedGradients(P(AXES), P(AXES), P()), *scalars)
+    arguments = (tables, plan.rows.unique_K, grad_KE, plan.rounds, summed, clip, learning_rate, salt, adam)
     return _shard_map(local, specs, own)(*arguments)
 
   def traffic(self, plan: ExchangePlan) -> dict[str, Array]:

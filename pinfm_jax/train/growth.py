@@ -137,7 +137,7 @@ def check_growth(old: PinFMConfig, new: PinFMConfig) -> None:
     *((name, getattr(old, name), getattr(new, name)) for name in ('content', 'content_width')),
     *(
       (f'tower.{name}', getattr(old.tower, name), getattr(new.tower, name))
-      for name in ('backbone', 'heads', 'time_gap_buckets')
+      for name in ('backbone', 'heads', 'time_gap_buckets', 'dot_product')
     ),
   ):
     if before != now:

@@ -17,13 +17,13 @@ from pinfm_jax.config import MeshConfig, TableConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.tables import Tables
 from pinfm_jax.train.checkpoint import Checkpoints, Keep, plain
-from pinfm_jax.train.distributed import is_first
+from pinfm_jax.train.distributed import is_first, on_first
 from pinfm_jax.train.metrics_log import MetricsLog
 from pinfm_jax.train.prefetch import Prefetch
 from pinfm_jax.train.profiling import Tracer, Window
 from pinfm_jax.train.restore import Start, fresh_state, starting_state
 from pinfm_jax.train.sharding import put_batch
-from pinfm_jax.train.step import Task, TrainState, fitted_layout, make_step
+from pinfm_jax.train.step import Task, TrainState, evaluated, fitted_layout, make_step
 
 Evaluate = Callable[[TrainState], dict[str, float]]
 
@@ -43,6 +43,8 @@ class LoopConfig:
     eval_every: steps between measurements by `evaluate`, which also runs before every checkpoint.
     keep: which checkpoints stay.
     use_checkpoint: 'newest' or 'best': the state that the run returns in the end.
+    best_by: the measured figure by which a state is better; with '-' in front, a higher one is.
+    patience: measurements without a better one after which the run ends; 0 = it goes on.
     resume: directory of another run to go on from.
     profile: steps to trace.
     layout: how the tables lie over the mesh.
@@ -58,9 +60,15 @@ class LoopConfig:
   eval_every: int = 0
   keep: Keep = Keep()
   use_checkpoint: str = 'newest'
+  best_by: str = 'loss'
+  patience: int = 0
   resume: str = ''
   profile: Window | None = None
   layout: MeshConfig = MeshConfig()
+
+  def score(self, figures: dict[str, float]) -> float:
+    """What is lower the better a measured state is."""
+    return -figures[self.best_by[1:]] if self.best_by.startswith('-') else figures[self.best_by]
 
 
 def train(
@@ -83,7 +91,7 @@ def train(
     batches: first step -> this process's rows of the batches from that step on.
     constants: goes into the state as it is.
     warm_start: what a fresh run starts from; None = scratch.
-    evaluate: measures a state on held-out users.
+    evaluate: measures a state, with averaged weights if it has them, on what does not train.
 
   Returns:
     The state of `config.use_checkpoint`, which is also on disk.
@@ -107,7 +115,7 @@ def train(
     run = _Training(task, mesh, directory, config, batches, checkpoints, evaluate)
     state = run.to_the_end(state)
     best = checkpoints.best_step
-    if config.use_checkpoint == 'best' and best not in (None, config.steps):
+    if config.use_checkpoint == 'best' and best not in (None, int(state.step)):
       del state  # its memory is needed for the one that is read
       _, abstract = fresh_state(task, mesh, config.seed, constants, config.layout)
       state = checkpoints.restore(abstract, config.position, best)
@@ -139,6 +147,7 @@ class _Training:
   ):
     self._task, self._mesh, self._directory, self._config = task, mesh, directory, config
     self._batches, self._checkpoints, self._evaluate = batches, checkpoints, evaluate
+    self._scores: list[float] = []  # of all measurements, earlier attempts' too
 
   def to_the_end(self, state: TrainState) -> TrainState:
     """Runs the steps that are left."""
@@ -148,6 +157,8 @@ class _Training:
         self._checkpoints.save(state, config.position)
       return state
     log = MetricsLog(self._directory, config.label, config.steps, config.examples, config.log_every, first)
+    if config.patience:
+      self._scores = on_first(f'{config.label}: measurements', log.measured_before)
     try:
       state = self._steps(state, first, log)
     except BaseException:
@@ -164,7 +175,7 @@ class _Training:
     tracer = Tracer(config.profile if is_first() else None, self._directory, config.label, steps)
     pending = run_step = None
     with closing(stream), closing(tracer):
-      for step in steps:
+      for step in () if self._exhausted else steps:
         begin = time.monotonic()
         batch = next(stream)
         log.waited(time.monotonic() - begin)
@@ -179,7 +190,16 @@ class _Training:
           log.read(*pending)  # a non-finite loss stops here, before it is saved
           pending = None
           self._measure_and_save(state, step, log)
+          if self._exhausted:
+            log.note(f'no better in {config.patience} measurements: stops at step {step}')
+            break
     return state
+
+  @property
+  def _exhausted(self) -> bool:
+    """Whether the last `patience` measurements were no better than the best before them."""
+    patience = self._config.patience
+    return 0 < patience < len(self._scores) and min(self._scores[-patience:]) >= min(self._scores[:-patience])
 
   def _saves(self, step: int) -> bool:
     return step % self._config.checkpoint_every == 0 or step == self._config.steps
@@ -190,16 +210,17 @@ class _Training:
 
   def _measure_and_save(self, state: TrainState, step: int, log: MetricsLog) -> None:
     held_out = None
-    broken = non_finite(state) if self._saves(step) else None
+    broken = non_finite(state) if self._saves(step) or self._config.patience else None  # which may end and save here
     if broken:
       log.refuse(step, broken)
     if self._evaluate is not None:
       begin = time.monotonic()
-      figures = self._evaluate(state)
-      log.measured(step, figures)
+      figures = self._evaluate(evaluated(state))
+      held_out = self._config.score(figures)
+      log.measured(step, figures, held_out)
       log.paused(time.monotonic() - begin)
-      held_out = figures['loss']
-    if self._saves(step):
+      self._scores.append(held_out)
+    if self._saves(step) or self._exhausted:
       self._checkpoints.save(state, self._config.position, held_out)
       log.saved(step)
 

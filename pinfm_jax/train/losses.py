@@ -1,8 +1,8 @@
 """PinFM's sequence losses: next-token, multi-token and future-token InfoNCE over shared in-batch negatives (section 3).
 
 All three losses share their negatives: an anchor's negatives depend on its user and not on its target. So the
-log-sum-exp over negatives is computed once an anchor, in chunks that are recomputed in the backward pass, and a
-(anchor, target) pair costs one inner product. No [tokens x tokens] array exists.
+log-sum-exp over negatives (or the sum of a binary cross-entropy) is computed once an anchor, in chunks that are
+recomputed in the backward pass, and a (anchor, target) pair costs one inner product. No [tokens x tokens] array exists.
 
 The losses are those of the global batch on any mesh. Every device computes the anchors of its own rows, and shares
 them with the devices of its `model` group; what crosses devices is ids, users and flags of all events, the columns'
@@ -19,9 +19,16 @@ from jax.sharding import PartitionSpec as P
 from pinfm_jax.config import PretrainConfig
 from pinfm_jax.model.hashing import fold_seed
 from pinfm_jax.model.pinfm import EventBatch
-from pinfm_jax.train.negatives import Columns, choose_columns, liked_elsewhere, log_sum_negatives, positive_mask
+from pinfm_jax.train.negatives import (
+  Columns,
+  Reduction,
+  choose_columns,
+  liked_elsewhere,
+  positive_mask,
+  reduce_negatives,
+)
 from pinfm_jax.train.pairs import Anchors, pair_sums
-from pinfm_jax.train.popularity import log_inclusion
+from pinfm_jax.train.popularity import Draws, log_inclusion
 from pinfm_jax.train.sharding import AXES, BATCH_AXES, everywhere
 
 Array = jax.Array
@@ -37,7 +44,8 @@ class Extra(NamedTuple):
     z_UNO: their targets z.
     frequency_UL: each event's item's share of all positive events (log_q).
     frequency_UN: the same of the uniform negatives.
-    catalogue: number of items that uniform negatives are drawn from.
+    catalogue: number of items that negatives are drawn from.
+    power_sum: sum over these of frequency^negative_power.
   """
 
   item_UN2: Array | None = None
@@ -45,6 +53,7 @@ class Extra(NamedTuple):
   frequency_UL: Array | None = None
   frequency_UN: Array | None = None
   catalogue: int = 1
+  power_sum: float = 1.0
 
 
 class _Rows(NamedTuple):
@@ -97,20 +106,20 @@ def sequence_losses(
   segment_UL = jnp.zeros((users, length), jnp.int32) if events.segment_UL is None else events.segment_UL
   anchors = Anchors(h_ULO, z_ULO, events.mask_UL, positive_UL, segment_UL, index_U, shown_UL)
   rows = _Rows(anchors, events.user_UL, z_UNO, extra.frequency_UL, extra.frequency_UN)
+  draws = Draws(users * item_UN2.shape[1], extra.catalogue, config.negative_power, extra.power_sum)
 
   def on_a_device(rows: _Rows, columns: Columns, scale: Array, seed: Array) -> dict[str, Array]:
     columns_KO, frequency_K = _column_values(rows, columns)
-    correction_K = jnp.zeros(columns.valid_K.shape)
-    if frequency_K is not None:
-      correction_K = log_inclusion(frequency_K, columns, item_UN2.shape[0] * item_UN2.shape[1], extra.catalogue)
+    none_K = jnp.zeros(columns.valid_K.shape)
+    correction_K = none_K if frequency_K is None else log_inclusion(frequency_K, columns, draws)
     # Cast once, before the chunks: the cast's transpose is the sum of their gradients over devices, else one a chunk.
     shared = jax.lax.pcast((columns_KO, correction_K, scale), BATCH_AXES, to='varying')
-    log_negatives_UL = _log_negatives(rows, columns, *shared, mesh.shape['model'])
-    sums = pair_sums(rows.anchors, log_negatives_UL, shared[-1], config, seed)
+    negatives_UL = _reduced(rows, columns, *shared, mesh.shape['model'], config)
+    sums = pair_sums(rows.anchors, negatives_UL, shared[-1], config, seed, extra.catalogue)
     sums = {name: jax.lax.psum(value, BATCH_AXES) for name, value in sums.items()}
     return {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
 
-  scale = jnp.exp(-log_temperature)
+  scale = jnp.exp(-(jax.lax.stop_gradient(log_temperature) if config.fixed_temperature else log_temperature))
   by_rows = jax.shard_map(on_a_device, mesh=mesh, in_specs=(P(BATCH_AXES), P(), P(), P()), out_specs=P())
   losses = by_rows(rows, columns, scale, fold_seed(seed, _PAIRS))
   weights = {'ntl': config.ntl_weight, 'mtl': config.mtl_weight, 'ftl': config.ftl_weight}
@@ -165,21 +174,29 @@ def _column_values(rows: _Rows, columns: Columns) -> tuple[Array, Array | None]:
   return columns_KO, collect(rows.frequency_UL, none_UN if rows.frequency_UN is None else rows.frequency_UN)
 
 
-def _log_negatives(
-  rows: _Rows, columns: Columns, columns_KO: Array, correction_K: Array, scale: Array, model: int
+def _reduced(
+  rows: _Rows,
+  columns: Columns,
+  columns_KO: Array,
+  correction_K: Array,
+  scale: Array,
+  model: int,
+  config: PretrainConfig,
 ) -> Array:
-  """`log_sum_negatives` of the device's rows, [U, L]; the devices of a `model` group take a share each."""
+  """`reduce_negatives` of the device's rows, [U, L]; the devices of a `model` group take a share each."""
+  how = Reduction(config.bce_negatives, config.keep_positives)
   users, length, width = rows.anchors.h_ULO.shape
   h_AO, user_A = rows.anchors.h_ULO.reshape(-1, width), rows.user_UL.reshape(-1)
   if model == 1:
-    return log_sum_negatives(h_AO, user_A, columns, columns_KO, correction_K, scale).reshape(users, length)
+    reduced_A = reduce_negatives(h_AO, user_A, columns, columns_KO, correction_K, scale, how=how)
+    return reduced_A.reshape(users, length)
   columns_KO, correction_K, scale = jax.lax.pcast((columns_KO, correction_K, scale), 'model', to='varying')
   share = -(-users * length // model)
   pad = share * model - users * length
   first = jax.lax.axis_index('model') * share
   h_AO = jax.lax.dynamic_slice_in_dim(jnp.pad(h_AO, ((0, pad), (0, 0))), first, share)
   user_A = jax.lax.dynamic_slice_in_dim(jnp.pad(user_A, (0, pad)), first, share)
-  own_A = log_sum_negatives(h_AO, user_A, columns, columns_KO, correction_K, scale)
+  own_A = reduce_negatives(h_AO, user_A, columns, columns_KO, correction_K, scale, how=how)
   places = first + jnp.arange(share)
   all_A = jnp.zeros(share * model).at[places].set(own_A, indices_are_sorted=True, unique_indices=True)
   return jax.lax.psum(all_A, 'model')[: users * length].reshape(users, length)

@@ -13,6 +13,8 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
 from pinfm_jax.train.distributed import is_first
 
+_SCORE = 'eval/score'
+
 
 class MetricsLog:
   """Takes the figures of every step, one step late, and writes those of every `log_every`-th; process 0 writes."""
@@ -69,15 +71,28 @@ class MetricsLog:
     note = f'loss {loss:.4f}  waiting for data {100 * self._wait_share:.0f} %'
     self._progress.update(step * self._examples, note)
 
-  def measured(self, step: int, figures: Mapping[str, float]) -> None:
-    """Writes figures of the held-out users, as eval/....
+  def measured(self, step: int, figures: Mapping[str, float], score: float) -> None:
+    """Writes figures of what does not train, as eval/..., and the one by which the best state is found (the lowest).
 
     Raises:
-      UserError: their loss is not finite.
+      UserError: that one is not finite.
     """
-    if not math.isfinite(figures['loss']):
-      raise UserError(self._broken(f'the held-out loss became {figures["loss"]} at step {step}', step))
-    self._write(step, {f'eval/{name}': value for name, value in figures.items()})
+    if not math.isfinite(score):
+      raise UserError(self._broken(f'the held-out loss became {score} at step {step}', step))
+    score_beside = {} if figures.get('loss') == score else {_SCORE: score}
+    self._write(step, {f'eval/{name}': value for name, value in figures.items()} | score_beside)
+
+  def measured_before(self) -> list[float]:
+    """The scores of earlier attempts' measurements that still stand, in order."""
+    if not self._path.exists():
+      return []
+    rows = [json.loads(line) for line in self._path.read_text().splitlines()]
+    return [row.get(_SCORE, row.get('eval/loss')) for row in rows if _SCORE in row or 'eval/loss' in row]
+
+  def note(self, text: str) -> None:
+    """Says something about the run; process 0 prints."""
+    if self._writes:
+      print(f'{self._label}: {text}', flush=True)
 
   def paused(self, seconds: float) -> None:
     """Leaves time spent on measuring and saving out of the training rate."""

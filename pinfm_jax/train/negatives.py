@@ -1,7 +1,7 @@
 """The columns of InfoNCE: which items of the global batch serve as negatives, and for which users they do not.
 
 Only ids, users and flags are looked at here, replicated on every device: 13 bytes a token of the global batch cross the
-mesh, and every device finds the same columns. The log-sum-exp over them is each device's own (`log_sum_negatives`).
+mesh, and every device finds the same columns. The sum over them is each device's own (`reduce_negatives`).
 """
 
 from typing import NamedTuple
@@ -116,21 +116,45 @@ def liked_elsewhere(item_T2: Array, user_T: Array, positive_T: Array) -> Array:
   return jnp.zeros(tokens, bool).at[entry % tokens].set(liked_R[run], unique_indices=True)
 
 
-def log_sum_negatives(
-  h_AO: Array, user_A: Array, columns: Columns, columns_KO: Array, correction_K: Array, scale: Array, chunk: int = 0
+class Reduction(NamedTuple):
+  """What is computed of an anchor's negatives, and which those are.
+
+  Attributes:
+    bce_negatives: 0 = log-sum-exp of the logits; k = k times the mean of softplus(logit) = -log(1 - sigmoid(logit)):
+      the expected loss of k negatives drawn from the columns, with the variance of all of them.
+    keep_positives: no column is excluded.
+  """
+
+  bce_negatives: int = 0
+  keep_positives: bool = False
+
+
+LOG_SUM = Reduction()
+
+
+def reduce_negatives(
+  h_AO: Array,
+  user_A: Array,
+  columns: Columns,
+  columns_KO: Array,
+  correction_K: Array,
+  scale: Array,
+  chunk: int = 0,
+  how: Reduction = LOG_SUM,
 ) -> Array:
   """log sum_k exp(<H, z_k> / tau - correction_k) over each anchor's allowed negatives; -1e30 where it has none.
 
   The [chunk, K] logits are recomputed in the backward pass; no [A, K] array exists.
 
   Args:
-    h_AO: unit-length anchors.
+    h_AO: anchors.
     user_A: uint32 user of each.
     columns: the columns.
     columns_KO: their vectors z.
     correction_K: subtracted from the logits (see `popularity.log_inclusion`).
     scale: 1 / tau.
     chunk: most anchors computed at once; 0 = as many as `CHUNK_LOGITS` allows.
+    how: another sum, or other columns.
 
   Returns:
     [A] float32.
@@ -145,8 +169,13 @@ def log_sum_negatives(
 
   @jax.checkpoint
   def one(h_CO: Array, user_C: Array) -> Array:
-    allowed_CK = columns.valid_K & ~excluded(user_C, columns)
+    allowed_CK = columns.valid_K[None]
+    if not how.keep_positives:
+      allowed_CK = allowed_CK & ~excluded(user_C, columns)
     logits_CK = scale * jnp.einsum('co,ko->ck', h_CO, columns_KO, preferred_element_type=jnp.float32) - correction_K
+    if how.bce_negatives:
+      total_C = jnp.sum(jnp.where(allowed_CK, jax.nn.softplus(logits_CK), 0.0), axis=-1)
+      return how.bce_negatives * total_C / jnp.maximum(jnp.sum(allowed_CK, axis=-1), 1)
     return jax.nn.logsumexp(jnp.where(allowed_CK, logits_CK, MASKED), axis=-1)
 
   return jax.lax.map(lambda args: one(*args), (h_NCO, user_NC)).reshape(-1)[:anchors]

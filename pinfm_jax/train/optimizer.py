@@ -8,31 +8,37 @@ import jax.numpy as jnp
 import optax
 
 from pinfm_jax.config import UpdateConfig
+from pinfm_jax.model.tables import AdamStep
 
 Array = jax.Array
 
 
 class RowStep(NamedTuple):
-  """What the table rows take from a step: the factor of their gradients, and their learning rate."""
+  """What the table rows take from a step: the factor of their gradients, their learning rate, and Adam's numbers."""
 
   clip: Array
   learning_rate: Array
+  adam: AdamStep | None = None
 
 
 @dataclass(frozen=True)
 class Update:
-  """AdamW for the parameters, row-wise Adagrad for the table rows, under one schedule and one clipping norm.
+  """AdamW for the parameters and `table_rule` for the table rows, under one schedule and one clipping norm.
 
   Attributes:
     config: rates, schedule, decay, clipping.
     steps: length of the schedule.
     pretrained: top-level parameter groups that, like the tables, learn at `config.pretrained_ratio`, or not at all
       where `config.frozen` has 'tower'.
+    ema_decay: of the running average of the parameters; 0 = there is none.
+    ema_tables: the table rows are averaged too.
   """
 
   config: UpdateConfig
   steps: int
   pretrained: tuple[str, ...] = ()
+  ema_decay: float = 0.0
+  ema_tables: bool = False
 
   def schedule(self, step: Array) -> Array:
     """Multiplier of the peak learning rates at a step: linear warm-up, then cosine to `final_ratio`."""
@@ -68,8 +74,28 @@ class Update:
     updates, opt_state = self._adam().update(grads, opt_state, params)
     rate = self.config.learning_rate * shape
     params = jax.tree_util.tree_map_with_path(lambda path, p, u: self._move(path, p, u, rate), params, updates)
-    row_step = RowStep(clip, self.config.table_learning_rate * self.config.pretrained_ratio * shape)
-    return params, opt_state, row_step, norm
+    rate = self.config.table_learning_rate * self.config.pretrained_ratio * shape
+    return params, opt_state, RowStep(clip, rate, self._rows_adam(opt_state.count)), norm
+
+  def averaged(self, average: Any, weights: Any, steps: Array) -> Any:
+    """The running average of the weights after a step.
+
+    In the first steps the decay is n / (n + 9): the average forgets the initial weights, which are no result.
+
+    Args:
+      average: before the step.
+      weights: of the same structure, after it.
+      steps: int32 n, the steps that were done.
+    """
+    decay = jnp.minimum(self.ema_decay, steps / (steps + 9.0))
+    return jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), average, weights)
+
+  def _rows_adam(self, count: Array) -> AdamStep | None:
+    """Adam's numbers for the rows, whose moments are as old as the parameters': `count` updates with this one."""
+    if self.config.table_rule != 'adam':
+      return None
+    betas = [jnp.float32(beta) for beta in (self.config.beta1, self.config.beta2)]
+    return AdamStep(*betas, *(1 - beta ** count.astype(jnp.float32) for beta in betas))
 
   def _adam(self) -> optax.GradientTransformation:
     return optax.scale_by_adam(self.config.beta1, self.config.beta2)

@@ -18,8 +18,8 @@ class Anchors(NamedTuple):
   """Rows of events as anchors and as targets.
 
   Attributes:
-    h_ULO: unit-length H of every position.
-    z_ULO: unit-length z of every position's item.
+    h_ULO: H of every position.
+    z_ULO: z of every position's item.
     mask_UL: True on real events.
     positive_UL: positive targets.
     segment_UL: int32, equal within a segment.
@@ -36,13 +36,32 @@ class Anchors(NamedTuple):
   shown_UL: Array | None = None
 
 
-def info_nce(positive_logit: Array, log_negatives: Array) -> Array:
-  """-log(exp(s) / (exp(s) + sum of negatives)) for each pair (PinFM Eq. 2)."""
-  return jnp.logaddexp(positive_logit, log_negatives) - positive_logit
+def pair_loss(positive_logit: Array, negatives: Array, config: PretrainConfig, catalogue: int) -> Array:
+  """The loss of each pair from its logit s and what `negatives.reduce_negatives` gives of its anchor's columns.
+
+  Softmax: -log(exp(s) / (exp(s) + sum of negatives)) (PinFM Eq. 2). Where the columns are the whole catalogue and keep
+  the user's positives, exp(s) is in the sum already: the full cross-entropy.
+
+  Binary cross-entropy: -b log sigmoid(s) - sum of log(1 - sigmoid) over k negatives (SASRec, k = 1). gSASRec's
+  calibration (arXiv:2308.07192) b = a (t (1 - 1 / a) + 1 / a) = 1 - t (1 - a), of the share a = k / (catalogue - 1) of
+  the items that are drawn, takes out (t = 1) the overconfidence that comes of drawing few.
+
+  Args:
+    positive_logit: s.
+    negatives: logarithm of the sum over the negatives; for BCE, the sum itself.
+    config: which loss.
+    catalogue: number of items that negatives are drawn from.
+  """
+  if config.bce_negatives:
+    rate = min(1.0, config.bce_negatives / max(catalogue - 1, 1))
+    return (1 - config.bce_calibration * (1 - rate)) * jax.nn.softplus(-positive_logit) + negatives
+  if config.keep_positives and config.full_catalogue:
+    return negatives - positive_logit
+  return jnp.logaddexp(positive_logit, negatives) - positive_logit
 
 
 def pair_sums(
-  anchors: Anchors, log_negatives_UL: Array, scale: Array, config: PretrainConfig, seed: Array
+  anchors: Anchors, negatives_UL: Array, scale: Array, config: PretrainConfig, seed: Array, catalogue: int = 1
 ) -> dict[str, Array]:
   """Sum and number of the valid pairs' losses, [2], of each loss whose weight is not 0.
 
@@ -54,10 +73,11 @@ def pair_sums(
 
   Args:
     anchors: the rows.
-    log_negatives_UL: log-sum-exp over each anchor's columns.
+    negatives_UL: what is known of each anchor's columns (`negatives.reduce_negatives`).
     scale: 1 / tau.
     config: weights, window, anchor, pairs.
     seed: uint32, of the run and the step; seeds the offsets of mtl.
+    catalogue: number of items that negatives are drawn from.
   """
   users, length, _ = anchors.h_ULO.shape
   rows = max(1, min(users, _CHUNK_TOKENS // length))
@@ -66,14 +86,14 @@ def pair_sums(
 
   @jax.checkpoint
   def one(part: tuple[Anchors, Array]) -> dict[str, Array]:
-    return _chunk_sums(*part, scale, config, seed)
+    return _chunk_sums(*part, scale, config, seed, catalogue)
 
-  chunked = jax.tree.map(lambda x: x.reshape(users // rows, rows, *x.shape[1:]), (anchors, log_negatives_UL))
+  chunked = jax.tree.map(lambda x: x.reshape(users // rows, rows, *x.shape[1:]), (anchors, negatives_UL))
   return jax.tree.map(lambda sums_N2: jnp.sum(sums_N2, axis=0), jax.lax.map(one, chunked))
 
 
 def _chunk_sums(
-  anchors: Anchors, log_negatives_UL: Array, scale: Array, config: PretrainConfig, seed: Array
+  anchors: Anchors, negatives_UL: Array, scale: Array, config: PretrainConfig, seed: Array, catalogue: int
 ) -> dict[str, Array]:
   length = anchors.h_ULO.shape[1]
   far = config.mtl_weight or config.ftl_weight or config.impression_negatives
@@ -82,16 +102,16 @@ def _chunk_sums(
   same_ULW = following(anchors.segment_UL, window, -1) == anchors.segment_UL[:, :, None]
   inside_ULW = same_ULW & following(anchors.mask_UL, window, False) & anchors.mask_UL[:, :, None]
   pair_ULW = inside_ULW & following(anchors.positive_UL, window, False)
-  loss_ULW = info_nce(logits_ULW, log_negatives_UL[:, :, None])
+  loss_ULW = pair_loss(logits_ULW, negatives_UL[:, :, None], config, catalogue)
   sums = {}
   if config.ntl_weight:
-    log_all_UL = log_negatives_UL
+    all_UL = negatives_UL
     if anchors.shown_UL is not None:
       shown_ULW = inside_ULW & following(anchors.shown_UL, window, False)
       shown_ULW &= jnp.cumsum(shown_ULW, axis=-1) <= config.impression_negatives
       log_shown_UL = jax.nn.logsumexp(jnp.where(shown_ULW, logits_ULW, MASKED), axis=-1)
-      log_all_UL = jnp.logaddexp(log_negatives_UL, log_shown_UL)
-    sums['ntl'] = _sum(info_nce(logits_ULW[:, :, 0], log_all_UL), pair_ULW[:, :, 0])
+      all_UL = jnp.logaddexp(negatives_UL, log_shown_UL)
+    sums['ntl'] = _sum(pair_loss(logits_ULW[:, :, 0], all_UL, config, catalogue), pair_ULW[:, :, 0])
   if config.mtl_weight:
     drawn_ULW = drawn_offsets(anchors.index_U, length, window, config, seed)
     sums['mtl'] = _sum(loss_ULW, jnp.where(pair_ULW, drawn_ULW, 0))

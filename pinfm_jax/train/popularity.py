@@ -1,6 +1,7 @@
 """The popularity (logQ) correction of the negative columns, and the streaming count of items that it may rest on."""
 
 from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -16,7 +17,23 @@ _SEED = 0x51E7C4  # of its hash family: independent of the item tables'
 _LEAST = 1e-30
 
 
-def log_inclusion(frequency_K: Array, columns: Columns, uniforms: int, catalogue: int) -> Array:
+class Draws(NamedTuple):
+  """The random items of the catalogue that are columns besides those of the batch.
+
+  Attributes:
+    count: V, how many are drawn.
+    catalogue: N, from how many items.
+    power: each by its frequency to this power; 0 = uniformly.
+    power_sum: sum of these over the catalogue.
+  """
+
+  count: int
+  catalogue: int
+  power: float = 0.0
+  power_sum: float = 1.0
+
+
+def log_inclusion(frequency_K: Array, columns: Columns, draws: Draws) -> Array:
   """log q_k, the probability that column k's item is a column at all: what is subtracted from its logit.
 
   InfoNCE stands for a softmax over the whole catalogue. Its denominator, the sum of exp(s_i) over all items, is
@@ -28,6 +45,8 @@ def log_inclusion(frequency_K: Array, columns: Columns, uniforms: int, catalogue
 
     q_k = 1 - (1 - share * (1 - (1 - p_k)^n)) * (1 - 1 / N)^V
 
+  with p_k^a / sum p^a in place of 1 / N where items are drawn by a power a of their frequency.
+
   The positive's logit is not corrected: it is in its own denominator with probability 1, so its log q is 0. Yi et al.
   correct it, as there the positive is one of the batch's sampled items; here a user's positives are never that user's
   columns. That n events are drawn independently is an approximation: one user's events resemble each other.
@@ -35,15 +54,20 @@ def log_inclusion(frequency_K: Array, columns: Columns, uniforms: int, catalogue
   Args:
     frequency_K: p_k, the item's share of all positive events.
     columns: n and share of the batch.
-    uniforms: V.
-    catalogue: N.
+    draws: V and N, and how items are drawn.
 
   Returns:
     [K], at most 0.
   """
   p_K = jnp.clip(frequency_K, 0.0, 1.0 - 1e-6)
   in_batch_K = -columns.share * jnp.expm1(columns.positives * jnp.log1p(-p_K))
-  missed = jnp.exp(uniforms * jnp.log1p(-1.0 / max(catalogue, 2))) if uniforms else 1.0
+  if not draws.count:
+    missed = 1.0
+  elif draws.power:
+    drawn_K = jnp.clip(frequency_K**draws.power / draws.power_sum, 0.0, 1.0 - 1e-6)
+    missed = jnp.exp(draws.count * jnp.log1p(-drawn_K))
+  else:
+    missed = jnp.exp(draws.count * jnp.log1p(-1.0 / max(draws.catalogue, 2)))
   return jnp.log(jnp.maximum(in_batch_K + (1 - in_batch_K) * (1 - missed), _LEAST))
 
 

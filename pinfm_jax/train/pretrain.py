@@ -24,7 +24,7 @@ from pinfm_jax.train.action_loss import action_loss, hidden_actions, init_action
 from pinfm_jax.train.checkpoint import Keep, unseen_in_shapes
 from pinfm_jax.train.growth import Continued, EarlierRun
 from pinfm_jax.train.heldout import held_out_loss, split_segments
-from pinfm_jax.train.loop import LoopConfig, train
+from pinfm_jax.train.loop import Evaluate, LoopConfig, train
 from pinfm_jax.train.losses import Extra, sequence_losses
 from pinfm_jax.train.negatives import positive_mask
 from pinfm_jax.train.optimizer import Update
@@ -45,7 +45,8 @@ class PretrainTask:
   config: PretrainConfig
   action_bits: int
   seed: int = 0  # of all that is drawn: negatives, sampled pairs, hidden ids and actions
-  catalogue: int = 1  # items that uniform negatives are drawn from
+  catalogue: int = 1  # items that negatives are drawn from
+  power_sum: float = 1.0  # sum of their frequency^negative_power
 
   @property
   def tables(self) -> TableConfig:
@@ -55,7 +56,9 @@ class PretrainTask:
   @property
   def update(self) -> Update:
     """The update rule."""
-    return Update(self.config.update, self.config.steps)
+    return Update(
+      self.config.update, self.config.steps, ema_decay=self.config.ema_decay, ema_tables=self.config.ema_tables
+    )
 
   def init(self, key: Array) -> Any:
     """Fresh parameters and the learnable temperature; maybe a head for hidden actions."""
@@ -68,8 +71,8 @@ class PretrainTask:
     return params
 
   def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
-    """The events' ids (targets are events too), and those of the uniform negatives."""
-    names = ('item', 'negative_item') if self.config.uniform_negatives else ('item',)
+    """The events' ids (targets are events too), and those of the catalogue's items that the batch carries."""
+    names = ('item', 'negative_item') if self._carries_items else ('item',)
     return tuple(batch[name] for name in names)
 
   def observe(self, constants: ItemSketch | None, batch: Batch, step: Array) -> ItemSketch | None:
@@ -95,7 +98,7 @@ class PretrainTask:
     z_ULO = model.apply(weights, items_ULV, method='targets')
     index_U = jnp.arange(events.mask_UL.shape[0], dtype=jnp.int32)
     extra = self._extra(batch, constants)
-    if self.config.uniform_negatives:
+    if self._carries_items:
       drawn_UNV = model.apply(weights, vectors[1], batch.get('negative_content'), method='items')
       extra = extra._replace(z_UNO=model.apply(weights, drawn_UNV, method='targets'))
     seed = fold_seed(self.seed, step)
@@ -107,6 +110,11 @@ class PretrainTask:
       total += self.config.action_weight * figures['action']
     return total, figures
 
+  @property
+  def _carries_items(self) -> bool:
+    """Whether batches have items of the catalogue besides their events."""
+    return bool(self.config.uniform_negatives) or self.config.full_catalogue
+
   def _hide_ids(self, events: EventBatch, step: Array) -> EventBatch:
     """Hides a share of the ids, as tokens and as targets alike."""
     if not self.model.id_mask:
@@ -116,15 +124,15 @@ class PretrainTask:
 
   def _extra(self, batch: Batch, sketch: ItemSketch | None) -> Extra:
     """The ids of the uniform negatives, and the frequencies that the correction needs: counted before, or so far."""
-    item_UN2 = batch['negative_item'] if self.config.uniform_negatives else None
+    item_UN2 = batch['negative_item'] if self._carries_items else None
     if self.config.log_q == 'none':
-      return Extra(item_UN2=item_UN2)
+      return Extra(item_UN2=item_UN2, catalogue=self.catalogue)
     if self.config.log_q == 'counts':
       of_events, of_draws = batch['frequency'], batch.get('negative_frequency')
     else:
       of_events = sketch_frequency(sketch, batch['item'])
       of_draws = None if item_UN2 is None else sketch_frequency(sketch, item_UN2)
-    return Extra(item_UN2, None, of_events, of_draws, self.catalogue)
+    return Extra(item_UN2, None, of_events, of_draws, self.catalogue, self.power_sum)
 
 
 def segment_events(batch: Batch) -> EventBatch:
@@ -145,21 +153,26 @@ def pretrain(
   profile: Window | None = None,
   start: Start | None = None,
   until_U: np.ndarray | None = None,
+  held_out: int = 1,
+  rank: Evaluate | None = None,
 ) -> TrainState:
-  """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last).
+  """Runs (or resumes) pretraining on the events before `until_ms` (None: all but each user's last `held_out`).
 
   With `until_U`, before a time of each user's own, `until_ms` at the latest (see `Split.until_by_user`).
 
   With `config.eval_every`, a share of the users does not train; the losses on their segments are logged as eval/....
+  With `config.eval_ranking` all users train, and `rank` measures instead: 'ndcg@10' tells which checkpoint is best.
   With `config.continue_from` it starts from what an earlier run has learned (see `train.growth`), else from `start`.
 
   Raises:
     UserError: the configuration does not fit the data, or see `train`.
   """
   _check_lengths(config)
-  segments = Segments.before(dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset), until_U)
+  segments = Segments.before(
+    dataset, until_ms, config.segment_length, TokenInputs.of(model, dataset), until_U, held_out
+  )
   task = PretrainTask(model, config, action_bits(config, dataset.info.actions), seed)
-  position = _position(dataset, until_ms, model, config, seed)
+  position = _position(dataset, until_ms, model, config, seed) | ({} if held_out == 1 else {'held_out': held_out})
   warm_start, evaluate = start, None
   if config.continue_from:
     earlier = EarlierRun.open(config.continue_from, seed)
@@ -168,12 +181,14 @@ def pretrain(
       segments = new_segments(segments, partitions, earlier.until_ms)
     position |= {'continues': earlier.data, 'continues_step': earlier.step}
     warm_start = Continued(earlier, model)
-  if config.eval_every:
-    segments, held_out = split_segments(segments, config)
-    evaluate = held_out_loss(for_measuring(task), held_out, config, mesh, layout)
+  if config.eval_ranking:
+    evaluate = rank
+  elif config.eval_every:
+    segments, measured = split_segments(segments, config)
+    evaluate = held_out_loss(for_measuring(task), measured, config, mesh, layout)
     position['eval_share'] = config.eval_share
   negatives = NegativeSource.of(dataset, segments, config, task.action_bits, until_ms, seed)
-  task = replace(task, catalogue=negatives.catalogue)
+  task = replace(task, catalogue=negatives.catalogue, power_sum=negatives.power_sum)
   examples = PackedSegments.of(segments) if config.pack else segments
   loop = _loop(config, seed, position, layout, profile)
   rows = process_rows(mesh, config.batch_segments)
@@ -200,6 +215,8 @@ def _loop(
     eval_every=config.eval_every,
     keep=Keep(config.keep_last, config.keep_best),
     use_checkpoint=config.use_checkpoint,
+    best_by='-ndcg@10' if config.eval_ranking else 'loss',
+    patience=config.patience,
     resume=config.resume,
     profile=profile,
     layout=layout,
@@ -230,6 +247,10 @@ def _check_lengths(config: PretrainConfig) -> None:
 
 def for_measuring(task: PretrainTask) -> PretrainTask:
   """The same task for measuring: nothing is dropped, and in-batch negatives alone, so that runs compare."""
-  tower = replace(task.model.tower, dropout=0.0)
-  config = replace(task.config, log_q='none', uniform_negatives=0, impression_negatives=0, action_mask=0.0)
+  tower = replace(task.model.tower, dropout=0.0, embedding_dropout=0.0, token_dropout=0.0, attention_dropout=0.0)
+  config = replace(
+    task.config, log_q='none', uniform_negatives=0, negative_power=0.0, full_catalogue=False, keep_positives=False,
+    bce_negatives=0, max_columns=task.config.max_columns or PretrainConfig.max_columns, impression_negatives=0,
+    action_mask=0.0,
+  )  # fmt: skip
   return replace(task, model=replace(task.model, tower=tower, id_mask=0.0), config=config)

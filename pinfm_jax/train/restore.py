@@ -13,7 +13,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.train.checkpoint import Checkpoints, abstract_state, described, plain, rebuilt
 from pinfm_jax.train.step import Task, TrainState, init_state, state_shardings
 
-ACCUMULATOR = 'tables/accumulator'
+ROW_STATE = ('tables/accumulator', 'tables/moments')  # of the rows' update rule, which may be another one
 
 
 class Start(Protocol):
@@ -88,7 +88,8 @@ def fresh_state(
 def warm_started(create: Any, abstract: TrainState, warm_start: WarmStart) -> TrainState:
   """The pretrained tables, accumulators and parameters, and fresh values for everything else.
 
-  An accumulator that the pretraining run did not have (its tables learned by SGD) starts fresh.
+  What the rows' update rule keeps starts fresh if the pretraining run had another rule. Where that run averaged its
+  weights, the averages are taken.
 
   Args:
     create: jitted function that makes the fresh state.
@@ -111,10 +112,10 @@ def warm_started(create: Any, abstract: TrainState, warm_start: WarmStart) -> Tr
   names = {
     name: what
     for name, what in expected.items()
-    if _is_pretrained(name, warm_start.groups) and (name != ACCUMULATOR or name in have)
+    if _is_pretrained(name, warm_start.groups) and (name not in ROW_STATE or name in have)
   }
   for name in have:  # an option of the model's input brings parameters of its own: they must not be lost in silence
-    if _is_pretrained(name, warm_start.groups) and name not in expected and name != ACCUMULATOR:
+    if _is_pretrained(name, warm_start.groups) and name not in expected and name not in ROW_STATE:
       raise UserError(
         f'{warm_start.directory} holds {name}, which the model does not have; '
         'fine-tune with the model settings it was pretrained with, or set finetune.init=scratch'
@@ -125,7 +126,9 @@ def warm_started(create: Any, abstract: TrainState, warm_start: WarmStart) -> Tr
         f'{warm_start.directory} holds {name} as {have.get(name)} where the model has {what}; '
         'fine-tune with the model settings it was pretrained with, or set finetune.init=scratch'
       )
-  read = _selected(source.read(step, _masked(wanted, found, names)))
+  places = {_stored_name(name, have): name for name in names}
+  read = _selected(source.read(step, _masked(wanted, found, places)))
+  read = {places[name]: array for name, array in read.items()}
   source.close()
   fresh = rest_of(create, wanted, names)()
   leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)
@@ -169,10 +172,26 @@ def _open(directory: Path) -> Checkpoints:
   return checkpoints
 
 
-def _masked(wanted: dict[str, Any], found: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-  """The layout found on disk with shardings for the arrays that are taken and `...` for the rest."""
+def _stored_name(name: str, have: Container[str]) -> str:
+  """Where a checkpoint holds what is used as an array: among the averages of the weights, if they were kept."""
+  averaged = 'average/rows' if name == 'tables/rows' else f'average/{name}'
+  return averaged if averaged in have else name
+
+
+def _masked(wanted: dict[str, Any], found: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
+  """The layout found on disk with shardings for the arrays that are taken and `...` for the rest.
+
+  Args:
+    wanted: abstract arrays by nested name.
+    found: the layout.
+    places: name on disk -> name in `wanted` of each array that is taken.
+  """
   targets = _selected(wanted)
-  return jax.tree_util.tree_map_with_path(lambda path, _: targets[_name(path)] if _name(path) in names else ..., found)
+
+  def take(path: tuple[Any, ...], _: Any) -> Any:
+    return targets[places[_name(path)]] if _name(path) in places else ...
+
+  return jax.tree_util.tree_map_with_path(take, found)
 
 
 def _selected(tree: Any) -> dict[str, Any]:

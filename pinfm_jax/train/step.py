@@ -38,6 +38,7 @@ class TrainState:
     opt_state: their optimizer state.
     tables: item tables with their accumulators, or None.
     constants: values that no gradient trains: normalisation statistics, running item counts (`Task.observe`); or None.
+    average: running averages of the weights ('params', maybe 'rows'), if the task's update keeps them (`evaluated`).
   """
 
   step: Array
@@ -46,6 +47,7 @@ class TrainState:
   opt_state: optax.OptState
   tables: Tables | None
   constants: Any = None
+  average: Any = None
 
 
 class Task(Protocol):
@@ -74,14 +76,16 @@ def state_shardings(task: Task, mesh: Mesh, constants: Any = None, layout: MeshC
   boxed = jax.eval_shape(task.init, jax.random.key(0))
   params = parameter_shardings(mesh, boxed)
   rows = table_sharding(mesh, layout.table_axes)
-  accumulator = rows if task.update.config.table_rule == 'adagrad' else None
+  rule = task.update.config.table_rule
+  tables = Tables(rows, rows if rule == 'adagrad' else None, rows if rule == 'adam' else None)
   return TrainState(
     step=replicated(mesh),
     rng=replicated(mesh),
     params=params,
     opt_state=optax.ScaleByAdamState(count=replicated(mesh), mu=params, nu=params),
-    tables=Tables(rows, accumulator) if task.tables else None,
+    tables=tables if task.tables else None,
     constants=jax.tree.map(lambda _: replicated(mesh), constants),
+    average=_averaged_part(task.update, params, rows),
   )
 
 
@@ -103,7 +107,8 @@ def init_state(
     if task.tables:
       tables = _init_tables(task, mesh, jax.random.bits(key_tables, dtype=jnp.uint32), shardings.tables)
     run = jax.random.key_data(key_run)
-    return TrainState(jnp.zeros((), jnp.int32), run, params, task.update.init(params), tables, constants)
+    average = _averaged_part(task.update, params, tables and tables.rows_GE)
+    return TrainState(jnp.zeros((), jnp.int32), run, params, task.update.init(params), tables, constants, average)
 
   return jax.jit(create, out_shardings=shardings)
 
@@ -118,7 +123,34 @@ def _init_tables(task: Task, mesh: Mesh, salt: Array, shardings: Tables) -> Tabl
     return init_rows(task.tables, own, salt, jax.lax.axis_index(axes) * own)
 
   rows_GE = jax.shard_map(make, mesh=mesh, in_specs=P(), out_specs=spec, check_vma=False)(salt)
-  return Tables(rows_GE, None if shardings.accumulator_G is None else jnp.zeros(rows, jnp.float32))
+  accumulator_G = None if shardings.accumulator_G is None else jnp.zeros(rows, jnp.float32)
+  moments_G2E = None if shardings.moments_G2E is None else jnp.zeros((rows, 2, rows_GE.shape[1]), jnp.float32)
+  return Tables(rows_GE, accumulator_G, moments_G2E)
+
+
+def _averaged_part(update: Update, params: Any, rows: Any) -> Any:
+  """Of parameters and rows (or what stands for them), those that are averaged."""
+  if not update.ema_decay:
+    return None
+  return {'params': params} | ({'rows': rows} if update.ema_tables else {})
+
+
+def _with_average(update: Update, state: TrainState) -> TrainState:
+  """The state after a step with its average brought up to it, if it keeps one."""
+  if state.average is None:
+    return state
+  weights = _averaged_part(update, state.params, state.tables and state.tables.rows_GE)
+  return state.replace(average=update.averaged(state.average, weights, state.step))
+
+
+def evaluated(state: TrainState) -> TrainState:
+  """The state with the averaged weights in place of the last ones, if it has any: what is measured and used."""
+  if state.average is None:
+    return state
+  tables = state.tables
+  if 'rows' in state.average:
+    tables = tables._replace(rows_GE=state.average['rows'])
+  return state.replace(params=state.average['params'], tables=tables)
 
 
 def fitted_layout(task: Task, state: TrainState, layout: MeshConfig, batch: Batch) -> MeshConfig:
@@ -139,6 +171,10 @@ def make_step(
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     state = state.replace(constants=task.observe(state.constants, batch, state.step))
+    state, figures = move(state, batch, key)
+    return _with_average(task.update, state), figures
+
+  def move(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
     if state.tables is None:
       return _dense_step(task, state, batch, key)
     exchange = Exchange(task.tables, state.tables.rows_GE.shape[0], layout.table_axes, layout.exchange_capacity)
@@ -160,7 +196,9 @@ def make_step(
     summed = exchange.sum_gradients(plan, row_grad_KE)
     state, row_step, figures = _apply(task, state, value, figures, grads, summed.squares)
     salt = hash_uniform(state.step, state.rng[-1])
-    tables = exchange.update(state.tables, plan, row_grad_KE, summed, *row_step, salt)
+    tables = exchange.update(
+      state.tables, plan, row_grad_KE, summed, row_step.clip, row_step.learning_rate, salt, row_step.adam
+    )
     return state.replace(tables=tables), figures | exchange.traffic(plan)
 
   return jax.jit(step, donate_argnums=0)

@@ -66,15 +66,15 @@ def _open_array(path: Path, name: str) -> tensorstore.TensorStore:
 
 
 class StoredState:
-  """The newest checkpoint in a directory, opened for reading a part of it. One process may do so (`reading_alone`)."""
+  """A checkpoint in a directory, opened for reading a part of it. One process may do so (`reading_alone`)."""
 
-  def __init__(self, directory: Path):
-    """Opens the checkpoint.
+  def __init__(self, directory: Path, step: int | None = None):
+    """Opens the checkpoint of a step; None = the newest.
 
     Raises:
       UserError: there is none.
     """
-    self._path = newest(directory)
+    self._path = newest(directory) if step is None else directory.absolute() / str(step)
     with reading_alone():
       self._layout = ocp.checkpointables_metadata(self._path).metadata['state']
 
@@ -84,19 +84,25 @@ class StoredState:
     return 'tables' in self._layout
 
   def parts(self, *names: str) -> dict[str, Any]:
-    """Some top-level parts of the state ('params', 'constants', ..), as nested dicts of NumPy arrays."""
+    """Some top-level parts of the state ('params', 'constants', ..), as nested dicts of NumPy arrays.
+
+    Where averages of the weights were kept, 'params' are these: what every later stage uses.
+    """
+    averaged = 'params' in names and 'average' in self._layout
+    read = [*(name for name in names if not (averaged and name == 'params')), *(['average'] if averaged else [])]
 
     def wanted(name: str, tree: Any) -> Any:
       # Abstract NumPy arrays ask Orbax for host memory; `empty` touches no page.
-      return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype) if name in names else ..., tree)
+      return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype) if name in read else ..., tree)
 
     abstract = {name: wanted(name, tree) for name, tree in self._layout.items()}
     with reading_alone():
       state = ocp.load_checkpointables(self._path, {'state': abstract})['state']
-    return {name: state[name] for name in names if name in self._layout}
+    found = {name: state[name] for name in names if name in self._layout}
+    return found | ({'params': state['average']['params']} if averaged else {})
 
   def table_rows(self, count: int, block_rows: int = BLOCK_ROWS) -> Iterator[np.ndarray]:
-    """The first `count` rows of the tables in order, as stored (float32, or bf16 as uint16 bits).
+    """The first `count` rows of the tables in order, as stored (float32, or bf16 as uint16 bits); averages if kept.
 
     Besides the block, one stored piece is in memory: 64 MiB, or a device's part of the table in a checkpoint that was
     saved without `chunked_saves`.
@@ -109,7 +115,8 @@ class StoredState:
       Blocks [rows, E].
     """
     path = self._path
-    table = _open_array(path, 'tables.rows')
+    averaged = 'rows' in (self._layout or {}).get('average', {})
+    table = _open_array(path, 'average.rows' if averaged else 'tables.rows')
     if table.shape[0] < count:
       raise UserError(
         f'{path} has {table.shape[0]} table rows, the model {count}: use the settings it was trained with'

@@ -34,7 +34,13 @@ FACTS = {
 
 def launch_files() -> list[Path]:
   """The files that define an experiment; a script beside them does not."""
-  return [path for path in sorted(EXPERIMENTS.glob('*.py')) if '\nexperiment = ' in path.read_text(encoding='utf-8')]
+  files = [*EXPERIMENTS.glob('*.py'), *EXPERIMENTS.glob('sequential/*.py')]
+  return [path for path in sorted(files) if '\nexperiment = ' in path.read_text(encoding='utf-8')]
+
+
+def name(launch_file: Path) -> str:
+  """Of the golden file: 'ml1m', 'sequential_ml1m'."""
+  return '_'.join(launch_file.relative_to(EXPERIMENTS).with_suffix('').parts)
 
 
 def settings(launch_file: Path) -> str:
@@ -88,8 +94,8 @@ def ablation(file: Path) -> str:
 
 if __name__ == '__main__':
   for path in launch_files():
-    (GOLDEN / f'{path.stem}.json').write_text(settings(path), encoding='utf-8')
-    print(GOLDEN / f'{path.stem}.json')
+    (GOLDEN / f'{name(path)}.json').write_text(settings(path), encoding='utf-8')
+    print(GOLDEN / f'{name(path)}.json')
   for path in ablation_files():
     (GOLDEN / 'ablations' / f'{path.stem}.json').write_text(ablation(path), encoding='utf-8')
     print(GOLDEN / 'ablations' / f'{path.stem}.json')

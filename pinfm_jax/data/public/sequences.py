@@ -40,12 +40,12 @@ def load_movielens(path: Path, actions: str = 'stars', core: int = 0) -> SourceL
   return _starred(source, MOVIELENS_TERMS, k_core(ratings, core), time_known, actions, notes)
 
 
-def load_amazon(path: Path, category: str | None = None, actions: str = 'none', core: int = 0) -> SourceLog:
+def load_amazon(path: Path, category: str = '', actions: str = 'none', core: int = 0) -> SourceLog:
   """Amazon reviews: text lines `user item item ..` in order, 5-core review JSON (.gz too), or ratings-only CSV.
 
   Args:
     path: the file, or a folder that has one of the category.
-    category: like Beauty; may be left out if the folder has one only.
+    category: like Beauty; may be left out (empty) if the folder has one only.
     actions: 'none', or 'stars' where the edition has them.
     core: keep users and items with at least so many reviews.
 
@@ -94,7 +94,7 @@ def read_ratings(file: Path) -> pl.DataFrame:
   return table.with_columns(pl.col('user_id', 'item_id', 'timestamp').cast(pl.Int64), pl.col('rating').cast(pl.Float64))
 
 
-def _amazon_file(path: Path, category: str | None) -> Path:
+def _amazon_file(path: Path, category: str) -> Path:
   if path.is_file():
     return path
   stem = category or '*'

@@ -1,0 +1,22 @@
+"""SASRec with three losses as configurations of the same tower, beside our model: arms for experiments/sequential/*.py.
+
+Command:   pinfm sweep experiments/sequential/beauty.py --arms experiments/sequential/baselines.py --split test
+           (sports.py, toys.py and ml1m.py alike; --only PinFM SASRec+SS leaves the two losses of ml1m's papers out)
+Hardware:  2 CPU cores, 3 GB of memory
+Time:      see experiments/README.md
+Expected:  SASRec+SS within 5 % of the published row on that row's own holdout (targets seen in training)
+
+SASRec+SS: length 50 (ml1m: 200), 1 block, 1 head, width 64, dropout 0.2, softmax over 256 sampled negatives, Adam 1e-3,
+patience 50 epochs on the validation events. SASRec (binary cross-entropy with the weight of 1 negative) and gSASRec
+(256 negatives, calibration t = 0.75) have the sizes that gSASRec's authors publish for ml1m: 2 blocks, width 128,
+dropout 0.5. A step's positions share 256 negatives; the published codes draw for each position.
+"""
+
+from pinfm_jax.sequential import baselines
+
+arms = baselines
+about = (
+  'SASRec+SS, SASRec and gSASRec are configurations of the same tower with the published settings (of the latter two, '
+  'those for ml1m). The positions of a step share negatives.'
+)
+baseline = 'SASRec+SS'

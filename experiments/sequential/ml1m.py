@@ -1,0 +1,30 @@
+"""MovieLens-1M (sequential edition): the pretrained tower as a sequential recommender, all films ranked for each user.
+
+Command:   PINFM_DATA=DIR pinfm run experiments/sequential/ml1m.py   (DIR holds ml1m/)
+           pinfm sweep experiments/sequential/ml1m.py --arms experiments/sequential/baselines.py --split test
+Hardware:  2 CPU cores, 3 GB of memory
+Time:      see experiments/README.md
+Expected:  see experiments/README.md
+
+Protocol and shared settings: `pinfm_jax.sequential`. Each user's last event tests, the one before chooses the epoch;
+films that the user has rated are not ranked; both holdouts and a popularity row are printed. The settings were searched
+on the validation events alone by experiments/sequential/search.py. Stars are not read: the published models do not have
+them. Terms of the data: GroupLens, research use, no redistribution.
+"""
+
+import os
+
+from pinfm_jax.config import DataConfig
+from pinfm_jax.sequential import SequenceData, sequential_experiment
+
+experiment = sequential_experiment(
+  'sequential_ml1m',
+  DataConfig(
+    source='movielens',
+    path=os.path.join(os.environ['PINFM_DATA'], 'ml1m') if 'PINFM_DATA' in os.environ else '',
+    options={'actions': 'none'},
+  ),
+  SequenceData(items=3416, events=987531, length=200, rows=32),
+  epochs=80,
+  changes={f'model.tower.{kind}': 0.2 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')},
+)

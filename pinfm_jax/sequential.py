@@ -1,0 +1,156 @@
+"""Settings that the sequential recommenders of experiments/sequential share: the protocol, our model, the baselines.
+
+The protocol is the published one: each user's last event tests, the one before validates, all others train. The whole
+catalogue is ranked without the user's earlier items, ties count against the target, and the checkpoint is chosen by
+NDCG@10 of the validation events. Two holdouts are printed: the users whose target was seen in training, ranked among
+the items seen in training (that of SASRec+SS and eSASRec), and all users and items (that of S3-Rec, TIGER and others).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pinfm_jax.config import (
+  Arm,
+  DataConfig,
+  EvaluateConfig,
+  Experiment,
+  FinetuneConfig,
+  PinFMConfig,
+  PretrainConfig,
+  TableConfig,
+  TowerConfig,
+  UpdateConfig,
+)
+from pinfm_jax.model.hashing import EXACT_ROWS
+from pinfm_jax.overrides import apply_overrides
+
+
+@dataclass(frozen=True)
+class SequenceData:
+  """What the settings need to know of a data set.
+
+  Attributes:
+    items: the largest item id.
+    events: training events: all but two a user.
+    length: events that the model reads.
+    rows: packed rows of `length` events a step.
+  """
+
+  items: int
+  events: int
+  length: int
+  rows: int
+
+  @property
+  def epoch(self) -> int:
+    """Steps of an epoch, if the rows were full."""
+    return max(1, round(self.events / (self.length * self.rows)))
+
+
+def sequential_experiment(
+  name: str, data: DataConfig, facts: SequenceData, epochs: int, changes: Mapping[str, Any] | None = None
+) -> Experiment:
+  """The experiment of a data set with our model.
+
+  Args:
+    name: of the experiment.
+    data: source and path.
+    facts: about the data set.
+    epochs: at most.
+    changes: dotted settings that differ from the shared ones.
+  """
+  width = 64
+  tower = TowerConfig(
+    layers=2, width=width, heads=2, output_width=width, max_positions=facts.length + 1, dropout=0.3,
+    embedding_dropout=0.3, attention_dropout=0.3, bare_tokens=True, bare_targets=True,
+  )  # fmt: skip
+  tables = TableConfig(sub_tables=1, rows=facts.items + 2, width=width, hash_seed=EXACT_ROWS, init_scale=0.02)
+  pretrain = PretrainConfig(
+    steps=epochs * facts.epoch,
+    batch_segments=facts.rows,
+    segment_length=facts.length,
+    downstream_length=facts.length,
+    pack=True,
+    mtl_weight=0.0,
+    ftl_weight=0.0,
+    max_columns=0,
+    full_catalogue=True,
+    temperature=0.07,
+    checkpoint_every=facts.epoch,
+    eval_every=facts.epoch,
+    log_every=facts.epoch,
+    eval_ranking=True,
+    patience=10,
+    keep_last=1,
+    keep_best=1,
+    use_checkpoint='best',
+    ema_decay=0.999,
+    ema_tables=True,
+    update=UpdateConfig(
+      learning_rate=1e-3, table_learning_rate=1e-3, table_rule='adam', warmup_steps=100, beta2=0.98, clip_norm=5.0,
+    ),
+  )  # fmt: skip
+  experiment = Experiment(
+    name=name,
+    data=replace(data, held_out_events=2),
+    model=PinFMConfig(tables=tables, tower=tower),
+    pretrain=pretrain,
+    finetune=FinetuneConfig(history_length=facts.length, history_block=1),  # the windows of the retrieval
+    evaluate=EvaluateConfig(retrieval_users=1_000_000, ks=(10, 5, 20, 50), filter_seen=True, whole_catalogue=True),
+    arms=(),
+    seeds=(0, 1, 2),
+  )
+  return apply_overrides(experiment, changes or {})
+
+
+def sasrec(experiment: Experiment) -> Mapping[str, Any]:
+  """SASRec as a configuration of the tower: item vectors in and out, inner products, Adam at a constant rate.
+
+  200 epochs at most, patience 50, as published.
+
+  Differences from the published code, all of the tower: pre-norm on keys and values too, GELU, all segments of a long
+  history train (not its newest events alone), and packed rows.
+  """
+  return {
+    'model.tower.layers': 1,
+    'model.tower.heads': 1,
+    'model.tower.mlp_ratio': 1,
+    'model.tower.dropout': 0.2,
+    'model.tower.embedding_dropout': 0.2,
+    'model.tower.attention_dropout': 0.2,
+    'model.tower.dot_product': True,
+    'pretrain.temperature': 1.0,
+    'pretrain.fixed_temperature': True,
+    'pretrain.keep_positives': True,
+    'pretrain.full_catalogue': False,
+    'pretrain.uniform_negatives': 256 // experiment.pretrain.batch_segments * experiment.pretrain.batch_segments,
+    'pretrain.ema_decay': 0.0,
+    'pretrain.ema_tables': False,
+    'pretrain.steps': 200 * experiment.pretrain.eval_every,
+    'pretrain.patience': 50,
+    'pretrain.update.learning_rate': 1e-3,
+    'pretrain.update.table_learning_rate': 1e-3,
+    'pretrain.update.weight_decay': 0.0,
+    'pretrain.update.warmup_steps': 0,
+    'pretrain.update.final_ratio': 1.0,
+    'pretrain.update.beta2': 0.999,
+    'pretrain.update.clip_norm': 0.0,
+  }
+
+
+def baselines(experiment: Experiment) -> tuple[Arm, ...]:
+  """Our model and the published losses on the same tower, as arms of a sweep.
+
+  Published with these settings: SASRec+SS on the Amazon sets, SASRec and gSASRec on ml1m (the gSASRec authors' sizes).
+  """
+  shared = sasrec(experiment)
+  larger = shared | {'model.tower.layers': 2}
+  larger |= {f'model.{name}': 128 for name in ('tower.width', 'tower.output_width', 'tables.width')}
+  larger |= {f'model.tower.{kind}': 0.5 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')}
+  return (
+    Arm('PinFM', {}),
+    Arm('SASRec+SS', shared),
+    Arm('SASRec', {**larger, 'pretrain.bce_negatives': 1}),
+    Arm('gSASRec', {**larger, 'pretrain.bce_negatives': 256, 'pretrain.bce_calibration': 0.75}),
+  )

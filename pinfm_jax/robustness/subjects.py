@@ -162,7 +162,7 @@ class NextItemSubject:
   Attributes:
     model: the tower's configuration.
     pretrain: its pretraining.
-    collect: `retrieval_task` of histories as a change leaves them.
+    collect: `retrieval_task` of histories as its `change` leaves them.
     until_ms: the time of the split.
     dataset: whose histories they are.
     tokens: what the model reads.
@@ -172,7 +172,7 @@ class NextItemSubject:
 
   model: PinFMConfig
   pretrain: PretrainConfig
-  collect: Callable[[HistoryChange | None], RetrievalTask]
+  collect: Callable[..., RetrievalTask]
   until_ms: int | None
   dataset: Any
   tokens: TokenInputs
@@ -183,7 +183,7 @@ class NextItemSubject:
   @cached_property
   def clean(self) -> RetrievalTask:
     """The task of histories as they are."""
-    return self.collect(None)
+    return self.collect(change=None)
 
   @property
   def rows(self) -> np.ndarray:
@@ -197,7 +197,7 @@ class NextItemSubject:
 
   def examples(self, change: HistoryChange | None = None) -> Batch:
     """See `Subject`."""
-    task = self.clean if change is None else self.collect(change)
+    task = self.clean if change is None else self.collect(change=change)
     return {**task.histories, 'target': task.target_Q}
 
   def bind(self, weights: Weights, batch: Mapping[str, Array]) -> Bound:

@@ -46,15 +46,20 @@ class Interval:
 
 
 def curves(
-  title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str, from_zero: bool = False
+  title: str,
+  series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  ylabel: str,
+  from_zero: bool = False,
+  xlabel: str = 'step',
 ) -> str:
-  """Lines over training steps.
+  """Lines over training steps, or over something else.
 
   Args:
     title: of the plot.
     series: name -> (steps, values); long ones are averaged to a few hundred points.
     ylabel: what the values are.
     from_zero: whether the axis of the values begins at 0.
+    xlabel: what the values stand over.
 
   Returns:
     An <svg> element.
@@ -64,7 +69,7 @@ def curves(
     for name, (steps, values) in series.items():
       x, y = _thinned(steps, values)
       axes.plot(x, y, label=name, linewidth=1.6, marker='o' if len(x) == 1 else None)
-    axes.set_xlabel('step')
+    axes.set_xlabel(xlabel)
     if from_zero:
       axes.set_ylim(bottom=0)
     axes.set_ylabel(ylabel)

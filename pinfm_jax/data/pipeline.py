@@ -10,6 +10,7 @@ import numpy as np
 from pinfm_jax.config import FinetuneConfig, PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema, candidate_inputs, event_inputs, history_inputs, recent_inputs
+from pinfm_jax.data.records import HistoryChange
 from pinfm_jax.data.splits import usable_histories
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
@@ -122,10 +123,16 @@ class Requests:
     return len(self.request_row)
 
   def __getitem__(self, index: SupportsIndex) -> Batch:
-    index = int(index)
+    return self.changed(int(index))
+
+  def changed(self, index: int, change: HistoryChange | None = None) -> Batch:
+    """An example; the model reads what `change` makes of the events before the request, whose row it is told."""
     request = self.dataset.request(int(self.request_row[index]))
     config = self.config
     history, end = self.dataset.history(request.user_row), request.history_end
+    if change is not None:
+      history = change(int(self.request_row[index]), history.before(end))
+      end = len(history)
     events = history_inputs(history, end, config.history_length, config.history_block, self.tokens)
     last_event = int(history.timestamp[end - 1]) if end else None
     rows = slice(int(self.first[index]), int(self.first[index]) + config.candidates)

@@ -4,7 +4,7 @@ Both are a fixed header followed by little-endian columns, so that a record deco
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,14 @@ class History:
 
   def __len__(self) -> int:
     return len(self.timestamp)
+
+  def before(self, end: int) -> 'History':
+    """The first `end` events."""
+    return History(self.timestamp[:end], self.item[:end], self.surface[:end], self.actions[:end])
+
+
+# (row of whom it is asked for, events) -> the events that a model is to read in their place.
+HistoryChange = Callable[[int, History], History]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Whole-catalogue next-item evaluation of the pretrained tower: HR@k, NDCG@k, MRR, beside a popularity row."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from pinfm_jax.config import MeshConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import event_inputs, window_start
-from pinfm_jax.data.records import History
+from pinfm_jax.data.records import History, HistoryChange
 from pinfm_jax.data.splits import usable_events
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
@@ -60,6 +61,7 @@ class RetrievalTask:
     seen: places in the catalogue of each user's earlier items, if these are not ranked.
     trained_V: which of the catalogue's items training has seen; None = all, and users with an unseen target are
       left out.
+    user_Q: row of each user.
   """
 
   catalogue_V: np.ndarray
@@ -70,6 +72,7 @@ class RetrievalTask:
   content_VW: np.ndarray | None = None
   seen: list[np.ndarray] | None = None
   trained_V: np.ndarray | None = None
+  user_Q: np.ndarray | None = None
 
 
 def retrieval_task(
@@ -82,8 +85,9 @@ def retrieval_task(
   seed: int = 0,
   tokens: TokenInputs = PLAIN,
   protocol: RetrievalProtocol = RetrievalProtocol(),
+  change: HistoryChange | None = None,
 ) -> RetrievalTask:
-  """Collects the task over at most `users` users, drawn by seed.
+  """Collects the task over at most `users` users, drawn by seed; the model reads what `change` makes of their events.
 
   Raises:
     UserError: no user has events on both sides of the time, or none whose next item training has seen.
@@ -105,14 +109,17 @@ def retrieval_task(
   catalogue_V = np.unique(np.concatenate([trained_keys, *later])) if protocol.whole_catalogue else trained_keys
   popularity_V = np.bincount(np.searchsorted(catalogue_V, np.concatenate(positives)), minlength=len(catalogue_V))
   chosen = np.random.default_rng(seed).permutation(len(rows))[:users]
-  examples, targets, earlier, unseen = [], [], [], 0
+  examples, targets, earlier, found, unseen = [], [], [], [], 0
   for row, end, target in (rows[i] for i in np.sort(chosen)):
     history = dataset.history(row)
     new = not _contains(trained_keys, history.item[target])
     unseen += new
     if new and not protocol.whole_catalogue:
       continue
-    examples.append(event_inputs(history, slice(window_start(end, length, block), end), length, tokens))
+    events = history.before(end) if change is None else change(row, history.before(end))
+    window = slice(window_start(len(events), length, block), len(events))
+    examples.append(event_inputs(events, window, length, tokens))
+    found.append(row)
     targets.append(int(np.searchsorted(catalogue_V, history.item[target])))
     if protocol.filter_seen:
       keys = np.unique(history.item[:target])
@@ -129,6 +136,7 @@ def retrieval_task(
     tokens.items.inputs(catalogue_V)['content'] if tokens.items else None,
     earlier if protocol.filter_seen else None,
     np.isin(catalogue_V, trained_keys) if protocol.whole_catalogue else None,
+    np.array(found),
   )
 
 
@@ -188,13 +196,8 @@ class Retrieval:
 
   def _items(self, params: Any, rows_GE: Array) -> Array:
     """z of the catalogue, [V, O]."""
-    catalogue = {'item': key_words(self._task.catalogue_V)}
-    if self._task.content_VW is not None:
-      catalogue['content'] = self._task.content_VW
-    count = len(self._task.catalogue_V)
-    parts = [{name: value[start : start + _ITEMS] for name, value in catalogue.items()}
-             for start in range(0, count, _ITEMS)]  # fmt: skip
-    return jnp.concatenate([self._represent(params, rows_GE, put_examples(part)) for part in parts])
+    parts = _item_parts(self._task.catalogue_V, self._task.content_VW)
+    return jnp.concatenate([self._represent(params, rows_GE, part) for part in parts])
 
   def _users(self, params: Any, rows_GE: Array) -> Any:
     """H of the users, [chunk, O] a part."""
@@ -247,6 +250,35 @@ def evaluate_retrieval(
   among the items that it has seen; 'all/tower/...' and 'all/popularity/...' of all users and items.
   """
   return Retrieval(task, model, ks, chunk, layout)(params, rows_GE)
+
+
+def item_targets(
+  keys_V: np.ndarray,
+  content_VW: np.ndarray | None,
+  model: PinFMConfig,
+  params: Any,
+  rows_GE: Array,
+  layout: MeshConfig = MeshConfig(),
+) -> Array:
+  """z of items [V, O].
+
+  Args:
+    keys_V: uint64 item keys.
+    content_VW: their content, for a model with content.
+    model: its configuration; the other arguments are those of `evaluate_retrieval`.
+    params: see there.
+    rows_GE: see there.
+    layout: see there.
+  """
+  represent = _programs(model, layout)[1]
+  return jnp.concatenate([represent(params, rows_GE, part) for part in _item_parts(keys_V, content_VW)])
+
+
+def _item_parts(keys_V: np.ndarray, content_VW: np.ndarray | None) -> Iterator[dict[str, Array]]:
+  """Inputs of so many items that they are represented at once."""
+  items = {'item': key_words(keys_V)} | ({} if content_VW is None else {'content': content_VW})
+  for start in range(0, len(keys_V), _ITEMS):
+    yield put_examples({name: value[start : start + _ITEMS] for name, value in items.items()})
 
 
 def _programs(model: PinFMConfig, layout: MeshConfig) -> tuple[Any, Any]:

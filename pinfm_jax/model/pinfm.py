@@ -161,10 +161,24 @@ class PinFM(nn.Module):
     Raises:
       ValueError: histories longer than the learned positions.
     """
+    x_ULD = self.embed_events(vectors_ULV, events, hidden_actions_UL)
+    return self.encode_embedded(x_ULD, events, train, every_output, token_V, bidirectional)
+
+  def encode_embedded(
+    self,
+    x_ULD: Array,
+    events: EventBatch,
+    train: bool = False,
+    every_output: bool = True,
+    token_V: Array | None = None,
+    bidirectional: bool = False,
+  ) -> tuple[Array, LayerKV]:
+    """The context pass from the event embeddings on, see `encode`: x_ULD is what `embed_events` gives, or near it.
+
+    Of `events` it reads mask and segments.
+    """
     length = events.mask_UL.shape[1]
-    if isinstance(length, int) and length > self.config.tower.max_positions:
-      raise ValueError(f'histories of {length} events exceed tower.max_positions {self.config.tower.max_positions}')
-    x_ULD, mask_UL = self.embed_history(vectors_ULV, events, hidden_actions_UL, token_V)
+    x_ULD, mask_UL = self._with_token(x_ULD, events, token_V)
     output_at_U = None if every_output else last_event(events.mask_UL)
     if train:
       x_ULD = self.token_dropout(self.embedding_dropout(x_ULD, deterministic=False), deterministic=False)
@@ -176,9 +190,22 @@ class PinFM(nn.Module):
     self, vectors_ULV: Array, events: EventBatch, hidden_actions_UL: Array | None = None, token_V: Array | None = None
   ) -> tuple[Array, Array]:
     """phi_in and positions of the events and the token behind them: [U, L, D] (L + 1), and which places count."""
-    x_ULD = self.phi_in(vectors_ULV + self._event_terms(events, hidden_actions_UL))
-    if not self.config.tower.rotary:
-      x_ULD += self._positions(events)
+    return self._with_token(self.embed_events(vectors_ULV, events, hidden_actions_UL), events, token_V)
+
+  def embed_events(self, vectors_ULV: Array, events: EventBatch, hidden_actions_UL: Array | None = None) -> Array:
+    """The event embeddings, which are the decoder's input: phi_in and positions, [U, L, D]. See `encode`."""
+    length = events.mask_UL.shape[1]
+    if isinstance(length, int) and length > self.config.tower.max_positions:
+      raise ValueError(f'histories of {length} events exceed tower.max_positions {self.config.tower.max_positions}')
+    x_ULD = self.embed_tokens(vectors_ULV, events, hidden_actions_UL)
+    return x_ULD if self.config.tower.rotary else x_ULD + self._positions(events)
+
+  def embed_tokens(self, vectors_ULV: Array, events: EventBatch, hidden_actions_UL: Array | None = None) -> Array:
+    """phi_in of events, wherever they stand: [U, L, D]."""
+    return self.phi_in(vectors_ULV + self._event_terms(events, hidden_actions_UL))
+
+  def _with_token(self, x_ULD: Array, events: EventBatch, token_V: Array | None) -> tuple[Array, Array]:
+    """Puts the token, if there is one, behind each history's last event; and which places count."""
     if token_V is None:
       return x_ULD, events.mask_UL
     count_U = jnp.sum(events.mask_UL, axis=1)

@@ -177,6 +177,15 @@ class RankingModel(nn.Module):
     """The context pass of serving: what is kept of a user."""
     return self._encode(vectors_ULV, events, train=False, every_output=False)[1]
 
+  def embed_events(self, vectors_ULV: Array, events: EventBatch) -> Array:
+    """The event embeddings, which the tower's decoder reads: [U, L, D]."""
+    items_ULV = self.pinfm.items(vectors_ULV, events.content_ULW, events.hidden_id_UL)
+    return self.pinfm.embed_events(items_ULV, events)
+
+  def context_of_embedded(self, x_ULD: Array, events: EventBatch) -> UserContext:
+    """The context pass of serving with the event embeddings given: `context` of what `embed_events` gives."""
+    return self._encode_embedded(x_ULD, events, train=False, every_output=False)[1]
+
   def extend(self, vectors_UKV: Array, events: EventBatch, context: UserContext, user_M: Array | None) -> UserContext:
     """The context pass of events that follow kept histories.
 
@@ -273,10 +282,14 @@ class RankingModel(nn.Module):
     self, vectors_ULV: Array, events: EventBatch, train: bool, every_output: bool
   ) -> tuple[Array, UserContext]:
     """H (of every event, or of the last ones) and what is kept of the users."""
-    items_ULV = self.pinfm.items(vectors_ULV, events.content_ULW, events.hidden_id_UL)
+    return self._encode_embedded(self.embed_events(vectors_ULV, events), events, train, every_output)
+
+  def _encode_embedded(
+    self, x_ULD: Array, events: EventBatch, train: bool, every_output: bool
+  ) -> tuple[Array, UserContext]:
     every_output |= (mean := self.config.fusion == 'mean')
-    h_ULO, kv = self.pinfm.encode(
-      items_ULV, events, train, every_output, token_V=self.token_V, bidirectional=self.config.bidirectional
+    h_ULO, kv = self.pinfm.encode_embedded(
+      x_ULD, events, train, every_output, token_V=self.token_V, bidirectional=self.config.bidirectional
     )
     events_U = jnp.sum(events.mask_UL, axis=1, dtype=jnp.int32)
     if mean:

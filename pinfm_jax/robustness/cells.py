@@ -1,0 +1,19 @@
+"""Cells of an evaluation: what is finished stands in a file, and is not made again."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def save_cell(path: Path, **arrays: np.ndarray) -> None:
+  """Writes an .npz that appears only when it is complete."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial_path = path.with_name(f'{path.stem}.partial.npz')
+  np.savez_compressed(partial_path, **arrays)
+  partial_path.replace(path)
+
+
+def filled(rows_N: np.ndarray, size: int) -> list[np.ndarray]:
+  """The rows in parts of one size, so that one compiled program serves all; the last repeats its first row."""
+  parts = [rows_N[start : start + size] for start in range(0, len(rows_N), size)]
+  return [np.concatenate([part, np.full(size - len(part), part[0])]) for part in parts]

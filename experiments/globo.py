@@ -8,10 +8,14 @@ Expected:  see experiments/README.md
 Protocol, fixed before the test split was looked at. A request is one click of a user against 9 other articles, drawn
 from the clicks of the hour before it as often as each was clicked; the user had read none of the 10 before. Main
 metric: HIT@3 of click. Articles live for hours (about half of the clicks go to articles under 24 hours old, and a model
-that is a day old knows little of it), so the parts are hours (UTC) of Tuesday, 10 October 2017, a working day: 21:00 to
-24:00 tests, 19:30 to 21:00 validates, the 24 hours before that train the rankers, and all clicks before them pretrain
-the tower, with the clicks of these 24 hours by the users that the rankers do not train on (pretrain_overlap_users: a
-tower that has seen what a ranker trains on makes it trust the tower too much). Later clicks are not used.
+that is a day old knows little of it), so the parts are hours (UTC): 19:30 to 21:00 of Friday, 13 October 2017, tests, the
+24 hours before that train the rankers, and all clicks before them pretrain the tower, with the clicks of these 24 hours
+by the users that the rankers do not train on (pretrain_overlap_users: a tower that has seen what a ranker trains on
+makes it trust the tower too much). Later clicks are not used. Settings were chosen on the same hours of Tuesday, 10
+October, which are the validation part of
+
+  --set data.validation_days=0.0625 data.test_days=0.125 evaluate.split=validation 'data.options={"requests": True,
+  "max_requests": 50000, "impressions_from": "2017-10-09T19:30", "impressions_until": "2017-10-11"}'
 
 Every ranker sees, known strictly before the request: clicks on the article in the last hour, the last 24 hours and so
 far, the time since its last one, its age, the user's and the session's clicks so far, device, place and referrer, and
@@ -45,11 +49,11 @@ experiment = Experiment(
       'requests': True,
       'candidates': 10,
       'max_requests': 50_000,
-      'impressions_from': '2017-10-09T19:30',
-      'impressions_until': '2017-10-11',
+      'impressions_from': '2017-10-12T19:30',
+      'impressions_until': '2017-10-13T21:00',
     },
-    test_days=0.125,
-    validation_days=0.0625,
+    test_days=0.1875,  # counted from midnight, so from 19:30
+    validation_days=0.0,
     finetune_days=1.0,
     pretrain_overlap=True,
     pretrain_overlap_users='others',

@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 
 from pinfm_jax.data.public.cifar10 import Images, load, shuffled
-from pinfm_jax.errors import UserError
+from pinfm_jax.errors import UserError, exit_code
 from pinfm_jax.robustness.balls import Ball
 from pinfm_jax.robustness.defended import ROWS, EvaluationConfig
 from pinfm_jax.robustness.evaluation import Evaluation
@@ -116,12 +116,7 @@ SIZES = {
 
 def main(arguments: list[str] | None = None) -> int:
   options = _parser().parse_args(arguments)
-  try:
-    run(options)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  return 0
+  return exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -8,10 +8,10 @@ Expected:  see experiments/README.md
 Protocol, fixed before the test split was looked at. A request is one click of a user against 9 other articles, drawn
 from the clicks of the hour before it as often as each was clicked; the user had read none of the 10 before. Main
 metric: HIT@3 of click. Articles live for hours (about half of the clicks go to articles under 24 hours old, and a model
-that is a day old knows little of it), so the parts are hours (UTC): 19:30 to 21:00 of Friday, 13 October 2017, tests, the
-24 hours before that train the rankers, and all clicks before them pretrain the tower, with the clicks of these 24 hours
-by the users that the rankers do not train on (pretrain_overlap_users: a tower that has seen what a ranker trains on
-makes it trust the tower too much). Later clicks are not used. Settings were chosen on the same hours of Tuesday, 10
+that is a day old knows little of it), so the parts are hours (UTC): 19:30 to 21:00 of Friday, 13 October 2017, tests,
+the 24 hours before that train the rankers, and all clicks before them pretrain the tower, with the clicks of these 24
+hours by the users that the rankers do not train on (pretrain_overlap_users: a tower that has seen what a ranker trains
+on makes it trust the tower too much). Later clicks are not used. Settings were chosen on the same hours of Tuesday, 10
 October, which are the validation part of
 
   --set data.validation_days=0.0625 data.test_days=0.125 evaluate.split=validation 'data.options={"requests": True,

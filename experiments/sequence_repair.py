@@ -27,7 +27,7 @@ from pathlib import Path
 
 import jax
 
-from pinfm_jax.errors import UserError
+from pinfm_jax.errors import exit_code
 from pinfm_jax.launch import saved_experiment
 from pinfm_jax.overrides import apply_overrides, parse_assignments
 from pinfm_jax.robustness.event_noise import event_pool
@@ -45,12 +45,7 @@ SUBJECTS = {'ranking': ranking_subject, 'next': next_item_subject}
 
 def main(arguments: list[str] | None = None) -> int:
   options = _parser().parse_args(arguments)
-  try:
-    run(options)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  return 0
+  return exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:

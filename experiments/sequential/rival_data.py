@@ -10,12 +10,13 @@ two; val: the second last is asked for, test: the last, each with everything bef
 three events have no line in train and val.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 from pinfm_jax.data.dataset import PreparedDataset
-from pinfm_jax.errors import UserError
+from pinfm_jax.errors import UserError, exit_code
 
 
 def write_rival_data(workdir: Path, target: Path) -> None:
@@ -44,4 +45,8 @@ def _lines(path: Path, lines: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  write_rival_data(Path(sys.argv[1]), Path(sys.argv[2]))
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('workdir', type=Path, help='a workdir with prepared data')
+  parser.add_argument('target', type=Path, help='folder to write')
+  options = parser.parse_args()
+  sys.exit(exit_code(lambda: write_rival_data(options.workdir, options.target)))

@@ -10,12 +10,14 @@ the events of `evaluate.split`, as in the run. Hashed tables are trained by, for
 model.tables.hash_seed=0 model.tables.sub_tables=4 model.tables.width=16 model.tables.rows=4096 in another workdir.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from pinfm_jax.errors import exit_code
 from pinfm_jax.launch import saved_experiment
 from pinfm_jax.pretrained import load_pretrained
 from pinfm_jax.serve.quantize import STORAGES, dequantise, quantise
@@ -35,9 +37,16 @@ def served_figures(workdir: Path) -> dict[str, dict[str, float]]:
   return found
 
 
-if __name__ == '__main__':
-  figures = served_figures(Path(sys.argv[1]))
+def main(workdir: Path) -> None:
+  figures = served_figures(workdir)
   name = next(name for name in figures['float32'] if name.startswith('tower/ndcg@'))
   for stored, values in figures.items():
     share = values[name] / figures['float32'][name] if figures['float32'][name] else float('nan')
     print(f'{stored:8} {name[6:]} {values[name]:.4f}  {100 * share:.2f} % of float32')
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('workdir', type=Path, help='of a finished `pinfm run` of a launch file of this folder')
+  options = parser.parse_args()
+  sys.exit(exit_code(lambda: main(options.workdir)))

@@ -92,19 +92,7 @@ def retrieval_task(
   Raises:
     UserError: no user has events on both sides of the time, or none whose next item training has seen.
   """
-  seen, positives, later, rows = [], [], [], []
-  for row, history in enumerate(dataset.histories()):
-    trained = usable_events(history, until_ms, protocol.held_out)
-    positive = _positive(history.actions, action_bits)
-    seen.append(history.item[:trained])
-    positives.append(history.item[:trained][positive[:trained]])
-    later.append(history.item[trained:])
-    end, last = _predicted(history, trained, until_ms, protocol)
-    if end and positive[end:last].any():
-      rows.append((row, end, end + int(np.argmax(positive[end:last]))))
-  if not rows:
-    mend = 'change data.finetune_days' if until_ms is not None else 'expected histories of several events'
-    raise UserError(f'no user has events both before and after the pretraining split; {mend}')
+  seen, positives, later, rows = _parts(dataset, until_ms, action_bits, protocol)
   trained_keys = np.unique(np.concatenate(seen))
   catalogue_V = np.unique(np.concatenate([trained_keys, *later])) if protocol.whole_catalogue else trained_keys
   popularity_V = np.bincount(np.searchsorted(catalogue_V, np.concatenate(positives)), minlength=len(catalogue_V))
@@ -138,6 +126,31 @@ def retrieval_task(
     np.isin(catalogue_V, trained_keys) if protocol.whole_catalogue else None,
     np.array(found),
   )
+
+
+def _parts(
+  dataset: PreparedDataset, until_ms: int | None, action_bits: int, protocol: RetrievalProtocol
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[tuple[int, int, int]]]:
+  """Of each user the items that training has seen, the positive ones of them, and later ones; and of each user with
+  something to predict (row, where the predicted events begin, the predicted one).
+
+  Raises:
+    UserError: there is no such user.
+  """
+  seen, positives, later, rows = [], [], [], []
+  for row, history in enumerate(dataset.histories()):
+    trained = usable_events(history, until_ms, protocol.held_out)
+    positive = _positive(history.actions, action_bits)
+    seen.append(history.item[:trained])
+    positives.append(history.item[:trained][positive[:trained]])
+    later.append(history.item[trained:])
+    end, last = _predicted(history, trained, until_ms, protocol)
+    if end and positive[end:last].any():
+      rows.append((row, end, end + int(np.argmax(positive[end:last]))))
+  if not rows:
+    mend = 'change data.finetune_days' if until_ms is not None else 'expected histories of several events'
+    raise UserError(f'no user has events both before and after the pretraining split; {mend}')
+  return seen, positives, later, rows
 
 
 def _predicted(history: History, trained: int, until_ms: int | None, protocol: RetrievalProtocol) -> tuple[int, int]:

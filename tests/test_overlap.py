@@ -29,6 +29,14 @@ def test_parts_of_days_are_counted_back_from_the_end_of_the_last_day(toy_run):
   assert split.until_by_user(3) is None
 
 
+def test_a_part_of_no_days_is_named(toy_run):
+  data = replace(toy_run.experiment.data, validation_days=0)
+  run = Run(replace(toy_run.experiment, data=data), toy_run.workdir)
+  with pytest.raises(UserError, match='data.validation_days is 0, so there is no validation part'):
+    run.requests('validation')
+  assert len(run.requests('test'))
+
+
 def test_an_overlap_with_other_users_never_reads_what_a_ranker_trains_on(toy_run):
   dataset = toy_run.dataset
   split = split_by_time(dataset, OVERLAP)

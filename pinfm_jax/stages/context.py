@@ -141,10 +141,16 @@ class Run:
     return schema
 
   def requests(self, part: str) -> Requests:
-    """The requests of 'finetune', 'validation' or 'test'."""
+    """The requests of 'finetune', 'validation' or 'test'.
+
+    Raises:
+      UserError: there is none.
+    """
     experiment = self.experiment
     least = experiment.finetune.min_candidates if part == 'finetune' else experiment.data.min_candidates
     times = getattr(self.split, part)
+    if times[0] == times[1] and self.dataset.num_requests:
+      raise UserError(f'data.{part}_days is 0, so there is no {part} part; set it, or take --split of another part')
     if experiment.ranker.sequence == 'pinfm':
       tokens = self.tokens
     else:  # of a ranker without PinFM just TransAct reads any of it

@@ -232,7 +232,7 @@ def test_a_split_without_requests_is_refused_before_anything_trains(run, tmp_pat
   split = replace(toy.EXPERIMENT.evaluate, split='validation')
   claim(tmp_path / 'prepare', {'data': {'source': 'simulator', 'path': '', 'simulator': dict(data.simulator)}})
   sweep = Sweep(replace(toy.EXPERIMENT, data=data, evaluate=split), 'x')
-  with pytest.raises(UserError, match='no request between'):
+  with pytest.raises(UserError, match='data.validation_days is 0'):
     run_sweep(sweep, tmp_path)
 
 

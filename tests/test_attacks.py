@@ -12,11 +12,13 @@ from pinfm_jax.robustness import adaptive
 from pinfm_jax.robustness.apgd import apgd, apgd_targeted, checkpoints
 from pinfm_jax.robustness.attacks import (
   Attacked,
+  ascend,
   better,
   classifier_objective,
   cw_margin,
   dlr,
   dlr_targeted,
+  evaluated,
   fooled,
   pgd,
   runners_up,
@@ -204,6 +206,34 @@ def test_expectation_is_the_mean_of_independent_draws() -> None:
   np.testing.assert_allclose(plain, cw_margin(_curved(X), CURVED_LABEL), rtol=1e-5)
   assert float(jnp.mean(jnp.abs(many - plain))) < float(jnp.mean(spread))
   assert not np.allclose(one, many, atol=1e-4)
+
+
+def test_a_draw_is_defended_once_for_values_and_gradient() -> None:
+  calls = []
+
+  def defence(x, seed_B):
+    count = lambda x, _: calls.append(None) or np.asarray(x)  # noqa: E731
+    return jax.pure_callback(count, jax.ShapeDtypeStruct(x.shape, x.dtype), x, seed_B)
+
+  objective = adaptive.averaged(adaptive.bpda(_curved, defence, CURVED_LABEL), 3)
+  plain = adaptive.averaged(classifier_objective(_curved, CURVED_LABEL, 'margin'), 3)
+  found, expected = (jax.jit(lambda o=o: evaluated(o, X, INDEX.astype(jnp.uint32)))() for o in (objective, plain))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)
+  assert len(calls) == 3
+
+
+def test_an_ascent_begins_where_it_is_told_and_gives_its_end() -> None:
+  ball, start = Ball('linf', 0.1), X + 0.05
+  objective = classifier_objective(_curved, CURVED_LABEL, 'margin')
+  run = jax.jit(lambda steps, start: ascend(objective, X, ball, INDEX, steps, start=start), static_argnums=0)
+  found = run(0, start)
+  np.testing.assert_array_equal(found.end, start)
+  assert bool(
+    jnp.all(objective(found.best.x, INDEX)[0] >= jnp.maximum(objective(X, INDEX)[0], objective(start, INDEX)[0]) - 1e-6)
+  )
+  longer = run(20, start)
+  assert float(jnp.max(jnp.abs(longer.end - X))) <= 0.1 + 1e-6
+  assert float(jnp.mean(objective(longer.end, INDEX)[0])) > float(jnp.mean(objective(start, INDEX)[0]))
 
 
 def test_task_aware_attack_pays_for_the_tasks() -> None:

@@ -2,16 +2,15 @@
 
 from dataclasses import replace
 from functools import lru_cache
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import polars as pl
 import pytest
 
 from pinfm_jax.config import PretrainConfig
 from pinfm_jax.data.negatives import NegativeSource
+from pinfm_jax.data.records import History
 from pinfm_jax.data.tokens import PLAIN
 from pinfm_jax.model.hashing import fold_seed, key_words
 from pinfm_jax.model.pinfm import EventBatch
@@ -179,9 +178,17 @@ class _Events:
     return {'item': key_words(item), 'actions': np.zeros(len(item), np.uint32), 'mask': np.ones(len(item), bool)}
 
 
+class _Log:
+  """Two users, whose last events are of items that no other event has."""
+
+  def histories(self):
+    for items in ([*KEYS, 98], [99]):
+      places = np.arange(len(items))
+      yield History(places, np.array(items, np.uint64), places.astype(np.uint16), places.astype(np.uint32))
+
+
 def _source(**options) -> NegativeSource:
-  items = pl.DataFrame({'item_key': KEYS, 'first_seen': np.zeros(len(KEYS), np.int64)})
-  return NegativeSource.of(SimpleNamespace(items=items), _Events(), replace(CONFIG, **options), 0, None, 3)
+  return NegativeSource.of(_Log(), _Events(), replace(CONFIG, **options), 0, None, 3)
 
 
 @pytest.mark.parametrize('power', [0.5, 1.0])

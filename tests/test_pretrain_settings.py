@@ -67,14 +67,16 @@ def test_what_cannot_work_is_refused(changes, words):
 def test_a_launch_file_and_its_baselines_pass(path):
   experiment = load_experiment(path)
   arms = baselines(experiment)
-  assert [arm.name for arm in arms] == ['PinFM', 'SASRec+SS', 'SASRec', 'gSASRec']
+  assert [arm.name for arm in arms] == ['PinFM', 'SASRec+SS', 'SASRec+SS, 2 blocks', 'SASRec', 'gSASRec']
   for arm in arms:
     check_experiment(apply_overrides(experiment, arm.overrides))
   own = apply_overrides(experiment, arms[1].overrides)
   assert (own.model.tower.layers, own.model.tower.heads, own.model.tower.width) == (1, 1, 64)
   assert own.pretrain.uniform_negatives == 256
   assert own.data == experiment.data
-  larger = apply_overrides(experiment, arms[3].overrides)
+  tuned = {'model.tower.rotary': True, 'model.tower.token_dropout': 0.1, 'model.tables.init_scale': 0.1}
+  assert apply_overrides(apply_overrides(experiment, tuned), arms[1].overrides) == own  # the baseline stays
+  larger = apply_overrides(experiment, arms[-1].overrides)
   assert (larger.model.tower.layers, larger.model.tower.width, larger.pretrain.bce_calibration) == (2, 128, 0.75)
 
 

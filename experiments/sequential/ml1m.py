@@ -7,9 +7,11 @@ Time:      see experiments/README.md
 Expected:  see experiments/README.md
 
 Protocol and shared settings: `pinfm_jax.sequential`. Each user's last event tests, the one before chooses the epoch;
-films that the user has rated are not ranked; both holdouts and a popularity row are printed. The settings were searched
-on the validation events alone by experiments/sequential/search.py. Stars are not read: the published models do not have
-them. Terms of the data: GroupLens, research use, no redistribution.
+films that the user has rated are not ranked; both holdouts and a popularity row are printed. The settings are to be
+searched on the validation events alone by experiments/sequential/search.py; experiments/README.md says what has been.
+Stars are not read: the published models do not have them. With the file as published (ratings.dat, ids up to 3,952)
+instead of that edition: --set model.tables.rows=3954 'data.options={"actions": "none", "core": 5}'.
+Terms of the data: GroupLens, research use, no redistribution.
 """
 
 import os

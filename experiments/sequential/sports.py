@@ -7,9 +7,9 @@ Time:      see experiments/README.md
 Expected:  see experiments/README.md
 
 Protocol and shared settings: `pinfm_jax.sequential`. Each user's last event tests, the one before chooses the epoch;
-items that the user has had are not ranked; both holdouts and a popularity row are printed. The settings were searched
-on the validation events alone by experiments/sequential/search.py. Terms of the data: none stated by the source,
-research use only.
+items that the user has had are not ranked; both holdouts and a popularity row are printed. The settings are to be
+searched on the validation events alone by experiments/sequential/search.py; experiments/README.md says what has been.
+Terms of the data: none stated by the source, research use only.
 """
 
 import os

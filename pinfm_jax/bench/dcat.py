@@ -111,7 +111,7 @@ def _serving(sizes: DcatSizes, platform: str, directory: Path) -> list[Figure]:
     runs = serving_runs(case)
     seconds = interleave({name: run.call for name, run in runs.items()}, sizes.rounds, warmup=1)
     each = {name: tuple(s / runs[name].candidates for s in seconds[name]) for name in runs}  # seconds a candidate
-    asked = dict(zip(('dense', 'gather'), ASKED[platform].get(case.name, ()), strict=False))
+    asked = dict(zip(('dense', 'gather'), ASKED.get(platform, {}).get(case.name, ()), strict=False))
     for name in runs:
       if name != 'DCAT':
         text = f'{case.name} tower: DCAT over {name}'

@@ -13,6 +13,7 @@ import numpy as np
 from pinfm_jax.config import PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.pipeline import Batch, Segments
+from pinfm_jax.data.splits import pretrained_items
 from pinfm_jax.data.tokens import ItemContent
 from pinfm_jax.model.hashing import key_words
 
@@ -104,17 +105,20 @@ class NegativeSource:
     action_bits: int,
     until_ms: int | None,
     seed: int,
+    held_out: int = 1,
   ) -> 'NegativeSource':
     """Reads the catalogue and counts the training examples, each only if an option needs it.
 
-    Items first seen at `until_ms` or later are not drawn: training must not learn that the future is unlikely.
+    Items first seen at `until_ms` or later (None: only in users' last `held_out` events) are not drawn: training must
+    not learn that the future is unlikely.
     """
     keys = np.zeros(0, np.uint64)
     if config.uniform_negatives or config.full_catalogue:
-      items = dataset.items
-      keys = items['item_key'].to_numpy()
-      if until_ms is not None:
-        keys = keys[items['first_seen'].to_numpy() < until_ms]
+      if until_ms is None:
+        keys = pretrained_items(dataset, None, held_out=held_out)
+      else:
+        items = dataset.items
+        keys = items['item_key'].to_numpy()[items['first_seen'].to_numpy() < until_ms]
     counts, weights = None, None
     if config.log_q == 'counts' or config.negative_power:
       counts = ItemCounts.of(source, action_bits)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-_BLOCK = 16_384  # items whose scores exist at once
+_BLOCK = 32_768  # most items whose scores exist at once
 
 
 @partial(jax.jit, static_argnames='block')
@@ -32,14 +32,14 @@ def catalogue_ranks(
     seen_QM: int32 places of items that are not ranked for a user, the target excepted; V and more = none. None = all
       items are ranked.
     trained_V: True on the items that the second rank is among; None = all.
-    block: items whose scores are computed at once.
+    block: most items whose scores are computed at once.
 
   Returns:
     int32 [Q] ranks among all items, and among those of `trained_V` (and the target).
   """
   items, width = z_VO.shape
-  size = min(block, items)
-  count = -(-items // size)
+  count = -(-items // block)
+  size = -(-items // count)
   trained_V = jnp.ones(items, bool) if trained_V is None else jnp.asarray(trained_V)
   target_Q = jnp.asarray(target_Q)
 

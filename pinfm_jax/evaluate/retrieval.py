@@ -187,7 +187,9 @@ class Retrieval:
     lengths_Q = task.histories['mask'].sum(axis=1)
     self._parts = np.split(np.argsort(lengths_Q, kind='stable'), range(self._chunk, len(lengths_Q), self._chunk))
     self._crops = [_crop(int(lengths_Q[part].max()), task.histories['mask'].shape[1]) for part in self._parts]
-    self._most_seen = max(map(len, task.seen)) if task.seen is not None else 0
+    if task.seen is not None:
+      most = max(map(len, task.seen))
+      self._most_seen = [_crop(max(len(task.seen[query]) for query in part), most) for part in self._parts]
 
   def __call__(self, params: Any, rows_GE: Array) -> dict[str, float]:
     """The tower's figures and those of popularity; see `evaluate_retrieval`."""
@@ -221,16 +223,23 @@ class Retrieval:
   def _ranks(self, users: Any, z_VO: Array) -> tuple[np.ndarray, np.ndarray]:
     """Each user's rank among all items, and among those that training has seen, in the order of the parts."""
     task, found = self._task, []
-    for part, h_QO in zip(self._parts, users, strict=True):
-      filled = self._filled(part)
-      seen_QM = None
-      if task.seen is not None:
-        seen_QM = np.full((len(filled), self._most_seen), len(task.catalogue_V), np.int32)
-        for line, query in zip(seen_QM, filled, strict=True):
-          line[: len(task.seen[query])] = task.seen[query]
-      ranks = catalogue_ranks(h_QO, z_VO, task.target_Q[filled], seen_QM, task.trained_V)
+    for part, h_QO, seen_QM in zip(self._parts, users, self._seen(), strict=True):
+      ranks = catalogue_ranks(h_QO, z_VO, task.target_Q[self._filled(part)], seen_QM, task.trained_V)
       found.append([np.asarray(rank_Q)[: len(part)] for rank_Q in ranks])
     return tuple(np.concatenate(ranks) for ranks in zip(*found, strict=True))
+
+  def _seen(self) -> Iterator[np.ndarray | None]:
+    """The places of the items that are not ranked, [chunk, M] a part; None where all are."""
+    task = self._task
+    if task.seen is None:
+      yield from (None for _ in self._parts)
+      return
+    for part, most in zip(self._parts, self._most_seen, strict=True):
+      filled = self._filled(part)
+      seen_QM = np.full((len(filled), most), len(task.catalogue_V), np.int32)
+      for line, query in zip(seen_QM, filled, strict=True):
+        line[: len(task.seen[query])] = task.seen[query]
+      yield seen_QM
 
   def _filled(self, part: np.ndarray) -> np.ndarray:
     """The users of a part; the last one is repeated to fill it, so that one program serves all parts."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pinfm_jax.robustness.attacks import Logits, Objective, classifier_objective
 from pinfm_jax.robustness.draws import fold
@@ -18,6 +19,7 @@ from pinfm_jax.robustness.repair import LossTerm, RepairConfig, repair
 Defence = Callable[[jax.Array, jax.Array], jax.Array]
 
 _TERM, _DRAW = 20, 21  # purposes of draws
+_DEFENDED = 'defended'
 
 
 def repair_defence(terms: Sequence[LossTerm], config: RepairConfig) -> Defence:
@@ -48,7 +50,7 @@ def straight_through(defence: Defence) -> Defence:
   """The defence with the identity as its gradient (BPDA: Athalye et al., 2018)."""
 
   def through(x: jax.Array, seed_B: jax.Array) -> jax.Array:
-    moved = jax.lax.stop_gradient(defence(jax.lax.stop_gradient(x), seed_B))
+    moved = checkpoint_name(jax.lax.stop_gradient(defence(jax.lax.stop_gradient(x), seed_B)), _DEFENDED)
     return moved + (x - jax.lax.stop_gradient(x))
 
   return through
@@ -91,11 +93,12 @@ def averaged(objective: Objective, draws: int) -> Objective:
       loss_B, fooled_B = objective(x, fold(seed_B, _DRAW, draw))
       return (total[0] + loss_B, total[1] + fooled_B), None
 
-    # One draw's activations at a time, in the backward pass too.
-    zero = jnp.zeros(x.shape[:1], jnp.float32)
-    (loss_B, fooled_B), _ = jax.lax.scan(
-      jax.checkpoint(one, prevent_cse=False), (zero, zero), jnp.arange(draws, dtype=jnp.uint32)
+    # One draw's activations at a time, in the backward pass too, but a defence is not made twice.
+    one_at_a_time = jax.checkpoint(
+      one, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_DEFENDED)
     )
+    zero = jnp.zeros(x.shape[:1], jnp.float32)
+    (loss_B, fooled_B), _ = jax.lax.scan(one_at_a_time, (zero, zero), jnp.arange(draws, dtype=jnp.uint32))
     return loss_B / draws, 2 * fooled_B > draws
 
   return mean

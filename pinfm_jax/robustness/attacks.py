@@ -32,6 +32,16 @@ class Attacked(NamedTuple):
   fooled_B: jax.Array
 
 
+class Ascent(NamedTuple):
+  """The best point that an ascent met, and the one where it ended, [B, ...].
+
+  Where the objective is random, the best one is partly the luckiest; the end was not chosen by luck.
+  """
+
+  best: Attacked
+  end: jax.Array
+
+
 def classifier_objective(logits: Logits, label_B: jax.Array, loss: str = 'ce', target_B: jax.Array | None = None):
   """The objective of fooling a classifier.
 
@@ -106,7 +116,22 @@ def pgd(
   seed: Any = 0,
   random_start: bool = True,
 ) -> Attacked:
-  """Projected gradient ascent (Madry et al., 2018) that keeps the best point it meets, x itself among them.
+  """Projected gradient ascent (Madry et al., 2018) that keeps the best point it meets; see `ascend`."""
+  start = None if random_start else x
+  return ascend(objective, x, ball, index_B, steps, step_size, seed, start).best
+
+
+def ascend(
+  objective: Objective,
+  x: jax.Array,
+  ball: Ball,
+  index_B: jax.Array,
+  steps: int = 20,
+  step_size: float | None = None,
+  seed: Any = 0,
+  start: jax.Array | None = None,
+) -> Ascent:
+  """Projected gradient ascent: the best point that it meets, x itself among them, and its end.
 
   Args:
     objective: what to maximise.
@@ -116,21 +141,21 @@ def pgd(
     steps: of ascent; the objective and its gradient are evaluated twice more, for x and for where the ascent ends.
     step_size: of one step; None = 2.5 * radius / steps, which lets it cross the ball.
     seed: of the draws.
-    random_start: begin at a drawn point of the ball.
+    start: where to begin, in the ball around x; None = at a drawn point of it.
   """
   step_size = 2.5 * ball.radius / max(steps, 1) if step_size is None else step_size
   seed_B = example_seeds(index_B, seed)
-  start = ball.random(x, fold(seed_B, START)) if random_start else x
+  start = ball.random(x, fold(seed_B, START)) if start is None else start
   nothing = Attacked(x, jnp.full(x.shape[:1], -jnp.inf), jnp.zeros(x.shape[:1], bool))
 
   # The clean point, the ascent and its end are turns of one loop: a defended objective is compiled once.
-  def body(carry: tuple[jax.Array, Attacked], turn: jax.Array) -> tuple[tuple[jax.Array, Attacked], None]:
-    at, best = carry
+  def body(carry: tuple[jax.Array, Ascent], turn: jax.Array) -> tuple[tuple[jax.Array, Ascent], None]:
+    at, (best, _) = carry
     found, gradient = evaluated(objective, at, fold(seed_B, STEP, turn))
     moved = jnp.where(turn == 0, start, ball.project(at + step_size * ball.direction(gradient), x))
-    return (moved, better(best, found)), None
+    return (moved, Ascent(better(best, found), at)), None
 
-  return jax.lax.scan(body, (x, nothing), jnp.arange(steps + 2, dtype=jnp.uint32))[0][1]
+  return jax.lax.scan(body, (x, Ascent(nothing, x)), jnp.arange(steps + 2, dtype=jnp.uint32))[0][1]
 
 
 def evaluated(objective: Objective, x: jax.Array, seed_B: jax.Array) -> tuple[Attacked, jax.Array]:

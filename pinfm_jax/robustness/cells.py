@@ -1,7 +1,10 @@
 """Cells of an evaluation: what is finished stands in a file, and is not made again."""
 
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -17,3 +20,8 @@ def filled(rows_N: np.ndarray, size: int) -> list[np.ndarray]:
   """The rows in parts of one size, so that one compiled program serves all; the last repeats its first row."""
   parts = [rows_N[start : start + size] for start in range(0, len(rows_N), size)]
   return [np.concatenate([part, np.full(size - len(part), part[0])]) for part in parts]
+
+
+def fingerprint(params: Any) -> str:
+  """Tells one network's weights from another's."""
+  return f'{sum(float(jnp.sum(jnp.abs(leaf))) for leaf in jax.tree.leaves(params)):.6g}'

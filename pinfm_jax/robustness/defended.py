@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from pinfm_jax.errors import UserError
 from pinfm_jax.robustness import adaptive
 from pinfm_jax.robustness.apgd import apgd, apgd_targeted
-from pinfm_jax.robustness.attacks import Attacked, classifier_objective, pgd
+from pinfm_jax.robustness.attacks import ascend, classifier_objective, pgd
 from pinfm_jax.robustness.balls import Ball
 from pinfm_jax.robustness.repair import RepairConfig, passes
 from pinfm_jax.robustness.square import square
@@ -27,7 +26,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
   UNTRAINED: NAMES,
 }
 CLEAN = 'clean'
-TRANSFER = ('pgd', 'apgd-ce', 'apgd-dlr', 'apgd-t', 'cw')
+TRANSFER = ('pgd', 'apgd-ce', 'apgd-dlr', 'cw', 'apgd-t')  # the strongest last: attacks on defences begin there
 ADAPTIVE = ('task-aware', 'bpda', 'bpda+eot', 'unrolled', 'square')
 _ATTACK = 41  # purpose of draws
 
@@ -74,6 +73,8 @@ class EvaluationConfig:
       unknown = [value for value in getattr(self, name) if value not in choices]
       if unknown:
         raise UserError(f"evaluation.{name} names '{unknown[0]}'; expected some of {', '.join(choices)}")
+    if self.adaptive and not self.transfer:
+      raise UserError('evaluation.transfer is empty: the attacks through a defence begin where its last one ended')
     if self.adaptive_images > self.transfer_images:
       raise UserError(
         f'evaluation.adaptive_images {self.adaptive_images} exceeds transfer_images {self.transfer_images}: '
@@ -125,26 +126,32 @@ class Defended:
     return attack(objective, x, c.ball, index_B, c.steps, seed=_ATTACK).x
 
   def adaptive_attack(
-    self, row: str, column: str, x: jax.Array, label_B: jax.Array, index_B: jax.Array, seed: Any
-  ) -> Attacked | jax.Array:
-    """The attacked images; of the task-aware attack those of every strength, [S, B, ...]."""
+    self, row: str, column: str, x: jax.Array, start: jax.Array, label_B: jax.Array, index_B: jax.Array, seed: Any
+  ) -> jax.Array:
+    """The images that an attack leads to, each of which counts, [S, B, ...].
+
+    Of a gradient attack through the defence the best point and the last one; of the task-aware attack one of each
+    strength. `start` is where the former begin: what the strongest attack on the undefended classifier found.
+    """
     c, defence, seed = self.config, self.defence(row), _ATTACK + 1 + seed
-    attack = partial(pgd, x=x, ball=c.ball, index_B=index_B, seed=seed)
+    terms = self.terms(row) if ROWS[row] else ()
     through = adaptive.bpda(self.logits, defence, label_B)
-    if column == 'bpda':
-      return attack(through, steps=c.adaptive_steps)
-    if column == 'bpda+eot':
-      return attack(adaptive.averaged(through, c.eot), steps=c.adaptive_steps)
     if column == 'square':
       objective = adaptive.defended_objective(self.logits, defence, label_B)
-      return square(objective, x, c.ball, index_B, c.queries, seed=seed)
-    terms = self.terms(row) if ROWS[row] else ()
-    if column == 'unrolled':
-      objective = adaptive.unrolled(self.logits, terms, c.repair, label_B) if terms else through
-      return attack(objective, steps=c.unrolled_steps)
+      return square(objective, x, c.ball, index_B, c.queries, seed=seed).x[None]
+    if column != 'task-aware':
+      objective, steps = through, c.adaptive_steps
+      if column == 'bpda+eot':
+        objective = adaptive.averaged(through, c.eot)
+      elif column == 'unrolled':
+        steps = c.unrolled_steps
+        objective = adaptive.unrolled(self.logits, terms, c.repair, label_B) if terms else through
+      found = ascend(objective, x, c.ball, index_B, steps, seed=seed, start=start)
+      return jnp.stack([found.best.x, found.end])
 
     def aware(_: None, strength: jax.Array) -> tuple[None, jax.Array]:
-      return None, attack(adaptive.task_aware(self.logits, terms, label_B, strength), steps=c.steps).x
+      objective = adaptive.task_aware(self.logits, terms, label_B, strength)
+      return None, pgd(objective, x, c.ball, index_B, c.steps, seed=seed).x
 
     strengths = c.strengths if terms else c.strengths[:1]
     return jax.lax.scan(aware, None, jnp.asarray(strengths, jnp.float32))[1]

@@ -16,14 +16,15 @@ import numpy as np
 from pinfm_jax.data.public.cifar10 import Images, as_floats
 from pinfm_jax.errors import UserError
 from pinfm_jax.progress import Progress
-from pinfm_jax.robustness.attacks import Attacked
-from pinfm_jax.robustness.cells import filled, save_cell
-from pinfm_jax.robustness.defended import CLEAN, NONE, Defended, EvaluationConfig
+from pinfm_jax.robustness.cells import filled, fingerprint, save_cell
+from pinfm_jax.robustness.defended import ADAPTIVE, CLEAN, NONE, Defended, EvaluationConfig
 from pinfm_jax.robustness.draws import example_seeds
 from pinfm_jax.robustness.tasks import Tasks
 from pinfm_jax.workdir import claim
 
 _DEFENCE = 40  # purpose of draws
+_ADAPTIVE = 'adaptive'  # folder of the adaptive columns, which depend on further settings
+_ADAPTIVE_SETTINGS = ('adaptive_images', 'adaptive_steps', 'eot', 'unrolled_steps', 'strengths', 'queries')
 
 
 class Evaluation:
@@ -54,7 +55,10 @@ class Evaluation:
       raise UserError(f'evaluation.transfer_images is {config.transfer_images}; the test split has {len(test)} images')
     # What decides which cells there are may change; what a cell means may not.
     fixed = {k: v for k, v in asdict(config).items() if k not in ('seeds', 'transfer', 'adaptive', 'rows', 'batch')}
-    claim(directory, {**settings, **fixed}, started=any(directory.glob('*/*.npz')))
+    fixed |= {**settings, 'weights': fingerprint(trained)}
+    adaptive = {name: fixed.pop(name) for name in _ADAPTIVE_SETTINGS}
+    claim(directory, fixed, started=any(directory.glob('*/*.npz')))
+    claim(directory / _ADAPTIVE, fixed | adaptive, started=any(directory.glob(f'{_ADAPTIVE}/*/*.npz')))
     self.directory, self.config, self.tasks = directory, config, tasks
     self.x = as_floats(test.pixels[: config.transfer_images])
     self.label = test.labels[: config.transfer_images]
@@ -76,14 +80,17 @@ class Evaluation:
     c = self.config
     for column in c.transfer:
       self.attacked(column)
-    for columns, cell in (
-      ((CLEAN, *c.transfer), self.transfer_cell),
-      (c.adaptive if adaptive else (), self.adaptive_cell),
-    ):
-      for seed in c.seeds:
-        for row in rows or c.rows:
-          for column in columns:
-            cell(row, column, seed)
+    kinds = [(self.transfer_cell, (CLEAN, *c.transfer)), (self.adaptive_cell, c.adaptive if adaptive else ())]
+    cells = [
+      (make, row, column, seed)
+      for make, columns in kinds for seed in c.seeds for row in rows or c.rows for column in columns
+    ]  # fmt: skip
+    cells = [cell for cell in cells if not self._cell(*cell[1:]).exists()]
+    progress = Progress('all cells', len(cells), 'cells')
+    for number, (make, row, column, seed) in enumerate(cells, 1):
+      make(row, column, seed)
+      progress.update(number)
+    progress.close()
 
   def attacked(self, column: str) -> np.ndarray:
     """[N, ...] float32: the test images as a transfer attack leaves them."""
@@ -118,15 +125,17 @@ class Evaluation:
 
       def correct(d: Defended, seed: jax.Array, x: jax.Array, label_B: jax.Array, index_B: jax.Array) -> jax.Array:
         seed_B, kept_B = example_seeds(index_B, _DEFENCE, seed), jnp.ones(label_B.shape, bool)
-        found = d.adaptive_attack(row, column, x, label_B, index_B, seed)
-        found = found.x[None] if isinstance(found, Attacked) else found
+        clean, start = x[:, 0], x[:, 1]
+        found = d.adaptive_attack(row, column, clean, start, label_B, index_B, seed)
 
         def one(kept_B: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
           return kept_B & (jnp.argmax(d.logits(d.defence(row)(x, seed_B)), axis=-1) == label_B), None
 
         return jax.lax.scan(one, kept_B, found)[0]
 
-      x, labels = self.x[: self.config.adaptive_images], self.label[: self.config.adaptive_images]
+      count = self.config.adaptive_images
+      start, labels = self.attacked(self.config.transfer[-1])[:count], self.label[:count]
+      x = np.stack([self.x[:count], start], axis=1)
       label = f'{row} / {column} / seed {seed}'
       save_cell(path, correct=self._batched(label, (row, column), correct, seed, x, labels))
     return np.load(path)['correct']
@@ -137,9 +146,10 @@ class Evaluation:
     return {seed: np.load(path)['correct'] for seed, path in paths.items() if path.exists()}
 
   def _cell(self, row: str, column: str, seed: int) -> Path:
-    if row == NONE:  # nothing is drawn in a defence that does nothing: its first seed stands for all
-      seed = self.config.seeds[0]
-    return self.directory / column / f'{row}-{seed}.npz'
+    if row == NONE:  # nothing is drawn in a defence that does nothing: one cell stands for all seeds
+      seed = 0
+    folder = self.directory / _ADAPTIVE if column in ADAPTIVE else self.directory
+    return folder / column / f'{row}-{seed}.npz'
 
   def _batched(
     self, label: str, key: Any, function: Callable[..., jax.Array], seed: int, x: np.ndarray, labels: np.ndarray

@@ -16,6 +16,7 @@ from pinfm_jax.evaluate.retrieval import item_targets, retrieval_task
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.robustness.subjects import NextItemSubject, RankingSubject, Weights, bank_of
 from pinfm_jax.stages.context import Run
+from pinfm_jax.train.checkpoint import best_step
 from pinfm_jax.train.finetune import without_randomness
 from pinfm_jax.train.stored_tables import StoredState
 
@@ -89,7 +90,9 @@ def next_item_subject(run: Run, arm: Arm, seed: int, bank: int, users: int = 0) 
     users: at most so many, drawn; 0 = as the run's evaluation.
   """
   own = run.of_arm(arm)
-  stored = StoredState(own.pretrain_directory(seed) / 'checkpoints')
+  checkpoints = own.pretrain_directory(seed) / 'checkpoints'
+  best = own.experiment.pretrain.use_checkpoint == 'best'
+  stored = StoredState(checkpoints, best_step(checkpoints) if best else None)
   model, experiment, tokens = own.model, own.experiment, TokenInputs.of(own.model, run.dataset)
   window = (experiment.pretrain.downstream_length, experiment.finetune.history_block)
   bits = action_bits(run.experiment.pretrain, run.dataset.info.actions)

@@ -138,7 +138,7 @@ class SequenceEvaluation:
       terms = bound.terms(pretrain, weight_K)
       guard = defence(key.row, terms, config.repair_of(key.strength))
       if key.column in ADAPTIVE:
-        x = adaptive_attack(key.column, guard, terms, bound, config, index_B, seed)
+        x = adaptive_attack(key.column, guard, terms if ROWS[key.row] else (), bound, config, index_B, seed)
       moved = guard(x, example_seeds(index_B, _DEFENCE, seed))
       return bound.outcome(moved), bound.loss(moved)
 

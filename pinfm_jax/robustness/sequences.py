@@ -22,7 +22,7 @@ from pinfm_jax.robustness.adaptive import (
   static_defence,
   straight_through,
 )
-from pinfm_jax.robustness.attacks import Objective, pgd
+from pinfm_jax.robustness.attacks import Objective, ascend, pgd
 from pinfm_jax.robustness.balls import Ball
 from pinfm_jax.robustness.repair import LossTerm, RepairConfig
 from pinfm_jax.robustness.sequence_terms import NAMES
@@ -145,14 +145,15 @@ def adaptive_attack(
 ) -> jax.Array:
   """[U, L, D]: an attack that knows a row's defence and its terms, but not the draws that the defence will make.
 
-  BPDA takes the defence's gradient for the identity. The task-aware attack keeps the tasks content, with each lambda;
-  what counts is the one that the defended model suffers most from.
+  BPDA takes the defence's gradient for the identity; its end counts, as the best of points that are measured with
+  different draws is partly the luckiest. The task-aware attack keeps the tasks content, with each lambda;
+  what counts is the one that the defended model suffers most from. Without terms there is nothing to keep content.
   """
   ball, seed = config.attack_ball(column), _ATTACK + 1 + seed
   plain, defended = objective_of(bound), behind(objective_of(bound), guard)
   if column.startswith('bpda'):
     known = behind(plain, straight_through(guard))
-    return pgd(known, bound.x_ULD, ball, index_B, config.adaptive_steps, seed=seed).x
+    return ascend(known, bound.x_ULD, ball, index_B, config.adaptive_steps, seed=seed).end
   seed_B = (index_B + seed).astype(jnp.uint32)
 
   def one(best: tuple[jax.Array, jax.Array], strength: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -162,7 +163,8 @@ def adaptive_attack(
     return (jnp.where(wins_B[:, None, None], found, best[0]), jnp.maximum(loss_B, best[1])), None
 
   start = (bound.x_ULD, jnp.full(bound.x_ULD.shape[:1], -jnp.inf))
-  return jax.lax.scan(one, start, jnp.asarray(config.lambdas, jnp.float32))[0][0]
+  lambdas = config.lambdas if terms else config.lambdas[:1]
+  return jax.lax.scan(one, start, jnp.asarray(lambdas, jnp.float32))[0][0]
 
 
 def greedy_choice(bound: Bound, pool_PD: jax.Array, choice_UK: jax.Array, slot_UK: jax.Array, tried: int) -> jax.Array:

@@ -75,7 +75,8 @@ def tables(evaluation: Evaluation) -> list[Table]:
       )
       for row in rows
     ),
-    f'BPDA: {c.adaptive_steps} steps through {c.repair.steps} repair steps; EOT over {c.eot} draws. The worst case is '
+    f'BPDA: {c.adaptive_steps} steps through {c.repair.steps} repair steps, from where the last transfer attack ended; '
+    f'EOT over {c.eot} draws; unrolled: {c.unrolled_steps} steps; Square: {c.queries} queries. The worst case is '
     "taken an image at a time over all attacks of both tables: its difference from 'none', in points, is the headline.",
   )
   best = best_single(evaluation)

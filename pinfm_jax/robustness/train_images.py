@@ -14,6 +14,7 @@ from pinfm_jax.data.public.cifar10 import Images, as_floats
 from pinfm_jax.errors import UserError
 from pinfm_jax.robustness.attacks import Logits, classifier_objective, pgd
 from pinfm_jax.robustness.balls import Ball
+from pinfm_jax.robustness.cells import fingerprint
 from pinfm_jax.robustness.draws import example_seeds, fold, normals, uniforms
 from pinfm_jax.robustness.networks import ResNet, ResNetConfig
 from pinfm_jax.robustness.tasks import NAMES, Tasks
@@ -168,7 +169,7 @@ def train_heads(
     params = tasks.init(key, classifier)
     return {name: params[name] for name in NAMES}
 
-  settings = {'tasks': asdict(c), 'held_out': len(held_out), 'classifier': _fingerprint(classifier)}
+  settings = {'tasks': asdict(c), 'held_out': len(held_out), 'classifier': fingerprint(classifier)}
   heads = fit('task heads', directory, init, loss, train, schedule, figures, settings)
   return with_bank(tasks, {**heads, 'classifier': classifier}, train, schedule.seed)
 
@@ -189,11 +190,6 @@ def _accuracies(
   clean = _right(logits(x), label_B)
   found = pgd(classifier_objective(logits, label_B), x, config.ball, index_B, 10)
   return clean, jnp.mean(~found.fooled_B)
-
-
-def _fingerprint(params: Any) -> str:
-  """Tells one classifier's weights from another's."""
-  return f'{sum(float(jnp.sum(jnp.abs(leaf))) for leaf in jax.tree.leaves(params)):.6g}'
 
 
 def _ce(logits_BK: jax.Array, label_B: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ S * E are first mapped linearly:
   projection.npy    [W, S * E], if the widths differ: for vectors that come later
 
 Neither the table nor the vectors are ever wholly in memory: the vectors pass through a file on disk in batches, and
-memory grows by about 30 bytes an item.
+memory grows by less than 60 bytes an item.
 """
 
 import hashlib

@@ -144,7 +144,7 @@ def reduce_negatives(
 ) -> Array:
   """log sum_k exp(<H, z_k> / tau - correction_k) over each anchor's allowed negatives; -1e30 where it has none.
 
-  The [chunk, K] logits are recomputed in the backward pass; no [A, K] array exists.
+  Of several chunks the [chunk, K] logits are recomputed in the backward pass, and no [A, K] array exists.
 
   Args:
     h_AO: anchors.
@@ -167,7 +167,6 @@ def reduce_negatives(
   h_NCO = jnp.pad(h_AO, ((0, pad), (0, 0))).reshape(chunks, size, width)
   user_NC = jnp.pad(user_A, (0, pad)).reshape(chunks, size)
 
-  @jax.checkpoint
   def one(h_CO: Array, user_C: Array) -> Array:
     allowed_CK = columns.valid_K[None]
     if not how.keep_positives:
@@ -178,7 +177,9 @@ def reduce_negatives(
       return how.bce_negatives * total_C / jnp.maximum(jnp.sum(allowed_CK, axis=-1), 1)
     return jax.nn.logsumexp(jnp.where(allowed_CK, logits_CK, MASKED), axis=-1)
 
-  return jax.lax.map(lambda args: one(*args), (h_NCO, user_NC)).reshape(-1)[:anchors]
+  if chunks == 1:
+    return one(h_AO, user_A)
+  return jax.lax.map(lambda args: jax.checkpoint(one)(*args), (h_NCO, user_NC)).reshape(-1)[:anchors]
 
 
 def excluded(user_C: Array, columns: Columns) -> Array:

@@ -187,7 +187,7 @@ def pretrain(
     segments, measured = split_segments(segments, config)
     evaluate = held_out_loss(for_measuring(task), measured, config, mesh, layout)
     position['eval_share'] = config.eval_share
-  negatives = NegativeSource.of(dataset, segments, config, task.action_bits, until_ms, seed)
+  negatives = NegativeSource.of(dataset, segments, config, task.action_bits, until_ms, seed, held_out)
   task = replace(task, catalogue=negatives.catalogue, power_sum=negatives.power_sum)
   examples = PackedSegments.of(segments) if config.pack else segments
   loop = _loop(config, seed, position, layout, profile)

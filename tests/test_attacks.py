@@ -22,7 +22,6 @@ from pinfm_jax.robustness.attacks import (
   fooled,
   pgd,
   runners_up,
-  worst_case,
 )
 from pinfm_jax.robustness.balls import Ball, distance
 from pinfm_jax.robustness.repair import LossTerm, RepairConfig
@@ -152,7 +151,6 @@ def test_the_fooling_point_wins_then_the_higher_loss() -> None:
   first = Attacked(x, jnp.asarray([5.0, 1.0, 1.0, jnp.nan]), jnp.asarray([False, True, True, False]))
   second = Attacked(x + 1, jnp.asarray([0.0, 9.0, 2.0, 0.0]), jnp.asarray([True, False, True, False]))
   np.testing.assert_array_equal(better(first, second).x[:, 0], [1, 0, 1, 1])
-  np.testing.assert_array_equal(worst_case([[True, True, False], [True, False, True]]), [True, False, False])
 
 
 def test_schedules_are_the_papers() -> None:

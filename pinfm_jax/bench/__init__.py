@@ -1,1 +1,1 @@
-"""Measurements that one command repeats: each prints its ratios beside what is asked of them."""
+"""Measurements that one command repeats: each prints its ratios beside their targets."""

@@ -1,4 +1,4 @@
-"""What a benchmark found: one table of figures beside what is asked of them, as text, Markdown, JSON and a plot."""
+"""What a benchmark found: one table of figures beside their targets, as text, Markdown, JSON and a plot."""
 
 import importlib.metadata
 import os
@@ -28,8 +28,8 @@ class Figure:
     least: of the repetitions, or None.
     greatest: of the repetitions, or None.
     unit: 's', 'x', 'bytes', ...
-    at_most: asked: the value may not exceed it.
-    at_least: asked: the value may not fall below it.
+    at_most: a target: the value may not exceed it.
+    at_least: a target: the value may not fall below it.
   """
 
   name: str
@@ -48,7 +48,7 @@ class Figure:
 
   @property
   def met(self) -> bool | None:
-    """Whether the value is as asked; None where nothing is asked."""
+    """Whether the value meets its target; None where it has none."""
     if self.at_most is None and self.at_least is None:
       return None
     above = self.at_least is None or self.value >= self.at_least
@@ -70,8 +70,9 @@ class Findings:
     rows = []
     for figure in self.figures:
       spread = '' if figure.least is None else f'{_number(figure.least)} .. {_number(figure.greatest)}'
-      rows.append((figure.text, f'{_number(figure.value)} {figure.unit}'.strip(), spread, _asked(figure), _met(figure)))
-    return Table(self.title, ('figure', 'median', 'least .. greatest', 'asked', 'met'), tuple(rows))
+      value = f'{_number(figure.value)} {figure.unit}'.strip()
+      rows.append((figure.text, value, spread, _target(figure), _met(figure)))
+    return Table(self.title, ('figure', 'median', 'least .. greatest', 'target', 'met'), tuple(rows))
 
 
 def environment(extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _number(value: float | None) -> str:
   return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
 
 
-def _asked(figure: Figure) -> str:
+def _target(figure: Figure) -> str:
   parts = [(figure.at_most, 'at most'), (figure.at_least, 'at least')]
   return ', '.join(f'{words} {_number(bound)}' for bound, words in parts if bound is not None)
 

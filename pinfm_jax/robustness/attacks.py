@@ -1,11 +1,11 @@
-"""Gradient attacks on classifiers: their losses, projected gradient ascent, and the worst case over attacks.
+"""Gradient attacks on classifiers: their losses, and projected gradient ascent.
 
 An attack maximises an `Objective`, example by example: whether the example is fooled comes first, then the loss, so no
 attack ends worse than it began. What is attacked (a classifier, a defended one) is the objective's affair.
 `apgd.py`, `square.py` and `adaptive.py` hold the other attacks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -179,11 +179,6 @@ def is_better(candidate: Attacked, than: Attacked) -> jax.Array:
   """[B] bool: see `better`."""
   higher_B = (candidate.loss_B > than.loss_B) | (jnp.isnan(than.loss_B) & ~jnp.isnan(candidate.loss_B))
   return (candidate.fooled_B & ~than.fooled_B) | ((candidate.fooled_B == than.fooled_B) & higher_B)
-
-
-def worst_case(correct_AB: Sequence[Any]) -> Any:
-  """[B] bool: which examples every attack left correct."""
-  return jnp.all(jnp.stack([jnp.asarray(correct_B, bool) for correct_B in correct_AB]), axis=0)
 
 
 def runners_up(logits_BK: jax.Array, label_B: jax.Array, count: int) -> jax.Array:

@@ -167,11 +167,6 @@ def passes(terms: Sequence[LossTerm], config: RepairConfig) -> float:
   return config.steps * sum(term.passes for term in terms)
 
 
-def random_noise(x: jax.Array, ball: Ball, index_B: jax.Array, seed: Any = 0) -> jax.Array:
-  """The control: a uniformly drawn point of the ball instead of a repaired one (it is the repair's random start)."""
-  return ball.random(x, fold(example_seeds(index_B, seed), START))
-
-
 def _step(terms: tuple[LossTerm, ...], walk: _Walk, x: jax.Array, config: RepairConfig, seed_B: jax.Array) -> _Walk:
   """One step of the examples that still move."""
   if config.order == 'one_by_one':

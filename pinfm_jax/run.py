@@ -1,12 +1,10 @@
 """Runs an experiment's stages in order; each keeps what is finished and resumes what is not."""
 
-import fcntl
 import hashlib
-import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from pinfm_jax.stages.pretrain import pretrain_stage
 from pinfm_jax.stages.report import report_stage
 from pinfm_jax.train.distributed import is_first, on_first
 from pinfm_jax.train.profiling import Window
-from pinfm_jax.workdir import write_json, write_text
+from pinfm_jax.workdir import only_one, write_json, write_text
 
 STAGES: Mapping[str, Callable[[Run], None]] = {
   'prepare': prepare_stage,
@@ -116,22 +114,9 @@ def _run_stages(context: Run, stages: Sequence[str]) -> None:
     raise
 
 
-@contextmanager
-def only_run(workdir: Path) -> Iterator[None]:
-  """Holds the workdir's lock, which ends with the process however it ends.
-
-  Raises:
-    UserError: another run holds it.
-  """
-  directory = os.open(workdir, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise UserError(f'another run is working in {workdir}; wait for it, or give another --workdir') from error
-    yield
-  finally:
-    os.close(directory)
+def only_run(workdir: Path) -> AbstractContextManager[None]:
+  """Holds the workdir's lock; a UserError where another run holds it."""
+  return only_one(workdir, f'another run is working in {workdir}; wait for it, or give another --workdir')
 
 
 def keep_compiled_programs(directory: Path) -> None:

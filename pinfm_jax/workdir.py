@@ -1,8 +1,10 @@
 """A run's directory: which stage's results stand where, and with which settings they were made."""
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,21 @@ def _flat(value: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     else:
       flat[prefix + name] = item
   return flat
+
+
+@contextmanager
+def only_one(directory: Path, busy: str) -> Iterator[None]:
+  """Holds a directory's lock, which ends with the process however it ends.
+
+  Raises:
+    UserError: `busy`: another process holds it.
+  """
+  lock = os.open(directory, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(busy) from None
+    yield
+  finally:
+    os.close(lock)

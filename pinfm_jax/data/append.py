@@ -8,11 +8,10 @@ right. A row that is not later than everything stored is late, hence malformed: 
 Impressions of one request in two logs are two requests.
 """
 
-import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pinfm_jax.data.preparation.stored import Stored
 from pinfm_jax.data.preparation.writing import atomic_directory
 from pinfm_jax.data.prepare import Made, build, check_mappings, describe_partition, files_checksum
 from pinfm_jax.errors import UserError
+from pinfm_jax.workdir import only_one
 
 _DESCRIPTION = 'dataset.json'
 _FIXED = ('cap', 'labels', 'dense', 'sparse', 'embedding', 'user_id_type', 'item_id_type')
@@ -171,19 +171,10 @@ def _counts(stored: Stored, made: Made, name: str) -> Counts:
   )
 
 
-@contextlib.contextmanager
-def _only_append(path: Path) -> Iterator[None]:
-  """Holds the data set's lock, which ends with the process however it ends."""
+def _only_append(path: Path) -> AbstractContextManager[None]:
+  """Holds the data set's lock."""
   if not (path / _DESCRIPTION).is_file():
     raise UserError(
       f'{path} is not a prepared data set, so nothing can be appended: make one with `pinfm prepare --out`'
     )
-  lock = os.open(path, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(f'another append is writing to {path}: wait for it') from None
-    yield
-  finally:
-    os.close(lock)
+  return only_one(path, f'another append is writing to {path}: wait for it')

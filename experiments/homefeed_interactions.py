@@ -4,7 +4,7 @@ Command:   pinfm study experiments/kuairand.py --blocks experiments/homefeed_int
            the same with --split test, once the choice is made
            pinfm study experiments/quickstart.py --blocks experiments/homefeed_interactions.py --quick
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      see experiments/README.md (21 blocks, 6 settings each, then 3 seeds); --quick: under 5 minutes
+Time:      kuairand: about 80 minutes (21 blocks, 6 settings each, then 3 seeds); --quick: under 5 minutes
 Expected:  see experiments/README.md
 
 The paper's ranker has four full-rank DCNv2 layers, whose output stands beside their input x0 in front of a shared

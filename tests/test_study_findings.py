@@ -194,5 +194,8 @@ def test_costs_that_stand_are_read_and_others_are_measured(toy_run, tmp_path, mo
   assert first.costs['base'] == Cost(1, 2, 3, (0.1,), (0.2,))
   assert costs_module.measured_costs(experiment, tmp_path, options, tmp_path / 'costs.json') == first
   assert len(started) == 1
+  other = replace(experiment, evaluate=replace(experiment.evaluate, split='validation'))
+  assert other != experiment
+  assert costs_module.measured_costs(other, tmp_path, options, tmp_path / 'costs.json') == first  # of any split
   costs_module.measured_costs(experiment, tmp_path, replace(options, rounds=3), tmp_path / 'costs.json')
   assert len(started) == 2

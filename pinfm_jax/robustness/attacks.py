@@ -106,19 +106,9 @@ def dlr_targeted(logits_BK: jax.Array, label_B: jax.Array, target_B: jax.Array) 
   return (_at(logits_BK, target_B) - _at(logits_BK, label_B)) / (gap + 1e-12)
 
 
-def pgd(
-  objective: Objective,
-  x: jax.Array,
-  ball: Ball,
-  index_B: jax.Array,
-  steps: int = 20,
-  step_size: float | None = None,
-  seed: Any = 0,
-  random_start: bool = True,
-) -> Attacked:
-  """Projected gradient ascent (Madry et al., 2018) that keeps the best point it meets; see `ascend`."""
-  start = None if random_start else x
-  return ascend(objective, x, ball, index_B, steps, step_size, seed, start).best
+def pgd(objective: Objective, x: jax.Array, ball: Ball, index_B: jax.Array, steps: int = 20, seed: Any = 0) -> Attacked:
+  """Projected gradient ascent (Madry et al., 2018) from a drawn point that keeps the best it meets; see `ascend`."""
+  return ascend(objective, x, ball, index_B, steps, seed).best
 
 
 def ascend(
@@ -127,7 +117,6 @@ def ascend(
   ball: Ball,
   index_B: jax.Array,
   steps: int = 20,
-  step_size: float | None = None,
   seed: Any = 0,
   start: jax.Array | None = None,
 ) -> Ascent:
@@ -138,12 +127,12 @@ def ascend(
     x: [B, ...], clean inputs in the valid range.
     ball: where to look.
     index_B: the examples' own indices, for the draws.
-    steps: of ascent; the objective and its gradient are evaluated twice more, for x and for where the ascent ends.
-    step_size: of one step; None = 2.5 * radius / steps, which lets it cross the ball.
+    steps: of ascent, each of 2.5 * radius / steps, which lets it cross the ball; the objective and its gradient are
+      evaluated twice more, for x and for where the ascent ends.
     seed: of the draws.
     start: where to begin, in the ball around x; None = at a drawn point of it.
   """
-  step_size = 2.5 * ball.radius / max(steps, 1) if step_size is None else step_size
+  step_size = 2.5 * ball.radius / max(steps, 1)
   seed_B = example_seeds(index_B, seed)
   start = ball.random(x, fold(seed_B, START)) if start is None else start
   nothing = Attacked(x, jnp.full(x.shape[:1], -jnp.inf), jnp.zeros(x.shape[:1], bool))

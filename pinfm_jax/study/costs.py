@@ -95,7 +95,7 @@ def measured_costs(experiment: Experiment, workdir: Path, options: CostOptions, 
     UserError: the process fails.
   """
   request = {'experiment': to_dict(experiment), 'workdir': str(workdir), 'options': asdict(options)}
-  if not path.exists() or read_json(path)['request'] != request:
+  if not path.exists() or _key(read_json(path)['request']) != _key(request):
     print(f'measuring the costs of {len(experiment.arms)} blocks, one after another in every round', flush=True)
     log = path.with_suffix('.log')
     with log.open('w', encoding='utf-8') as output:
@@ -115,6 +115,13 @@ def measured_costs(experiment: Experiment, workdir: Path, options: CostOptions, 
   costs = {name: Cost(**{**c, 'step_s': tuple(c['step_s']), 'serve_s': tuple(c['serve_s'])})
            for name, c in found['costs'].items()}  # fmt: skip
   return Costs(costs, found['requests'], found['memory_requests'], found['environment'])
+
+
+def _key(request: Mapping[str, Any]) -> dict[str, Any]:
+  """What costs depend on: all that is asked for but the split, which is for the quality alone."""
+  experiment = request['experiment']
+  evaluate = {name: value for name, value in experiment['evaluate'].items() if name != 'split'}
+  return {**request, 'experiment': {**experiment, 'evaluate': evaluate}}
 
 
 def measure(run: Run, options: CostOptions) -> Costs:

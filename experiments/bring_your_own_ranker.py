@@ -12,6 +12,7 @@ The run gives the data (any source of the same arrays will do: see `my_inputs`) 
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import optax
 
 from pinfm_jax.config import MeshConfig, PinFMConfig, TableConfig, UpdateConfig
 from pinfm_jax.data.pipeline import evaluation_batches, training_batches
+from pinfm_jax.errors import exit_code
 from pinfm_jax.launch import saved_experiment
 from pinfm_jax.model.pinfm import EventBatch, PinFM
 from pinfm_jax.pretrained import load_pretrained
@@ -232,4 +234,4 @@ def main(argv: list[str] | None = None) -> float:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(exit_code(main))

@@ -221,6 +221,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if len(arguments.logs) > 1:
       raise UserError(f'--source takes one folder or file, got {len(arguments.logs)}')
     options = {k: literal(v) for k, v in parse_assignments(arguments.option, '--option').items()}
+    for name in sorted(settings.keys() & options.keys()):
+      raise UserError(f'--option {name} and --{name.replace("_", "-")} are the same setting; give one of them')
     info = prepare_source(arguments.source, arguments.logs[0], arguments.out, **settings, **options).info
   else:
     if arguments.option:

@@ -18,6 +18,13 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
   Raises:
     UserError: no such file, an error in it, no experiment, an unknown setting, or arms that do not fit.
   """
+  return experiment_and_names(path, overrides)[0]
+
+
+def experiment_and_names(
+  path: str | Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[Experiment, dict[str, Any]]:
+  """As `load_experiment`, with all names that the file defines."""
   path = Path(path)
   if not path.is_file():
     problem = 'is a directory' if path.is_dir() else 'does not exist'
@@ -28,7 +35,7 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
     raise UserError(f"{path} defines no `experiment`; expected `experiment = Experiment(name='...', ...)`")
   experiment = apply_overrides(experiment, overrides or {})
   check_experiment(experiment)
-  return experiment
+  return experiment, names
 
 
 def run_file(path: Path, kind: str) -> dict[str, Any]:

@@ -315,7 +315,7 @@ def scaling_file(tmp_path):
 def test_the_points_of_a_scaling_law_are_trained_once_each_and_kept(tmp_path, scaling_file, monkeypatch):
   trained = []
 
-  def pretrain(dataset, until_ms, model, config, mesh, directory, seed):
+  def pretrain(dataset, until_ms, model, config, mesh, directory, seed, layout):
     trained.append((model.tables.rows, model.tower.width, config.steps))
     rows = [{'step': 3, 'eval/loss': 9.0, 'eval/ntl': 8.0}, {'step': 4, 'loss': 1.0}]
     rows.append({'step': 6, 'eval/loss': 5.0 + model.tables.rows / 1000, 'eval/ntl': 2.0})
@@ -359,6 +359,12 @@ def test_a_scaling_law_end_to_end(tmp_path, scaling_file):
       'from toy import EXPERIMENT as experiment\n'
       'from pinfm_jax.bench.scaling import Scaling\nscaling = Scaling((5,), ())',
       'eval_every is 0',
+    ),
+    (
+      'from toy import EXPERIMENT\nfrom pinfm_jax.overrides import apply_overrides\n'
+      "experiment = apply_overrides(EXPERIMENT, {'pretrain.eval_every': 3, 'pretrain.eval_share': 0.3})\n"
+      "from pinfm_jax.bench.scaling import Scaling\nscaling = Scaling((), ({'heads': 1}, {'heads': 2}))",
+      'two towers of `scaling` are rows2x500_tower2x16',
     ),
   ],
 )

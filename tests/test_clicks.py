@@ -202,6 +202,7 @@ def test_criteo_from_the_command_line(tmp_path, capsys):
   ('words', 'message'),
   [
     (['--set', 'data.source=kaggle'], "data.source is 'kaggle'; expected one of: criteo, avazu, movielens"),
+    (['--set', 'arms='], 'arms is empty'),
     (['--set', 'ranker.sequence=pinfm'], 'click-through tables have no histories'),
     (['--set', 'training.patience=0'], 'training.patience is 0; expected a positive number'),
     (['--set', 'training.learning_rate=-1'], 'training.learning_rate is -1.0; expected a finite number'),

@@ -315,6 +315,18 @@ def test_unknown_sources_and_options_are_named(tmp_path):
     prepare_source('netflix', tmp_path, tmp_path / 'out')
   with pytest.raises(UserError, match="no option 'categroy'; it has: category, actions, core, cap"):
     prepare_source('amazon', tmp_path, tmp_path / 'out', categroy='Beauty')
+  with pytest.raises(UserError, match="no option 'path'"):
+    prepare_source('amazon', tmp_path, tmp_path / 'out', path='elsewhere')
+
+
+def test_words_of_the_command_line_are_read_by_the_type_of_the_option(tmp_path):
+  raw, out = write_kuairand_csv(tmp_path / 'raw'), tmp_path / 'out'
+  dataset = prepare_source('kuairand', raw, out, impressions_from='2022-05-02', cap='2', overwrite='false')
+  assert 0 < dataset.info.counts.impressions.kept < 4
+  with pytest.raises(UserError, match='out'):  # 'false' is no reason to replace what is there
+    prepare_source('kuairand', raw, out, overwrite='false')
+  with pytest.raises(UserError, match="'cap' got 'abc'; expected a value of type int"):
+    prepare_source('kuairand', raw, out, cap='abc')
 
 
 @pytest.mark.parametrize('content', [b'PAR1 nonsense', None])

@@ -126,6 +126,8 @@ def test_names_that_do_not_fit_are_refused(tmp_path, text, words):
     ('tune = 3', '`tune` is of type int; expected a mapping'),
     ('tune = {"ranker.mlp": 3}', "`tune` has ranker.mlp: 3; expected a tuple of one or more values"),
     ('tune = {"ranker.mlp": ()}', 'expected a tuple of one or more values'),
+    ('sizes = {"a": {"ranker.mlp": (8,)}}', 'expected a tuple of one or more values'),
+    ('sizes = {"a": ("ranker.mlp",)}', 'expected a tuple of settings by name'),
     ('quick = "a"', '`quick` is of type str; expected a tuple'),
     ('arms = ()', '`arms` is 0 values'),
     ('1 / 0', 'ZeroDivisionError'),

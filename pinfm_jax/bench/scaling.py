@@ -1,7 +1,6 @@
 """`pinfm bench scaling FILE`: held-out pretraining loss against the number of table rows and the size of the tower."""
 
 import json
-import runpy
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pinfm_jax.bench.results import Figure, Findings, environment, make_director
 from pinfm_jax.checks import check_experiment
 from pinfm_jax.config import Experiment, PinFMConfig
 from pinfm_jax.errors import UserError
-from pinfm_jax.launch import load_experiment
+from pinfm_jax.launch import experiment_and_names
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.run import keep_compiled_programs, only_run
 from pinfm_jax.stages.context import Run
@@ -84,8 +83,8 @@ def bench_scaling(file: str | Path, out: str | Path, quick: bool = False) -> Fin
 
 
 def _load(file: str | Path, quick: bool) -> tuple[Experiment, Scaling]:
-  experiment = load_experiment(file)
-  scaling = runpy.run_path(str(file)).get('scaling')
+  experiment, names = experiment_and_names(file)
+  scaling = names.get('scaling')
   if not isinstance(scaling, Scaling):
     raise UserError(f'{file} defines no `scaling`; expected `scaling = Scaling(rows=(...), towers=(...))`')
   if quick:
@@ -94,6 +93,8 @@ def _load(file: str | Path, quick: bool) -> tuple[Experiment, Scaling]:
     scaling = Scaling(scaling.quick_rows or scaling.rows, scaling.towers)
   if not experiment.pretrain.eval_every:
     raise UserError(f'{file}: pretrain.eval_every is 0; the loss is measured on held-out users: set it, and eval_share')
+  if experiment.pretrain.eval_ranking or not experiment.pretrain.ntl_weight:
+    raise UserError(f'{file}: the points are compared by L_ntl; set pretrain.eval_ranking=False and an ntl_weight')
   return experiment, scaling
 
 
@@ -109,6 +110,8 @@ def _points(experiment: Experiment, scaling: Scaling) -> list[Point]:
     name = f'rows{model.tables.sub_tables}x{model.tables.rows}_tower{model.tower.layers}x{model.tower.width}'
     if model in points:
       points[model] = Point(name, overrides, True, True)
+    elif any(name == point.name for point in points.values()):
+      raise UserError(f'two towers of `scaling` are {name}; they must differ in layers or width')
     else:
       points[model] = Point(name, overrides, in_rows, not in_rows)
   return list(points.values())
@@ -120,7 +123,9 @@ def _train(run: Run, experiment: Experiment, directory: Path) -> dict[str, float
   claim(directory, point.pretrain_settings(0), has_work(directory))
   if not is_done(directory):
     begin = time.monotonic()
-    state = pretrain(run.dataset, None, point.model, experiment.pretrain, run.mesh, directory, 0)
+    state = pretrain(
+      run.dataset, None, point.model, experiment.pretrain, run.mesh, directory, 0, layout=experiment.mesh
+    )
     found = _held_out(directory / 'metrics.jsonl')
     tables = experiment.model.tables
     found |= {
@@ -169,5 +174,6 @@ def _plot(path: Path, points: list[Point], found: Mapping[str, Mapping[str, floa
     ('Tower', 'parameters of the tower', 'tower_parameters', [p for p in points if p.in_towers]),
   ):
     values = sorted((found[p.name][axis], found[p.name]['loss']) for p in chosen)
-    panels.append((title, label, {'loss': tuple(zip(*values, strict=True))}))
+    if values:
+      panels.append((title, label, {'loss': tuple(zip(*values, strict=True))}))
   plot.lines(path, panels, 'held-out loss')

@@ -77,6 +77,8 @@ def check_clicks(clicks: ClickExperiment) -> None:
   """
   if clicks.data.source not in CLICK_SOURCES:
     raise UserError(f"data.source is '{clicks.data.source}'; expected one of: {', '.join(CLICK_SOURCES)}")
+  if not clicks.arms:
+    raise UserError('arms is empty; give at least one, as `arms=(Arm(...),)`')
   for arm in clicks.arms:
     for key in arm.overrides:
       if not key.startswith(GROUPS):

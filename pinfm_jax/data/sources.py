@@ -27,10 +27,10 @@ SOURCES: Mapping[str, Callable[..., SourceLog]] = {
   'movielens': load_movielens,
   'amazon': load_amazon,
 }
-_PREPARE_OPTIONS = ('cap', 'shards', 'partitions', 'max_rejected_share', 'overwrite')
+_PREPARE_OPTIONS = {'cap': int, 'shards': int, 'partitions': int, 'max_rejected_share': float, 'overwrite': bool}
 
 
-def prepare_source(name: str, path: str | Path, out: str | Path, **options: Any) -> PreparedDataset:
+def prepare_source(name: str, path: str | Path, out: str | Path, /, **options: Any) -> PreparedDataset:
   """Prepares a public data set from its published files.
 
   The files in canonical columns stand beside `out` while it works, about as large as the set itself.
@@ -48,7 +48,9 @@ def prepare_source(name: str, path: str | Path, out: str | Path, **options: Any)
   Raises:
     UserError: an unknown name or option, or files that are not what they should be.
   """
-  settings = {option: options.pop(option) for option in _PREPARE_OPTIONS if option in options}
+  settings = {
+    option: coerce(options.pop(option), kind, option) for option, kind in _PREPARE_OPTIONS.items() if option in options
+  }
   log = load_source(name, path, **options)
   print(f'{log.source}: {log.licence}', file=sys.stderr)
   parent = Path(out).absolute().parent
@@ -60,7 +62,7 @@ def prepare_source(name: str, path: str | Path, out: str | Path, **options: Any)
   return PreparedDataset.open(out)
 
 
-def load_source(name: str, path: str | Path, **options: Any) -> SourceLog:
+def load_source(name: str, path: str | Path, /, **options: Any) -> SourceLog:
   """The canonical frames of a public data set.
 
   Raises:

@@ -32,6 +32,7 @@ def add_import_tables(commands) -> None:
 def _import_tables(arguments: argparse.Namespace) -> None:
   import math
 
+  from pinfm_jax.checks import check_experiment
   from pinfm_jax.data.item_vectors import open_item_vectors
   from pinfm_jax.errors import UserError
   from pinfm_jax.launch import load_experiment, saved_experiment
@@ -43,6 +44,7 @@ def _import_tables(arguments: argparse.Namespace) -> None:
     raise UserError(f'--rms is {a.rms}; expected a positive number')
   if Path(a.experiment).is_dir():
     experiment = apply_overrides(saved_experiment(a.experiment), overrides)
+    check_experiment(experiment)
   else:
     experiment = load_experiment(a.experiment, overrides)
   vectors = open_item_vectors(a.vectors, a.ids, a.id_column, a.vector_column, a.id_type)

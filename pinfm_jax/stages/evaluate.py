@@ -73,14 +73,25 @@ def _predictions(run: Run, seed: int, arm: Arm) -> RankingPredictions:
 
 def _retrieval_figures(run: Run) -> dict[str, float]:
   """Mean over the seeds of the pretrained towers' retrieval figures; of several seeds also '.../std'."""
-  directories = [run.tower_results(seed) for seed in run.experiment.seeds]
-  results = [read_results(directory) for directory in directories if is_done(directory)]
+  results = [_tower_figures(run, seed) for seed in run.experiment.seeds if is_done(run.tower_results(seed))]
   if not results:
     return {}
   values = {name: [r[name] for r in results] for name in results[0]}
   figures = {name: sum(each) / len(each) for name, each in values.items()}
   towers = {name: each for name, each in values.items() if '/tower/' in name and len(each) > 1}
   return figures | {f'{name}/std': statistics.stdev(each) for name, each in towers.items()}
+
+
+def _tower_figures(run: Run, seed: int) -> dict[str, float]:
+  claim(run.pretrain_directory(seed), run.pretrain_settings(seed))  # other settings: refused
+  figures = read_results(run.tower_results(seed))
+  for k in run.experiment.evaluate.ks:
+    if f'retrieval/tower/hr@{k}' not in figures:
+      raise UserError(
+        f'{run.tower_results(seed)} has no figures at {k} (evaluate.ks); run the pretrain stage too '
+        '(--stages pretrain,evaluate): it measures again and trains nothing'
+      )
+  return figures
 
 
 def _retrieval_table(figures: Mapping[str, float], ks: tuple[int, ...]) -> Table:

@@ -100,6 +100,8 @@ def export_arm(
     UserError: no such arm, or it is not fine-tuned.
   """
   names = [arm.name for arm in run.experiment.arms]
+  if not names:
+    raise UserError(f'{run.workdir} has no rankers (its experiment has arms=()); there is nothing to export')
   if arm_name is not None and arm_name not in names:
     raise UserError(f"no arm '{arm_name}'; expected one of: {', '.join(names)}")
   chosen = [arm for arm in run.experiment.arms if arm.name == arm_name] or pinfm_arms(run) or run.experiment.arms

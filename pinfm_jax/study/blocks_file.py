@@ -94,15 +94,18 @@ def load_blocks(path: str | Path) -> BlocksFile:
     raise UserError(f'--blocks got {path}, which is no file; give one such as experiments/{DEFAULT}')
   names = run_file(path, 'file of blocks')
   for name, kind in (('settings', Mapping), ('tune', Mapping), ('sizes', Mapping), ('quick', tuple)):
-    if not isinstance(names.get(name, kind()) if kind is tuple else names.get(name, {}), kind):
+    if not isinstance(names.get(name, () if kind is tuple else {}), kind):
       raise UserError(f'{path}: `{name}` is of type {type(names[name]).__name__}; expected a {kind.__name__.lower()}')
   tune = names.get('tune', {})
-  for key, values in tune.items():
-    if not isinstance(values, tuple | list) or not values:
-      raise UserError(f'{path}: `tune` has {key}: {values!r}; expected a tuple of one or more values')
-  return BlocksFile(
-    arms_file(path, names), names.get('settings', {}), tune, names.get('sizes', {}), names.get('quick', ())
-  )
+  sizes = names.get('sizes', {})
+  for name, choices in (('tune', tune), ('sizes', sizes)):
+    for key, values in choices.items():
+      if not isinstance(values, tuple | list) or not values:
+        raise UserError(f'{path}: `{name}` has {key}: {values!r}; expected a tuple of one or more values')
+  for block, settings in sizes.items():
+    if not all(isinstance(each, Mapping) for each in settings):
+      raise UserError(f'{path}: `sizes` has {block}: {settings!r}; expected a tuple of settings by name')
+  return BlocksFile(arms_file(path, names), names.get('settings', {}), tune, sizes, names.get('quick', ()))
 
 
 def default_blocks(launch_file: str | Path) -> Path:

@@ -67,6 +67,10 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   assert "validation split: each user's second last event" in printed
   assert "test split: each user's last event" in printed
   assert 'popularity, all users and items' in printed
+  with pytest.raises(UserError, match=r'no figures at 7 \(evaluate.ks\)'):
+    run_experiment(apply_overrides(experiment, {'evaluate.ks': '7'}), workdir, ('evaluate',))
+  with pytest.raises(UserError, match='filter_seen'):
+    run_experiment(apply_overrides(experiment, {'evaluate.filter_seen': False}), workdir, ('evaluate',))
   served = _script('served')['served_figures'](workdir)
   assert served['float32']['tower/mrr'] == pytest.approx(test['retrieval/tower/mrr'], rel=1e-5)
   assert served['int4']['tower/mrr'] == pytest.approx(test['retrieval/tower/mrr'], rel=0.1)

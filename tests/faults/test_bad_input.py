@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +61,10 @@ REQUEST = {'request_id': 'r', 'timestamp': 1_700_000_000_000, 'history': [], 'ca
     (['prepare', 'nothing.csv', '--out', 'data'], ('nothing.csv',)),
     (['prepare', '--source', 'kuairand', 'nowhere', '--out', 'data'], ('nowhere',)),
     (['prepare', '--source', 'kuairant', '.', '--out', 'data'], ('kuairant', 'kuairand')),
+    (
+      ['prepare', '--source', 'kuairand', '.', '--out', 'data', '--cap', '5', '--option', 'cap=6'],
+      ('--option cap and --cap are the same setting',),
+    ),
     (['score', 'nothing', 'requests.jsonl', '--out', 'scores.jsonl'], ('requests.jsonl', 'no such file')),
     (['download', 'movielens-2m'], ('movielens-2m', 'movielens-1m')),
     (['export', 'nothing', '--out', 'bundle'], ('nothing holds no run', '--workdir')),
@@ -87,6 +92,9 @@ def test_an_unfinished_run_is_not_exported(fails, tmp_path, toy_run):
   line = fails('export', 'run', '--out', 'bundle')
   assert 'run the finetune stage first' in line
   assert 'expected one of: without PinFM, with PinFM' in fails('export', 'run', '--out', 'bundle', '--arm', 'x')
+  towers = replace(toy_run.experiment, arms=())
+  (tmp_path / 'run' / 'experiment.json').write_text(json.dumps(to_dict(towers)))
+  assert 'has no rankers' in fails('export', 'run', '--out', 'bundle')
   (tmp_path / 'run' / 'experiment.json').write_text('{"name": ')
   assert 'is not valid JSON' in fails('export', 'run', '--out', 'bundle')
 

@@ -49,12 +49,12 @@ _NOTE_FEATURES = (
 )
 
 
-def load_kuairand(path: Path, impressions_from: str | None = None) -> SourceLog:
+def load_kuairand(path: Path, impressions_from: str = '') -> SourceLog:
   """KuaiRand-Pure, -1K or -27K as published, or the extract of Pure (events and histories as Parquet).
 
   Args:
     path: the folder of the files, or one above it.
-    impressions_from: a date like 2022-05-01; earlier rows are events only.
+    impressions_from: a date like 2022-05-01; earlier rows are events only. Empty: all rows are impressions too.
 
   Raises:
     UserError: the files are not there.
@@ -75,7 +75,7 @@ def load_kuairand(path: Path, impressions_from: str | None = None) -> SourceLog:
     *(pl.col(column).cast(pl.UInt8).alias(name) for name, column in SIGNALS.items()),
     pl.col('duration_ms').cast(pl.Float32),
   )
-  impressions = shown if impressions_from is None else shown.filter(pl.col('timestamp') >= _day_ms(impressions_from))
+  impressions = shown.filter(pl.col('timestamp') >= _day_ms(impressions_from)) if impressions_from else shown
   events = shown.select('user_id', 'timestamp', 'item_id', 'surface', signal_lists(SIGNALS))
   notes = [_NOTE_ROWS, _NOTE_REQUEST, _NOTE_FEATURES]
   histories = find_files(path, ('histories_*.parquet',)) if extract else []

@@ -11,6 +11,8 @@ A row is named "losses of pretraining / sequence losses of fine-tuning". Weights
 has switched off gets weight 1 in pretraining and 0.1 in fine-tuning.
 """
 
+from typing import Any
+
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.sweep.ablations import content_arms, without_pinfm
 from pinfm_jax.sweep.arms_file import DataFacts
@@ -39,8 +41,7 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
     Arm('ntl+mtl+ftl / ntl', all_losses | ntl, '+0.95 / +2.43 %'),
     Arm('ntl+mtl+ftl / none', all_losses | none, '+0.41 / +1.06 %'),
     Arm('ntl+mtl+ftl / ntl+mtl', all_losses | both, '+1.01 / +1.03 %'),
-    Arm('ntl+mtl+ftl / ntl, no module loss', all_losses | ntl | {'finetune.module_weight': 0.0}),
-    Arm('ntl+mtl+ftl / ntl, no tie', all_losses | ntl | {'finetune.tie_weight': 0.0}),
+    *_module_arms(experiment, all_losses | ntl),
     *content_arms(
       {
         'ntl+mtl+ftl / ntl, content': (all_losses | ntl | {'ranker.candidate_content': True}, ''),
@@ -53,3 +54,13 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
     ),
     without_pinfm(),
   )
+
+
+def _module_arms(experiment: Experiment, overrides: dict[str, Any]) -> tuple[Arm, ...]:
+  """Without each of the module's own losses that the launch file has, or with both where it has none."""
+  own = {'module loss': 'finetune.module_weight', 'tie': 'finetune.tie_weight'}
+  used = {name: key for name, key in own.items() if getattr(experiment.finetune, key.partition('.')[2])}
+  if not used:
+    both = {'finetune.module_weight': 0.5, 'finetune.tie_weight': 0.1}
+    return (Arm('ntl+mtl+ftl / ntl, module loss and tie', overrides | both),)
+  return tuple(Arm(f'ntl+mtl+ftl / ntl, no {name}', overrides | {key: 0.0}) for name, key in used.items())

@@ -303,7 +303,7 @@ def _apply_delta(arguments: argparse.Namespace) -> None:
 def _add_score(commands) -> None:
   command = commands.add_parser('score', help='score ranking requests with a bundle')
   command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
-  command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line')
+  command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line, or one JSON list')
   command.add_argument('--out', metavar='SCORES.jsonl', required=True, help='one result a line, same order')
   command.add_argument('--rows', metavar='URL,URL', help='row servers (`pinfm serve-rows`); no tables are needed here')
   command.set_defaults(function=_score)

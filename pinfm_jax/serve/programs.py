@@ -70,7 +70,7 @@ class ServingModel:
     """The context pass of events that follow what the slots hold; a learnable token moves behind them."""
     kept = _users_of(pool, slot_U)
     vectors, batch = self._vectors(events['rows']), _events(events)
-    new = self.module.apply({'params': params}, vectors, batch, kept, None, method='extend')
+    new = self.module.apply({'params': params}, vectors, batch, kept, method='extend')
     # Padding is written nowhere: it goes to a place behind the last one.
     place_K = jnp.arange(new.kv.key.shape[2])
     written_U1 = (new.events_U + int(self.ranker.learnable_token))[:, None]

@@ -11,7 +11,7 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.clicks.command import add_clicks
-from pinfm_jax.errors import UserError
+from pinfm_jax.errors import ERROR, UserError
 from pinfm_jax.serve.import_command import add_import_tables
 from pinfm_jax.serve.inspect_command import add_inspect
 from pinfm_jax.serve.offline.command import add_demo, add_embed, add_recommend
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     arguments.function(arguments)
   except UserError as error:
-    print(f'pinfm: error: {error}', file=sys.stderr)
+    print(f'{ERROR}{error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     again = '; the same command resumes' if arguments.command in _RESUMED else ''

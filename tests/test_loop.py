@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import load_arrays
 
 from pinfm_jax.config import MeshConfig, TableConfig, UpdateConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.tables import Tables
 from pinfm_jax.train import loop
-from pinfm_jax.train.checkpoint import Checkpoints, Keep, load_arrays
+from pinfm_jax.train.checkpoint import Checkpoints, Keep
 from pinfm_jax.train.loop import LoopConfig, non_finite, train
 from pinfm_jax.train.metrics_log import MetricsLog
 from pinfm_jax.train.optimizer import Update

@@ -118,7 +118,7 @@ def test_scores_equal_those_of_rows_one_at_a_time():
     context = toy.module.apply(params, history_BLV, events, method='context')
     return toy.module.apply(params, items_BCV, context, candidates, toy.stats, method='score')
 
-  params = {'params': toy.params}
+  params = {'params': jax.tree.map(jnp.asarray, toy.params)}
   alone = jax.tree.map(lambda x: x[:, None], candidates)  # [B, C = 1]: every row its own user
   expected = one_at_a_time(params, lookup(events.item_UL2), lookup(alone.item_UC2), events, alone)[:, 0]
 

@@ -108,7 +108,6 @@ def import_tables(
   vectors: ItemVectors,
   config: TableConfig,
   rms: float | None = None,
-  seed: int = 0,
   overwrite: bool = False,
 ) -> ImportedManifest:
   """Writes the rows of the vectors' items; `out` appears only when it is complete.
@@ -119,14 +118,13 @@ def import_tables(
     config: sizes and hash of the tables.
     rms: the vectors are scaled so that their values have this root mean square (fresh rows have
       `config.init_scale`); None = as they are.
-    seed: of the rotation.
     overwrite: replace what an earlier import wrote.
 
   Raises:
     UserError: bad vectors, or `out` exists.
   """
   with complete_directory(Path(out), overwrite, IMPORTED, 'output of import-tables') as directory:
-    projection_WV = _projection(vectors, config.item_width, seed)
+    projection_WV = _projection(vectors, config.item_width)
     if projection_WV is not None:
       np.save(directory / PROJECTION, projection_WV)
     spool = directory / 'spool'
@@ -155,12 +153,12 @@ def import_tables(
   return manifest
 
 
-def _projection(vectors: ItemVectors, width: int, seed: int) -> np.ndarray | None:
+def _projection(vectors: ItemVectors, width: int) -> np.ndarray | None:
   """The linear map [W, S * E] of the module's description; None for vectors of the right width."""
   given = vectors.width
   if given == width:
     return None
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   if given < width:
     return np.linalg.qr(rng.normal(size=(width, given)))[0].T.astype(np.float32)
   moment_WW = np.zeros((given, given))

@@ -1,7 +1,7 @@
 """Scores ranking requests with a bundle: exported programs, mapped rows, and the featurizing code of training."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +156,10 @@ class Scorer:
     self.cache.clear()
     self._parser.forget()
 
-  def warm_up(self, progress: Callable[[int, int], Any] | None = None) -> int:
+  def warm_up(self) -> int:
     """Compiles every program in every size that scoring and `users` call, so that no request waits for it.
 
     JAX's persistent compilation cache, where it is set, makes the next start quick.
-
-    Args:
-      progress: called with how many are compiled and how many there are.
 
     Returns:
       How many.
@@ -177,10 +174,8 @@ class Scorer:
       calls.append((self.users, [empty]))
     candidates, recent = self._candidates([empty]), self._recent([empty])
     calls += [(self._warm_crossing, candidates, recent, size) for size in self._sizes.tiles()]
-    for count, (function, *arguments) in enumerate(calls, 1):
+    for function, *arguments in calls:
       function(*arguments)
-      if progress is not None:
-        progress(count, len(calls))
     return len(calls)
 
   def _score(self, requests: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import jax
 
+from pinfm_jax.arguments import numbers, some
 from pinfm_jax.data.public.cifar10 import Images, load, shuffled
 from pinfm_jax.errors import UserError, exit_code
 from pinfm_jax.robustness.balls import Ball
@@ -163,24 +164,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--data', default=data, required=data is None, help='CIFAR-10: folders, an archive, or batches')
   parser.add_argument('--size', choices=tuple(SIZES), default='small')
   parser.add_argument('--until', choices=PARTS, default=PARTS[-1], help='the last part to run')
-  parser.add_argument('--seeds', type=_seeds, default=(), help='of the defence, as 0,1,2')
-  parser.add_argument('--rows', type=_rows, default=(), help=f'defences to work on, some of {",".join(ROWS)}')
+  parser.add_argument('--seeds', type=numbers, default=(), help='of the defence, as 0,1,2')
+  parser.add_argument('--rows', type=some(ROWS), default=(), help=f'defences to work on, some of {",".join(ROWS)}')
   return parser
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-  try:
-    return tuple(int(part) for part in text.split(','))
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"got '{text}'; expected numbers, as 0,1,2") from None
-
-
-def _rows(text: str) -> tuple[str, ...]:
-  names = tuple(text.split(','))
-  for name in names:
-    if name not in ROWS:
-      raise argparse.ArgumentTypeError(f"there is no row '{name}'; expected some of {', '.join(ROWS)}")
-  return names
 
 
 if __name__ == '__main__':

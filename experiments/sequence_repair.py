@@ -1,7 +1,7 @@
 """Multi-task test-time repair of activity sequences, judged on a finished run by noise, attacks and adaptive attacks.
 
 Command:   python experiments/sequence_repair.py --run runs/kuairand --workdir runs/sequence_repair
-Options:   --arm 'with PinFM'    --model-seed 0    --requests N    --users N    (fewer examples; 0 = all)
+Options:   --arm 'with PinFM'    --model-seed 0    --requests N (0 = all)    --users N (0 = as the run's)
            --until static | adaptive    --subjects ranking,next    --seeds 0,1,2    --rows none,noise,all
            --set KEY=VALUE ..    (SequenceConfig)
 Hardware:  2 CPU cores, 4 GB of memory
@@ -22,11 +22,11 @@ tuned on the validation split; the evaluation split is the run's own (`evaluate.
 
 import argparse
 import sys
-from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
 
+from pinfm_jax.arguments import numbers, some
 from pinfm_jax.errors import exit_code
 from pinfm_jax.launch import saved_experiment
 from pinfm_jax.overrides import apply_overrides, parse_assignments
@@ -86,32 +86,12 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--requests', type=int, default=0, help='ranking requests, drawn; 0 = all')
   parser.add_argument('--users', type=int, default=0, help="users of the next-item task, drawn; 0 = as the run's own")
   parser.add_argument('--until', choices=PARTS, default=PARTS[-1], help='the last part to run')
-  parser.add_argument('--subjects', type=_some(SUBJECTS), default=tuple(SUBJECTS), help='ranking, next or both')
-  parser.add_argument('--seeds', type=_seeds, default=(), help='of the defence, as 0,1,2')
-  parser.add_argument('--rows', type=_some(ROWS), default=(), help=f'defences to work on, some of {",".join(ROWS)}')
+  parser.add_argument('--subjects', type=some(SUBJECTS), default=tuple(SUBJECTS), help='ranking, next or both')
+  parser.add_argument('--seeds', type=numbers, default=(), help='of the defence, as 0,1,2')
+  parser.add_argument('--rows', type=some(ROWS), default=(), help=f'defences to work on, some of {",".join(ROWS)}')
   parser.add_argument('--set', metavar='KEY=VALUE', nargs='+', action='extend', default=[], dest='assignments',
                       help='change settings (SequenceConfig), for example repair.steps=20')  # fmt: skip
   return parser
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-  try:
-    return tuple(int(part) for part in text.split(','))
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"got '{text}'; expected numbers, as 0,1,2") from None
-
-
-def _some(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
-  """Reads names with commas between them."""
-
-  def read(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(','))
-    for name in names:
-      if name not in known:
-        raise argparse.ArgumentTypeError(f"got '{name}'; expected some of {', '.join(known)}")
-    return names
-
-  return read
 
 
 if __name__ == '__main__':

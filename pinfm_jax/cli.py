@@ -11,7 +11,7 @@ from typing import Any
 from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.clicks.command import add_clicks
-from pinfm_jax.errors import UserError
+from pinfm_jax.errors import ERROR, UserError
 from pinfm_jax.serve.import_command import add_import_tables
 from pinfm_jax.serve.inspect_command import add_inspect
 from pinfm_jax.serve.offline.command import add_demo, add_embed, add_recommend
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     arguments.function(arguments)
   except UserError as error:
-    print(f'pinfm: error: {error}', file=sys.stderr)
+    print(f'{ERROR}{error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     again = '; the same command resumes' if arguments.command in _RESUMED else ''
@@ -305,7 +305,7 @@ def _apply_delta(arguments: argparse.Namespace) -> None:
 def _add_score(commands) -> None:
   command = commands.add_parser('score', help='score ranking requests with a bundle')
   command.add_argument('bundle', metavar='BUNDLE', help='what `pinfm export` wrote')
-  command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line')
+  command.add_argument('requests', metavar='REQUESTS.jsonl', help='one request a line, or one JSON list')
   command.add_argument('--out', metavar='SCORES.jsonl', required=True, help='one result a line, same order')
   command.add_argument('--rows', metavar='URL,URL', help='row servers (`pinfm serve-rows`); no tables are needed here')
   command.set_defaults(function=_score)

@@ -94,7 +94,7 @@ class PinFMConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-  """One optimizer for tower and tables: AdamW with warm-up and cosine, row-wise Adagrad (or SGD) for the rows."""
+  """One optimizer for tower and tables: AdamW with warm-up and cosine, row-wise Adagrad, SGD or Adam for the rows."""
 
   learning_rate: float = 1e-3
   table_learning_rate: float = 0.05

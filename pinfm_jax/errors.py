@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+ERROR = 'pinfm: error: '  # begins the line on a user's mistake: a sweep looks for it in what its runs print
+
 
 class UserError(Exception):
   """A mistake that the person at the keyboard can mend.

@@ -24,8 +24,7 @@ from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.manifest import MANIFEST
 from pinfm_jax.serve.quantize import as_float32, dequantise
 from pinfm_jax.stages.context import Run
-from pinfm_jax.train.checkpoint import best_step
-from pinfm_jax.train.stored_tables import StoredState
+from pinfm_jax.train.restore import stored_state
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,9 @@ def _of_run(path: Path, seed: int, arm: str | None) -> Pretrained:
     if not found:
       raise UserError(f"no arm '{arm}'; expected one of: {', '.join(known.name for known in run.experiment.arms)}")
     directory, run = run.arm_directory(seed, found[0]), run.of_arm(found[0])
-  best = arm is None and run.experiment.pretrain.use_checkpoint == 'best'
-  stored = StoredState(directory / 'checkpoints', best_step(directory / 'checkpoints') if best else None)
+  stored = stored_state(directory, run.experiment.pretrain.use_checkpoint if arm is None else 'newest')
   model, info = run.model, run.dataset.info
   if not stored.has_tables:
     raise UserError(f"{directory} is a ranker without PinFM; name an arm whose ranker.sequence is 'pinfm'")
-  count = model.tables.sub_tables * model.tables.rows
-  rows_GE = np.concatenate(list(stored.table_rows(count)))
-  return Pretrained(
-    model, stored.parts('params')['params']['pinfm'], rows_GE, None, info.actions, info.surfaces, info.id_type
-  )
+  params, rows_GE = stored.parts('params')['params']['pinfm'], stored.table(model.tables)
+  return Pretrained(model, params, rows_GE, None, info.actions, info.surfaces, info.id_type)

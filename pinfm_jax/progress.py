@@ -2,14 +2,13 @@
 
 import sys
 import time
-from typing import TextIO
 
 
 class Progress:
-  """Prints `label  42 %  1.2 k rows/s  ETA 0:12` at most once every `every_s` seconds.
+  """Prints `label  42 %  1.2 k rows/s  ETA 0:12` at most once a second.
 
-  On a terminal the line is redrawn in place; in a log file each line stands alone. Work that ends within `every_s`
-  prints nothing but its closing line.
+  On a terminal the line is redrawn in place; in a log file each line stands alone, ten seconds apart. Work that ends
+  earlier prints nothing but its closing line.
 
   Attributes:
     quiet: set on the class, it prints nothing: of several processes one speaks for all.
@@ -17,21 +16,17 @@ class Progress:
 
   quiet = False
 
-  def __init__(
-    self, label: str, total: float | None, unit: str, every_s: float | None = None, stream: TextIO | None = None
-  ):
+  def __init__(self, label: str, total: float | None, unit: str):
     """Starts the clock.
 
     Args:
       label: what is being done.
       total: how many units there are, or None when that is not known.
       unit: what is counted, in the plural ("rows").
-      every_s: seconds between lines (default: 1 on a terminal, 10 in a log file).
-      stream: where to print (default: standard error).
     """
     self._label, self._total, self._unit = label, total, unit
-    self._stream = stream or sys.stderr
-    self._every_s = (1.0 if self._stream.isatty() else 10.0) if every_s is None else every_s
+    self._stream = sys.stderr
+    self._every_s = 1.0 if self._stream.isatty() else 10.0
     self._start = self._printed = time.monotonic()
     self._done = self._first = self._printed_done = 0.0
     self._rate: float | None = None

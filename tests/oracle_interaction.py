@@ -4,7 +4,29 @@ import math
 
 import numpy as np
 
+from pinfm_jax.config import RankerConfig
+from pinfm_jax.model.interaction.fields import Fields, total_width
+
 EPSILON = 1e-6
+
+
+def interaction_width(config: RankerConfig, fields: Fields) -> int:
+  """Width of the configured block's output."""
+  block, layers = config.block, config.cross_layers
+  of_kind = {
+    'masknet_serial': block.width,
+    'masknet_parallel': block.blocks * block.width,
+    'final': block.blocks * block.width,
+    'finalmlp': block.outputs,
+    'dhen': block.width,
+    'transformer': len(fields) * block.token_width,
+    'autoint': len(fields) * block.token_width,
+    'cin': layers * block.maps,
+    'fm': block.token_width,
+    'mlp': block.width if layers else total_width(fields),
+  }
+  width = of_kind.get(config.interaction, total_width(fields))  # the others keep it
+  return block.parallel * width + (block.deep[-1] if block.deep else 0)
 
 
 def sigmoid(x):

@@ -33,13 +33,13 @@ def test_answers_are_counted_by_what_became_of_them():
     answer(503, 0.001),
   ]
   answers += [answer(504), answer(0), answer(500), answer(200, 0.01, at_s=1.995)]
-  run = _run(answers, 5.0, 2.0, [np.array([[0.5, 0.25]])])
+  run = _run(answers, 2.0, [np.array([[0.5, 0.25]])])
   assert run.counts == {'scored': 3, 'refused': 3, 'wrong': 1, 'lost': 2}
   assert run.answered == 1.0  # two right answers came within 2 s
   assert run.p50_ms == pytest.approx(10)
   assert run.late_p99_ms == pytest.approx(2)
   assert run.refusal_p99_ms == pytest.approx(10, rel=0.05)
-  assert math.isnan(_run([answer(0)], 1, 1, [np.zeros((1, 2))]).p50_ms)
+  assert math.isnan(_run([answer(0)], 1, [np.zeros((1, 2))]).p50_ms)
 
 
 def test_bodies_are_what_the_server_takes():

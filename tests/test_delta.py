@@ -13,7 +13,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.serve import delta as delta_module
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.delta import DELTA, NUMBERS, RESULT, DeltaManifest, apply_delta, export_delta
-from pinfm_jax.serve.manifest import MANIFEST, Manifest
+from pinfm_jax.serve.manifest import MANIFEST, Manifest, document_checksum
 
 CHANGED = [0, 7, 8, 55, 99]
 
@@ -158,7 +158,7 @@ def test_another_version_is_refused(bundles, tmp_path):
   base, full, delta, _ = bundles
   document = json.loads((delta / DELTA).read_text()) | {'format_version': 9}
   del document['checksum']
-  document['checksum'] = delta_module._checksum(document)
+  document['checksum'] = document_checksum(document)
   (delta / DELTA).write_text(json.dumps(document))
   with pytest.raises(UserError, match='format version 9, this program reads 1'):
     apply_delta(base, delta, tmp_path / 'new')

@@ -13,8 +13,6 @@ from pinfm_jax.data.records import (
   decode_history,
   decode_request,
   encode_histories,
-  encode_history,
-  encode_request,
   encode_requests,
   pack_bits,
   unpack_bits,
@@ -47,6 +45,15 @@ def _request(rng: np.random.Generator, c: int, widths=(3, 2, 4), labels=5, refer
     rng.normal(size=(c, widths[2])).astype(np.float32),
     rng.random((c, labels)).astype(np.float32) if reference else None,
   )
+
+
+def encode_history(history: History) -> bytes:
+  return next(encode_histories(history, np.array([0, len(history)])))
+
+
+def encode_request(request: Request) -> bytes:
+  rows, ends = np.array([request.user_row]), np.array([request.history_end])
+  return next(encode_requests(request, rows, ends, np.array([0, len(request)])))
 
 
 def _assert_same(a, b):

@@ -3,16 +3,14 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
 from toy_bundle import MODEL, SPEC
 
 from pinfm_jax.config import RankerConfig
-from pinfm_jax.model.dcat import LayerKV
 from pinfm_jax.model.pinfm import EventBatch
-from pinfm_jax.model.ranker import RankingModel, UserContext
+from pinfm_jax.model.ranker import RankingModel
 
 USERS, LENGTH, NEW = 4, 9, 3
 KEPT = np.array([0, 1, 4, 6])
@@ -54,13 +52,7 @@ def test_extending_equals_the_whole_pass(backbone, token):
   @jax.jit
   def run(params):
     expected, earlier = (module.apply(params, *inputs, method='context') for inputs in (whole, kept))
-    order = jnp.array([2, 0, 3, 1])  # the pool holds the users in another order than the rows ask for them
-    pool = UserContext(
-      LayerKV(*(x[:, order] for x in (earlier.kv.key, earlier.kv.value))),
-      earlier.user_UO[order],
-      earlier.events_U[order],
-    )
-    return expected, earlier, module.apply(params, *new, pool, jnp.argsort(order), method='extend')
+    return expected, earlier, module.apply(params, *new, earlier, method='extend')
 
   shapes = jax.eval_shape(lambda k: module.init(k, *whole, method='context'), jax.random.key(0))
   rng = np.random.default_rng(4)

@@ -16,7 +16,7 @@ from pinfm_jax.evaluate.predict import predict, predictions_of
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.train import restore
-from pinfm_jax.train.checkpoint import described, load_arrays, plain
+from pinfm_jax.train.checkpoint import described, plain
 from pinfm_jax.train.exchange import Exchange, read_vectors
 from pinfm_jax.train.finetune import (
   FinetuneTask,
@@ -228,7 +228,7 @@ def pretrained(toy_run, tmp_path_factory):
 def test_the_warm_start_copies_every_pretrained_array_bit_exactly(toy_run, task, stats, pretrained):
   before = init_state(task, toy_run.mesh, 5, stats)()
   state = _warm_started(task, toy_run, stats, pretrained)
-  source = load_arrays(pretrained / 'checkpoints')
+  source = toy.load_arrays(pretrained / 'checkpoints')
   for name in ('pinfm', 'log_temperature'):
     jax.tree.map(np.testing.assert_array_equal, state.params[name], source['params'][name])
   np.testing.assert_array_equal(state.tables.rows_GE, source['tables']['rows'])

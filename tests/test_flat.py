@@ -1,13 +1,15 @@
 """Flat rows: distinct histories found on the host, and the same scores as one row at a time."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_bundle import MODEL, SPEC, make_toy
 
-from pinfm_jax.model.flat import cross_rows, distinct_histories, distinct_requests, plan_rows, score_rows
+from pinfm_jax.model.dcat import LayerKV
+from pinfm_jax.model.flat import cross_rows, distinct_histories, distinct_requests, plan_rows
 from pinfm_jax.model.pinfm import EventBatch
-from pinfm_jax.model.ranker import CandidateBatch
+from pinfm_jax.model.ranker import CandidateBatch, UserContext
 
 LENGTH, ROWS = 6, 23
 
@@ -109,16 +111,27 @@ def test_scores_equal_those_of_rows_one_at_a_time():
     rng.normal(size=(ROWS, sum(SPEC.embedding_widths))).astype(np.float32),
   )
   projection = rng.normal(size=(2, MODEL.tables.item_width)).astype(np.float32)
-  lookup = lambda words: np.sin((words / 2.0**32).astype(np.float32) @ projection * 3)
+  lookup = lambda words: jnp.sin((words / 2.0**32).astype(np.float32) @ projection * 3)
 
   @jax.jit
   def one_at_a_time(params, history_BLV, items_BCV, events, candidates):
     context = toy.module.apply(params, history_BLV, events, method='context')
     return toy.module.apply(params, items_BCV, context, candidates, toy.stats, method='score')
 
-  params = {'params': toy.params}
+  params = {'params': jax.tree.map(jnp.asarray, toy.params)}
   alone = jax.tree.map(lambda x: x[:, None], candidates)  # [B, C = 1]: every row its own user
   expected = one_at_a_time(params, lookup(events.item_UL2), lookup(alone.item_UC2), events, alone)[:, 0]
-  got = score_rows(toy.module, params, lookup, events, candidates, toy.stats)
+
+  @jax.jit
+  def context_pass(events):
+    return toy.module.apply(params, lookup(events.item_UL2), events, method='context')
+
+  @jax.jit
+  def crossing_pass(context, tile, user_M):
+    kv = LayerKV(*(x[:, user_M] for x in (context.kv.key, context.kv.value)))
+    context = UserContext(kv, context.user_UO[user_M], context.events_U[user_M])
+    return toy.module.apply(params, lookup(tile.item_UC2), context, tile, toy.stats, method='score')
+
+  got = cross_rows(context_pass, crossing_pass, events, candidates)
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
   assert got.std() > 0.01

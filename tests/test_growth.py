@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
-from toy import EXPERIMENT, SIMULATOR
+from toy import EXPERIMENT, SIMULATOR, load_arrays
 
 from pinfm_jax.cli import main
 from pinfm_jax.config import DAY_MS, DataConfig
@@ -21,7 +21,6 @@ from pinfm_jax.data.simulator import SimulatorConfig, simulate
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import from_dict
 from pinfm_jax.stages.context import Run
-from pinfm_jax.train.checkpoint import load_arrays
 from pinfm_jax.train.growth import EarlierRun, check_growth, grow_state
 from pinfm_jax.train.pretrain import pretrain
 from pinfm_jax.workdir import claim

@@ -12,7 +12,7 @@ from flax.core import meta
 
 from pinfm_jax.config import InteractionConfig, RankerConfig
 from pinfm_jax.errors import UserError
-from pinfm_jax.model.interaction.build import interaction_block, interaction_width, joins_input
+from pinfm_jax.model.interaction.build import interaction_block, joins_input
 from pinfm_jax.model.interaction.ensemble import Beside
 from pinfm_jax.model.interaction.fields import Field, FieldInputs, FieldNorm, make_fields, total_width
 from pinfm_jax.model.interaction.settings import INTERACTIONS
@@ -109,7 +109,7 @@ def test_a_block_against_numpy(case):
   (_, found), grads = both(params, X0)
   p = doubles(params)
   np.testing.assert_allclose(found, by_example(lambda x: expected(p, x)), rtol=2e-3, atol=2e-4)
-  assert found.shape == (2, 3, interaction_width(settings, FIELDS))
+  assert found.shape == (2, 3, oracle.interaction_width(settings, FIELDS))
   for grad in jax.tree.leaves(grads):
     assert np.all(np.isfinite(grad))
     assert np.any(grad != 0)
@@ -179,7 +179,7 @@ def test_blocks_side_by_side_and_an_mlp():
   parts = lambda x: [*(oracle.dcnv2(p[f'copy_{i}'], x, LAYERS) for i in range(2)), oracle.mlp(p['deep'], x)]
   found = apply(module, params)
   np.testing.assert_allclose(found, by_example(lambda x: np.concatenate(parts(x))), rtol=1e-3, atol=1e-4)
-  assert found.shape[-1] == interaction_width(settings, FIELDS) == 2 * F + 5
+  assert found.shape[-1] == oracle.interaction_width(settings, FIELDS) == 2 * F + 5
 
 
 def test_the_sum_of_fm_is_that_of_all_inner_products():
@@ -249,7 +249,7 @@ def test_no_layer_of_dcnv2_is_no_crossing():
   for name in ('dcnv2', 'dcnv2_low_rank', 'dcnv2_mixture', 'gdcn', 'mlp', 'none'):
     settings = config(name, layers=0)
     module = interaction_block(settings, FIELDS)
-    assert interaction_width(settings, FIELDS) == F
+    assert oracle.interaction_width(settings, FIELDS) == F
     np.testing.assert_array_equal(apply(module, random_params(module)), X0)
   assert not joins_input(config('none'))
   assert joins_input(config())

@@ -112,7 +112,7 @@ def test_the_auc_of_many_rows_has_the_interval_of_the_exact_one(monkeypatch):
   rows = made_rows(requests=600, users=250, candidates=6, seed=3)
   arms = {name: (scored(rows, signal, i),) for i, (name, signal) in enumerate((('a', 0.5), ('b', 0.8)))}
   exact = resampled_figures(arms, WEIGHTS, EDGES, 400)['save/auc']
-  monkeypatch.setattr(lifts, 'EXACT_ROWS', 100)
+  monkeypatch.setattr(lifts, '_EXACT_BELOW', 100)
   fast = resampled_figures(arms, WEIGHTS, EDGES, 400)['save/auc']
   np.testing.assert_array_equal(fast.value_A, exact.value_A)
   assert not np.array_equal(fast.samples_RA, exact.samples_RA)

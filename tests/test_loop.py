@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import load_arrays
 
 from pinfm_jax.config import MeshConfig, TableConfig, UpdateConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.tables import Tables
 from pinfm_jax.train import loop
-from pinfm_jax.train.checkpoint import Checkpoints, Keep, load_arrays
+from pinfm_jax.train.checkpoint import Checkpoints, Keep
 from pinfm_jax.train.loop import LoopConfig, non_finite, train
 from pinfm_jax.train.metrics_log import MetricsLog
 from pinfm_jax.train.optimizer import Update
 from pinfm_jax.train.prefetch import Prefetch
 from pinfm_jax.train.profiling import Window
-from pinfm_jax.train.restore import WarmStart, warm_started
+from pinfm_jax.train.restore import WarmStart, stored_state, warm_started
 from pinfm_jax.train.sharding import make_mesh
 
 
@@ -299,6 +300,8 @@ def test_a_run_to_resume_that_is_not_there_is_named(mesh, tmp_path):
   train(TASK, mesh, tmp_path / 's', CONFIG, batches)
   with pytest.raises(UserError, match='no checkpoint of .* has a held-out loss.*use_checkpoint=newest'):
     train(TASK, mesh, tmp_path / 'b', CONFIG, batches, warm_start=WarmStart(tmp_path / 's', 'best'))
+  with pytest.raises(UserError, match='no checkpoint of .* has a held-out loss'):
+    stored_state(tmp_path / 's', 'best')
 
 
 def test_the_best_checkpoint_warms_up_another_run(mesh, tmp_path):
@@ -308,6 +311,8 @@ def test_the_best_checkpoint_warms_up_another_run(mesh, tmp_path):
   one = replace(CONFIG, steps=1)
   train(TASK, mesh, tmp_path / 'a', one, batches, warm_start=WarmStart(tmp_path / 'source', 'best'))
   assert rows(tmp_path / 'a')[0]['slope'] == slope
+  steps = {use: int(stored_state(tmp_path / 'source', use).parts('step')['step']) for use in ('best', 'newest')}
+  assert steps == {'best': 4, 'newest': 8}
 
 
 def test_the_tables_stay_in_place_over_steps_measurements_and_saves(mesh, tmp_path, monkeypatch):

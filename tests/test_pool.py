@@ -187,7 +187,7 @@ def test_a_bidirectional_model_is_never_extended(dataset, documents, tmp_path):
   np.testing.assert_allclose(found, expected[0], atol=1e-5)
   assert (scorer.cache.misses, scorer.cache.extended) == (misses + 2, 0)
   with pytest.raises(ValueError, match='bidirectional'):
-    toy.module.apply({'params': toy.params}, None, None, None, None, method='extend')
+    toy.module.apply({'params': toy.params}, None, None, None, method='extend')
 
 
 def test_a_ranker_without_pinfm_has_no_vectors(dataset, documents, tmp_path):

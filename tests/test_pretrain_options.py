@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import load_arrays
 
 from pinfm_jax.data.negatives import ItemCounts, NegativeSource
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
@@ -15,7 +16,6 @@ from pinfm_jax.data.splits import pretrained_items
 from pinfm_jax.model.hashing import fold_seed, key_words
 from pinfm_jax.model.pinfm import PinFM
 from pinfm_jax.train import loop
-from pinfm_jax.train.checkpoint import load_arrays
 from pinfm_jax.train.popularity import ItemSketch, empty_sketch, sketch_frequency
 from pinfm_jax.train.pretrain import PretrainTask, pretrain
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from oracle_interaction import interaction_width
 from toy_bundle import LENGTH, MODEL, SCHEMA, SPEC, make_content, make_history, make_request, make_toy, ranking_batch
 from toy_bundle import vectors as item_vectors
 
 from pinfm_jax.config import ColdStartConfig, InteractionConfig, RankerConfig, TransActConfig
 from pinfm_jax.model.features import ranker_fields, sparse_width
-from pinfm_jax.model.interaction.build import interaction_width
 from pinfm_jax.model.interaction.cross import CrossNetwork
 from pinfm_jax.model.interaction.fields import FieldInputs, total_width
 from pinfm_jax.model.interaction.settings import INTERACTIONS

@@ -13,7 +13,7 @@ from pinfm_jax.data.featurize import window_start
 from pinfm_jax.data.records import History
 from pinfm_jax.data.splits import pretrained_items
 from pinfm_jax.errors import UserError
-from pinfm_jax.evaluate.retrieval import RetrievalTask, _crop, evaluate_retrieval, retrieval_task
+from pinfm_jax.evaluate.retrieval import Retrieval, RetrievalTask, _crop, retrieval_task
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
 
@@ -77,7 +77,7 @@ def _figures(ranks, ks):
 
 @pytest.mark.parametrize('chunk', [7, 256])
 def test_ranks_against_a_loop(task, model, params, rows, chunk):
-  found = evaluate_retrieval(task, model, params, rows, KS, chunk)
+  found = Retrieval(task, model, KS, chunk)(params, rows)
   ranks = _brute_force(task, model, params, rows)
   assert 1 < np.median(ranks) < len(task.catalogue_V)  # nothing degenerate is compared
   for name, value in _figures(ranks, KS).items():
@@ -89,7 +89,7 @@ def test_ranks_against_a_loop(task, model, params, rows, chunk):
 
 
 def test_the_popularity_row(task, model, params, rows):
-  found = evaluate_retrieval(task, model, params, rows, KS)
+  found = Retrieval(task, model, KS)(params, rows)
   count = task.popularity_V
   ranks = [1 + sum(c >= count[t] for i, c in enumerate(count) if i != t) for t in task.target_Q]
   assert {name: found[f'popularity/{name}'] for name in _figures(ranks, KS)} == pytest.approx(_figures(ranks, KS))
@@ -99,7 +99,7 @@ def test_ties_count_against_the_model(task, model, params):
   """All items share one row, so all scores tie; and all popularities are equal."""
   tables = replace(model.tables, rows=1)
   tied = replace(task, popularity_V=np.full_like(task.popularity_V, 3))
-  found = evaluate_retrieval(tied, replace(model, tables=tables), params, jnp.ones((2, 8)), KS)
+  found = Retrieval(tied, replace(model, tables=tables), KS)(params, jnp.ones((2, 8)))
   for row in ('tower', 'popularity'):
     assert found[f'{row}/hr@20'] == 0
     assert found[f'{row}/ndcg@20'] == 0
@@ -114,7 +114,7 @@ def test_a_perfect_tower(model, params, rows, task):
     pytest.skip('no target happens to be first')
   chosen = RetrievalTask(task.catalogue_V, task.popularity_V, {n: v[best] for n, v in task.histories.items()},
                          task.target_Q[best], 0.0)  # fmt: skip
-  found = evaluate_retrieval(chosen, model, params, rows, (1,))
+  found = Retrieval(chosen, model, (1,))(params, rows)
   assert (found['tower/hr@1'], found['tower/ndcg@1'], found['tower/mrr']) == (1.0, 1.0, 1.0)
 
 

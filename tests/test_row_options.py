@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toy import load_arrays
 
 from pinfm_jax.config import MeshConfig, TableConfig, UpdateConfig
 from pinfm_jax.model.hashing import EXACT_ROWS, hash_rows, key_words
 from pinfm_jax.serve import reader
-from pinfm_jax.train.checkpoint import Keep, load_arrays, plain
+from pinfm_jax.train.checkpoint import Keep, plain
 from pinfm_jax.train.loop import LoopConfig, train
 from pinfm_jax.train.optimizer import Update
 from pinfm_jax.train.restore import WarmStart, fresh_state, warm_started

@@ -13,7 +13,7 @@ from flax.core import meta
 from pinfm_jax.config import PretrainConfig
 from pinfm_jax.data.pipeline import Requests, action_bits
 from pinfm_jax.evaluate.predict import scoring_program
-from pinfm_jax.evaluate.retrieval import evaluate_retrieval, item_targets, retrieval_task
+from pinfm_jax.evaluate.retrieval import Retrieval, item_targets, retrieval_task
 from pinfm_jax.model.pinfm import EventBatch, PinFM
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.robustness.event_noise import Injection, event_pool
@@ -153,7 +153,7 @@ def test_next_item_ranks_are_the_evaluators(next_item) -> None:
   subject, weights = next_item
   batch = subject.examples()
   rank = np.asarray(jax.jit(lambda b: (bound := subject.bind(weights, b)).outcome(bound.x_ULD))(batch))
-  expected = evaluate_retrieval(subject.clean, subject.model, weights['pinfm'], weights['rows'], (10,))
+  expected = Retrieval(subject.clean, subject.model, (10,))(weights['pinfm'], weights['rows'])
   assert np.where(rank <= 10, 1 / np.log2(1 + rank), 0).mean() == pytest.approx(expected['tower/ndcg@10'], abs=1e-9)
   assert (1 / rank).mean() == pytest.approx(expected['tower/mrr'], rel=1e-6)
   assert (np.diff(subject.rows) > 0).all()

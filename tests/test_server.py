@@ -306,7 +306,7 @@ class Slow:
       raise self.broken
     return [np.zeros((len(r.item_ids), 2), np.float32) for r in requests]
 
-  def warm_up(self, progress=None):
+  def warm_up(self):
     return 3
 
 

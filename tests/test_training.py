@@ -5,11 +5,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from toy import load_arrays
 
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.pinfm import EventBatch
 from pinfm_jax.train import loop
-from pinfm_jax.train.checkpoint import load_arrays
 from pinfm_jax.train.pretrain import PretrainTask, pretrain
 from pinfm_jax.train.sharding import put_batch
 from pinfm_jax.train.step import init_state, make_step

@@ -1,8 +1,13 @@
 """A tiny simulated data set and experiment, shared by the tests of training and of whole runs."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
 
 from pinfm_jax.config import (
   Arm,
@@ -18,6 +23,7 @@ from pinfm_jax.config import (
   UpdateConfig,
 )
 from pinfm_jax.model.tables import Tables, init_rows, table_rows
+from pinfm_jax.train.alone import newest, reading_alone
 
 SIMULATOR = {'users': 120, 'items': 150, 'days': 6, 'topics': 6, 'content_width': 8, 'sessions_a_day': 1.0}
 UPDATE = UpdateConfig(learning_rate=3e-3, warmup_steps=2)
@@ -48,3 +54,13 @@ def tables(config: TableConfig, seed: int = 1) -> Tables:
   """Fresh tables with Adagrad accumulators, on one device."""
   rows = table_rows(config, 1)
   return Tables(init_rows(config, rows, jnp.uint32(seed)), jnp.zeros(rows))
+
+
+def load_arrays(directory: Path) -> dict[str, Any]:
+  """The newest checkpoint's state as a nested dict of NumPy arrays. One process may call it alone (`reading_alone`)."""
+  path = newest(directory)
+  with reading_alone():
+    layout = ocp.checkpointables_metadata(path).metadata['state']
+    # Abstract NumPy arrays ask Orbax for host memory, whatever devices wrote the checkpoint; `empty` touches no page.
+    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), layout)
+    return ocp.load_checkpointables(path, {'state': abstract})['state']

@@ -15,7 +15,7 @@ from typing import Any
 
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.errors import UserError
-from pinfm_jax.sweep.ablations import without_pinfm
+from pinfm_jax.sweep.ablations import WITHOUT_PINFM
 from pinfm_jax.sweep.arms_file import DataFacts
 
 REFERENCE = 'main action'
@@ -47,7 +47,7 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
   }
   distinct = {chosen: name for name, (chosen, _) in reversed(sets.items())}  # of equal sets the first name stays
   rows = [Arm(name, _positive(sets[name][0]), sets[name][1]) for name in sets if name in distinct.values()]
-  return (*rows, without_pinfm())
+  return (*rows, WITHOUT_PINFM)
 
 
 def _positive(actions: tuple[str, ...]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ has a part switched off, the paper's: 10 % of the ids, 0.7 below the first edge 
 """
 
 from pinfm_jax.config import Arm, Experiment
-from pinfm_jax.sweep.ablations import PLAIN_CANDIDATE, WITHOUT, content_arms, without_pinfm
+from pinfm_jax.sweep.ablations import PLAIN_CANDIDATE, WITHOUT, WITHOUT_PINFM, content_arms
 from pinfm_jax.sweep.arms_file import DataFacts
 
 about = (
@@ -34,7 +34,7 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
   idd_whole = idd | {f'{setting}whole_vector': True}
   gslt = {'ranker.candidate_content': True, 'ranker.learnable_token': True}
   return (
-    without_pinfm(),
+    WITHOUT_PINFM,
     Arm('no recipe', off, '+3.36 / -4.40 / -23.98 %'),
     Arm('CIR', off | cir, '+3.43 / +1.25 / -4.38 %'),
     Arm('CIR + IDD', off | cir | idd, '+3.49 / +10.71 / +8.16 %'),

@@ -21,11 +21,11 @@ from pinfm_jax.sweep.ablations import (
   PLAIN_CANDIDATE,
   SCRATCH,
   WITH,
+  WITH_PINFM,
   WITHOUT,
+  WITHOUT_PINFM,
   content_arms,
   equal_compute_epochs,
-  with_pinfm,
-  without_pinfm,
 )
 from pinfm_jax.sweep.arms_file import DataFacts
 
@@ -45,10 +45,10 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
   transact = {'ranker.transact.length': experiment.ranker.transact.length or 16}
   none = {'ranker.sequence': 'none'}
   return (
-    without_pinfm(),
+    WITHOUT_PINFM,
     Arm('neither PinFM nor TransAct', none | {'ranker.transact.length': 0}),
     Arm('TransAct, no PinFM', none | transact),
-    with_pinfm(),
+    WITH_PINFM,
     Arm('PinFM and TransAct', transact),
     Arm('early', early | PLAIN_CANDIDATE, '+2.91 %'),
     Arm('early + token', early | PLAIN_CANDIDATE | token),

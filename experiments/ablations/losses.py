@@ -14,7 +14,7 @@ has switched off gets weight 1 in pretraining and 0.1 in fine-tuning.
 from typing import Any
 
 from pinfm_jax.config import Arm, Experiment
-from pinfm_jax.sweep.ablations import content_arms, without_pinfm
+from pinfm_jax.sweep.ablations import WITHOUT_PINFM, content_arms
 from pinfm_jax.sweep.arms_file import DataFacts
 
 REFERENCE = 'ntl / ntl'
@@ -52,7 +52,7 @@ def arms(experiment: Experiment, facts: DataFacts) -> tuple[Arm, ...]:
       },
       facts,
     ),
-    without_pinfm(),
+    WITHOUT_PINFM,
   )
 
 

@@ -14,7 +14,7 @@ of the steps is cut to that. 'scratch' is no pretraining: tower and tables from 
 from fractions import Fraction
 
 from pinfm_jax.config import Arm, Experiment
-from pinfm_jax.sweep.ablations import SCRATCH, without_pinfm
+from pinfm_jax.sweep.ablations import SCRATCH, WITHOUT_PINFM
 
 REFERENCE = 'scratch'
 about = (
@@ -32,4 +32,4 @@ def arms(experiment: Experiment) -> tuple[Arm, ...]:
     count = max(1, round(steps * factor))
     overrides = {'pretrain.steps': count, 'pretrain.update.warmup_steps': min(warmup, max(1, count // 4))}
     rows.append(Arm(f'{factor} x pretraining', {} if factor == 1 else overrides))
-  return (Arm(REFERENCE, SCRATCH), *rows, without_pinfm())
+  return (Arm(REFERENCE, SCRATCH), *rows, WITHOUT_PINFM)

@@ -17,7 +17,7 @@ positions in every row: segments twice as long are half as many.
 from typing import Any
 
 from pinfm_jax.config import Arm, Experiment
-from pinfm_jax.sweep.ablations import without_pinfm
+from pinfm_jax.sweep.ablations import WITHOUT_PINFM
 
 REFERENCE = "the launch file's lengths"
 about = (
@@ -36,7 +36,7 @@ def arms(experiment: Experiment) -> tuple[Arm, ...]:
     'L': [(history, segment * 2)],
   }
   rows = [_row(experiment, kind, *values) for kind, pairs in lengths.items() for values in pairs]
-  return (Arm(REFERENCE, {}), *rows, *([without_pinfm()] if experiment.arms else []))
+  return (Arm(REFERENCE, {}), *rows, *([WITHOUT_PINFM] if experiment.arms else []))
 
 
 def _row(experiment: Experiment, kind: str, history: int, segment: int) -> Arm:

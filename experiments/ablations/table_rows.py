@@ -13,7 +13,7 @@ A quarter, a half, all and twice the launch file's rows, as 20 M, 40 M, 80 M and
 from fractions import Fraction
 
 from pinfm_jax.config import Arm, Experiment
-from pinfm_jax.sweep.ablations import without_pinfm
+from pinfm_jax.sweep.ablations import WITHOUT_PINFM
 
 REFERENCE = '1/4 x rows'
 about = (
@@ -34,4 +34,4 @@ def arms(experiment: Experiment) -> tuple[Arm, ...]:
   rows = experiment.model.tables.rows
   sizes = {factor: max(1, round(rows * factor)) for factor in papers}
   arms = [Arm(f'{factor} x rows', {'model.tables.rows': sizes[factor]}, paper) for factor, paper in papers.items()]
-  return (*arms, without_pinfm())
+  return (*arms, WITHOUT_PINFM)

@@ -131,11 +131,11 @@ def training_runs(case: Case, candidates: int) -> dict[str, Run]:
   return {'DCAT': run(ours), 'dense': run(dense)}
 
 
-def matmul_flops(side: int, dtype: str, repeats: int = 5) -> float:
+def matmul_flops(side: int, dtype: str) -> float:
   """FLOP/s of a square matmul, at best: the peak that other programs are compared with."""
   x = jnp.asarray(_normal(4, side, side), jnp.dtype(dtype))
   product = jax.jit(lambda x: x @ x)
-  seconds = interleave({'product': lambda _: product(x)}, repeats)['product']
+  seconds = interleave({'product': lambda _: product(x)}, 5)['product']
   return 2 * side**3 / min(seconds)
 
 

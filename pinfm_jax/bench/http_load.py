@@ -37,11 +37,10 @@ class Answer:
 class Client:
   """Posts bodies to one URL; as many connections as requests are on their way."""
 
-  def __init__(self, host: str, port: int, path: str, headers: dict[str, str] | None = None):
+  def __init__(self, host: str, port: int, path: str):
     """Connects when first needed."""
     self._host, self._port = host, port
-    lines = [f'POST {path} HTTP/1.1', f'Host: {host}:{port}', *(f'{k}: {v}' for k, v in (headers or {}).items())]
-    self._head = '\r\n'.join(lines)
+    self._head = f'POST {path} HTTP/1.1\r\nHost: {host}:{port}'
     self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
   async def post(self, body: bytes, headers: str = '') -> tuple[int, dict[str, str], bytes]:

@@ -19,18 +19,16 @@ _ACTIONS, _SURFACES, _COUNTRIES = ('click', 'save', 'hide'), ('home', 'search'),
 _BLOCK, _ITEMS, _NOW_MS = 32, 100_000, 1_700_000_000_000
 
 
-def random_bundle(out: Path, tower: TowerConfig, history_length: int, rows: int = 20_000, width: int = 8) -> Path:
+def random_bundle(out: Path, tower: TowerConfig, history_length: int) -> Path:
   """Exports a ranker that was never trained.
 
   Args:
     out: directory to make.
     tower: of PinFM; its positions are set to what the history needs.
     history_length: L_d.
-    rows: of each of 8 sub-tables.
-    width: of a row.
   """
   positions = TowerConfig(**{**vars(tower), 'max_positions': history_length + 1})
-  tables = TableConfig(sub_tables=8, rows=rows, width=width)
+  tables = TableConfig(sub_tables=8, rows=20_000, width=8)
   model = PinFMConfig(tables, positions, num_actions=len(_ACTIONS), num_surfaces=len(_SURFACES))
   ranker = RankerConfig(cross_layers=2, mlp=(128, 64), module_width=32, item_buckets=8192)
   features = Features(dense=('price',), sparse=(SparseFeature('country', 'vocabulary', 4, _COUNTRIES),))
@@ -46,7 +44,7 @@ def random_bundle(out: Path, tower: TowerConfig, history_length: int, rows: int 
       schema=schema,
       spec=feature_spec(schema),
       params={name: value for name, value in params.items() if name != 'log_temperature'},
-      rows_GE=(rng.normal(0, 0.3, (rows, width)).astype(np.float32) for _ in range(tables.sub_tables)),
+      rows_GE=(rng.normal(0, 0.3, (tables.rows, tables.width)).astype(np.float32) for _ in range(tables.sub_tables)),
       stats=DenseStats(0 * ones, 1e4 * ones, ones, ones),
       actions=_ACTIONS,
       surfaces=_SURFACES,

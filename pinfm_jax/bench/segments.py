@@ -37,17 +37,16 @@ class Stepper:
     steps: how many steps were done.
   """
 
-  def __init__(self, task: Task, mesh: Mesh, batches: Sequence[Batch], seed: int = 0):
+  def __init__(self, task: Task, mesh: Mesh, batches: Sequence[Batch]):
     """Makes the fresh state and compiles the step.
 
     Args:
       task: what is trained.
       mesh: where.
       batches: on the host; step i copies batch i modulo their number to the device.
-      seed: of the parameters.
     """
     self._mesh, self._batches, self.steps = mesh, batches, 0
-    self._state = init_state(task, mesh, seed)()
+    self._state = init_state(task, mesh, 0)()
     batch = put_batch(batches[0], mesh)
     layout = fitted_layout(task, self._state, MeshConfig(), batch)  # as the training loop does
     self._step = make_step(task, layout).lower(self._state, batch).compile()

@@ -64,7 +64,6 @@ class Run:
   """What came of one rate.
 
   Attributes:
-    offered: requests/s.
     answered: requests/s that were answered with scores while the load lasted.
     counts: requests by what became of them: scored, refused, lost (no answer), wrong (scores of another).
     p50_ms: latency of those with scores, from when they were due.
@@ -73,7 +72,6 @@ class Run:
     late_p99_ms: how late requests left; much of a latency means that the generator had too little of the processors.
   """
 
-  offered: float
   answered: float
   counts: dict[str, int]
   p50_ms: float
@@ -82,27 +80,18 @@ class Run:
   late_p99_ms: float
 
 
-def measure_load(
-  directory: Path,
-  sizes: LoadSizes = FULL_LOAD,
-  bundle: Path | None = None,
-  documents: Sequence[dict[str, Any]] | None = None,
-) -> list[Figure]:
+def measure_load(directory: Path, sizes: LoadSizes = FULL_LOAD) -> list[Figure]:
   """Loads a server, checks every answer, and draws the curve.
 
   Args:
-    directory: of serving_load.png; also of the bundle that is made.
+    directory: of serving_load.png and of the bundle that is served, whose parameters are random.
     sizes: what is measured.
-    bundle: what is served; None = one with random parameters.
-    documents: ranking requests for it; needed with a bundle.
 
   Returns:
     The figures; `lost` and `wrong` are asked to be none.
   """
-  if bundle is None:
-    bundle = random_bundle(directory / 'load_bundle', sizes.tower, sizes.events)
-    documents = random_documents(sizes.users, sizes.events, sizes.candidates)
-  assert documents is not None, 'a bundle needs documents'
+  bundle = random_bundle(directory / 'load_bundle', sizes.tower, sizes.events)
+  documents = random_documents(sizes.users, sizes.events, sizes.candidates)
   expected = _expected(bundle, documents)
   with _server(bundle) as port:
     capacity, runs = asyncio.run(_measure(port, [_body(document) for document in documents], expected, sizes))
@@ -148,7 +137,7 @@ async def _measure(
     answers = await closed_loop(client, bodies, _CALLERS, sizes.seconds / 2)
     rate, capacity = len(answers) / (sizes.seconds / 2), 0.0
     while True:  # more is offered until no more is answered
-      run = _run(await open_loop(client, bodies, rate, sizes.seconds / 2), rate, sizes.seconds / 2, expected)
+      run = _run(await open_loop(client, bodies, rate, sizes.seconds / 2), sizes.seconds / 2, expected)
       grown, capacity = run.answered > 1.05 * capacity, max(capacity, run.answered)
       if not grown:
         break
@@ -159,13 +148,13 @@ async def _measure(
     for seed, share in enumerate(sizes.shares, 1):
       await asyncio.sleep(0.2)
       answers = await open_loop(client, bodies, share * capacity, sizes.seconds, seed)
-      runs[share] = _run(answers, share * capacity, sizes.seconds, expected)
+      runs[share] = _run(answers, sizes.seconds, expected)
     return capacity, runs
   finally:
     await client.close()
 
 
-def _run(answers: Sequence[Answer], offered: float, seconds: float, expected: list[np.ndarray]) -> Run:
+def _run(answers: Sequence[Answer], seconds: float, expected: list[np.ndarray]) -> Run:
   scored = [answer for answer in answers if answer.status == 200]
   refused = [answer for answer in answers if answer.status in _REFUSED]
   right = [answer for answer in scored if _right(answer, expected[answer.body])]
@@ -178,7 +167,7 @@ def _run(answers: Sequence[Answer], offered: float, seconds: float, expected: li
   p50, p99 = _percentiles(scored)
   in_time = sum(answer.at_s + answer.seconds <= seconds for answer in right)
   late = float(np.percentile([1e3 * answer.late_s for answer in answers], 99))
-  return Run(offered, in_time / seconds, counts, p50, p99, _percentiles(refused)[1], late)
+  return Run(in_time / seconds, counts, p50, p99, _percentiles(refused)[1], late)
 
 
 def _percentiles(answers: Sequence[Answer]) -> tuple[float, float]:

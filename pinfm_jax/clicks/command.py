@@ -4,6 +4,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from pinfm_jax.arguments import first_seeds
+
 
 def add_clicks(commands) -> None:
   """Adds `clicks` to the `pinfm` command."""
@@ -36,9 +38,7 @@ def _clicks(arguments: argparse.Namespace) -> None:
 
   clicks = load_clicks(arguments.file, parse_assignments(arguments.assignments))
   if arguments.seeds is not None:
-    if arguments.seeds < 1:
-      raise UserError(f'--seeds is {arguments.seeds}; expected the number of seeds, at least 1')
-    clicks = replace(clicks, seeds=tuple(range(arguments.seeds)))
+    clicks = replace(clicks, seeds=first_seeds(arguments.seeds))
   names = [arm.name for arm in clicks.arms]
   for name in arguments.only:
     if name not in names:

@@ -68,13 +68,13 @@ def reads_ahead(history: History, request: Request) -> bool:
   return end > len(history) or bool(end and history.timestamp[:end].max() >= request.timestamp.min())
 
 
-def check_times(dataset: PreparedDataset, sample: int = SAMPLE) -> TimeAudit:
+def check_times(dataset: PreparedDataset) -> TimeAudit:
   """`audit_times`, which stops at a leak.
 
   Raises:
     UserError: there is one.
   """
-  found = audit_times(dataset, sample)
+  found = audit_times(dataset)
   if found.leaks:
     raise UserError(
       f'{dataset.path} leaks the future: of {found.requests} requests {found.leaks}; prepare it again from the raw log'

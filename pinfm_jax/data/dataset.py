@@ -1,6 +1,5 @@
 """Reads a prepared data set: histories and requests by row, tables of users, items and requests."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -9,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pinfm_jax.data.info import DataFile, DatasetInfo
+from pinfm_jax.data.info import DataFile, DatasetInfo, file_sha256
 from pinfm_jax.data.partitions import Partitions
 from pinfm_jax.data.records import History, Request, decode_request
 from pinfm_jax.data.shards import Shards
 from pinfm_jax.errors import UserError
 
-__all__ = ['DatasetInfo', 'History', 'PreparedDataset', 'Request', 'file_sha256']
+__all__ = ['DatasetInfo', 'History', 'PreparedDataset', 'Request']
 
 
 class PreparedDataset:
@@ -156,12 +155,6 @@ class PreparedDataset:
 
   def __repr__(self) -> str:
     return f'PreparedDataset({str(self.path)!r}: {self.num_users} users, {self.num_requests} requests)'
-
-
-def file_sha256(path: Path) -> str:
-  """SHA-256 of a file, as hexadecimal digits."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _check_size(path: Path, file: DataFile) -> None:

@@ -1,5 +1,6 @@
 """`dataset.json`, the description of a prepared data set, as frozen dataclasses."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -258,3 +259,9 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _optional_tuple(values: list[str] | None) -> tuple[str, ...] | None:
   return None if values is None else tuple(values)
+
+
+def file_sha256(path: Path) -> str:
+  """SHA-256 of a file, as hexadecimal digits."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

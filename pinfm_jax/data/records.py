@@ -77,11 +77,6 @@ class Request:
     return len(self.timestamp)
 
 
-def encode_history(history: History) -> bytes:
-  """The record of one history."""
-  return next(encode_histories(history, np.array([0, len(history)])))
-
-
 def encode_histories(events: History, offsets: np.ndarray) -> Iterator[bytes]:
   """The records of many users whose events lie one user after the other.
 
@@ -120,12 +115,6 @@ def decode_history(record: bytes) -> History:
     surface=np.frombuffer(record, '<u2', n, 8 + 16 * n),
     actions=np.frombuffer(record, '<u4', n, 8 + 18 * n),
   )
-
-
-def encode_request(request: Request) -> bytes:
-  """The record of one request."""
-  rows, ends = np.array([request.user_row]), np.array([request.history_end])
-  return next(encode_requests(request, rows, ends, np.array([0, len(request)])))
 
 
 def encode_requests(

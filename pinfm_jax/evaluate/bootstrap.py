@@ -13,22 +13,6 @@ import numpy as np
 Statistic = Callable[[np.ndarray], float]
 
 
-class UserMean:
-  """Mean of values under weights of their users: the statistic of HIT@k."""
-
-  def __init__(self, values_Q: np.ndarray, user_Q: np.ndarray):
-    """Sums values by user; user_Q indexes a call's weights."""
-    self._users, index_Q = np.unique(user_Q, return_inverse=True)
-    self._sums = np.bincount(index_Q, values_Q, minlength=self._users.size)
-    self._counts = np.bincount(index_Q, minlength=self._users.size)
-
-  def __call__(self, weights_U: np.ndarray) -> float:
-    """The weighted mean; NaN when no drawn user has a value."""
-    weights = weights_U[self._users]
-    count = weights @ self._counts
-    return float(weights @ self._sums / count) if count > 0 else float('nan')
-
-
 @dataclass(frozen=True)
 class Lift:
   """What an arm changes against its baseline: relative (arm / baseline - 1) and absolute, with 95 % intervals."""
@@ -129,7 +113,7 @@ def paired_bootstrap(baseline: Statistic, arm: Statistic, num_users: int, resamp
   """The lift of one statistic over another, both on the same resamples of the users.
 
   Args:
-    baseline: statistic of the baseline (`PresortedAuc`, `UserMean`, or any function of the users' weights).
+    baseline: statistic of the baseline (`PresortedAuc`, or any function of the users' weights).
     arm: statistic of the arm.
     num_users: how many users there are.
     resamples: how many draws.

@@ -127,8 +127,8 @@ def _drawn(result: 'RankingComparison', metric: str) -> str:
   return f'{getattr(result, over):,} {over}'
 
 
-def _lift_text(lift: Lift, digits: int = 2) -> str:
-  return percent_interval(lift.relative, lift.low, lift.high, digits)
+def _lift_text(lift: Lift) -> str:
+  return percent_interval(lift.relative, lift.low, lift.high)
 
 
 def _difference_text(lift: Lift) -> str:

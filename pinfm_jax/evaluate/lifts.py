@@ -12,7 +12,7 @@ from pinfm_jax.evaluate.sorted_auc import SortedScores
 from pinfm_jax.progress import Progress
 
 Arms = Mapping[str, Sequence[RankingPredictions]]  # an arm's predictions, one a seed
-EXACT_ROWS = 4096  # up to here the AUC of a resample is computed as such, see `auc_terms`
+_EXACT_BELOW = 4096  # up to here the AUC of a resample is computed as such, see `auc_terms`
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ def resampled_figures(
   age_edges_hours: Sequence[float],
   resamples: int = 1000,
   resample: str = 'users',
-  seed: int = 0,
 ) -> dict[str, Resampled]:
   """AUC and HIT@3 overall and by bucket (`ranking.slices`), per-user AUC and logloss overall.
 
@@ -72,15 +71,14 @@ def resampled_figures(
     age_edges_hours: edges of the item-age buckets.
     resamples: how many.
     resample: what is drawn: 'users' or 'requests'.
-    seed: of the draws.
 
   Returns:
     {'save/auc': ..., 'save/age<24h/hit@3': ..., 'save/logloss': ...}, columns in the order of `arms`.
   """
   users = distinct(arms, 'user_M')
   requests = distinct(arms, 'request_M') if resample == 'requests' else None
-  user_draws_RU = bootstrap.draws(users.size, resamples, seed)
-  draws_RU = user_draws_RU if requests is None else bootstrap.draws(requests.size, resamples, seed)
+  user_draws_RU = bootstrap.draws(users.size, resamples)
+  draws_RU = user_draws_RU if requests is None else bootstrap.draws(requests.size, resamples)
   seeds = [_Seed.of(runs, weights, users, requests) for runs in zip(*arms.values(), strict=True)]
   rows_of = [{(label, bucket): rows for label, bucket, rows in slices(s.runs[0], age_edges_hours)} for s in seeds]
   nothing = [np.zeros(s.unit_M.size, bool) for s in seeds]
@@ -154,7 +152,7 @@ def _figures(
   below = [pair[0] for pair in aucs]
   auc_samples = [next(samples) + next(samples) - term.means() for term in below]
   for number, (s, rows_M) in enumerate(parts):
-    if rows_M.sum() <= EXACT_ROWS:
+    if rows_M.sum() <= _EXACT_BELOW:
       auc_samples[number] = _exact_aucs(s, label, rows_M, draws_RU)
   yield 'auc', _mean_over_seeds(below, auc_samples)
   if overall:

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pinfm_jax.evaluate.sorted_auc import SortedScores, UserAucs
-
 
 class PresortedAuc:
   """AUC whose rows are sorted once and whose weights, one a group of rows, change from call to call.
@@ -74,19 +72,6 @@ def auc(labels_M: np.ndarray, scores_M: np.ndarray, weights_M: np.ndarray | None
   if weights_M.shape != rows.shape or (weights_M < 0).any():
     raise ValueError(f'got weights of shape {weights_M.shape}; expected {rows.size} non-negative numbers')
   return PresortedAuc(labels_M, scores_M, rows)(weights_M)
-
-
-def user_aucs(labels_M: np.ndarray, scores_M: np.ndarray, users_M: np.ndarray) -> UserAucs:
-  """The AUC among each user's own rows, for the users with both classes; ties count half."""
-  labels_M, scores_M = _checked(labels_M, scores_M)
-  users_U, user_M = np.unique(users_M, return_inverse=True)
-  found = SortedScores(labels_M, scores_M).user_aucs(user_M)
-  return UserAucs(users_U[found.user_U], found.auc_U)
-
-
-def per_user_auc(labels_M: np.ndarray, scores_M: np.ndarray, users_M: np.ndarray) -> float:
-  """Mean, over the users with both classes, of the AUC among a user's own rows (each user counts once)."""
-  return _mean(user_aucs(labels_M, scores_M, users_M).auc_U)
 
 
 def logloss_rows(labels_M: np.ndarray, probabilities_M: np.ndarray) -> np.ndarray:

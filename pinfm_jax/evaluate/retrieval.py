@@ -192,7 +192,15 @@ class Retrieval:
       self._most_seen = [_crop(max(len(task.seen[query]) for query in part), most) for part in self._parts]
 
   def __call__(self, params: Any, rows_GE: Array) -> dict[str, float]:
-    """The tower's figures and those of popularity; see `evaluate_retrieval`."""
+    """HR@k, NDCG@k and MRR of the tower and of popularity, every item of the catalogue ranked.
+
+    Ties are counted against the model: the target ranks behind every item with the same score. Runs on the mesh that
+    is set (`jax.set_mesh`), over which the tables lie as `layout` says; of several processes, all take part and all
+    get the result.
+
+    With the whole catalogue, 'tower/...' and 'popularity/...' are of the users whose target training has seen, ranked
+    among the items that it has seen; 'all/tower/...' and 'all/popularity/...' of all users and items.
+    """
     task = self._task
     figures = self._figures('tower', self._ranks(self._users(params, rows_GE), self._items(params, rows_GE)))
     figures |= self._popularity
@@ -253,46 +261,23 @@ class Retrieval:
     return _metrics(name, ranks[1][kept], self._ks) | _metrics(f'all/{name}', ranks[0], self._ks)
 
 
-def evaluate_retrieval(
-  task: RetrievalTask,
-  model: PinFMConfig,
-  params: Any,
-  rows_GE: Array,
-  ks: tuple[int, ...],
-  chunk: int = 256,
-  layout: MeshConfig = MeshConfig(),
-) -> dict[str, float]:
-  """HR@k, NDCG@k and MRR of the tower and of popularity, every item of the catalogue ranked.
-
-  Ties are counted against the model: the target ranks behind every item with the same score. Runs on the mesh that is
-  set (`jax.set_mesh`), over which the tables lie as `layout` says; of several processes, all take part and all get the
-  result.
-
-  With the whole catalogue, 'tower/...' and 'popularity/...' are of the users whose target training has seen, ranked
-  among the items that it has seen; 'all/tower/...' and 'all/popularity/...' of all users and items.
-  """
-  return Retrieval(task, model, ks, chunk, layout)(params, rows_GE)
-
-
 def item_targets(
   keys_V: np.ndarray,
   content_VW: np.ndarray | None,
   model: PinFMConfig,
   params: Any,
   rows_GE: Array,
-  layout: MeshConfig = MeshConfig(),
 ) -> Array:
   """z of items [V, O].
 
   Args:
     keys_V: uint64 item keys.
     content_VW: their content, for a model with content.
-    model: its configuration; the other arguments are those of `evaluate_retrieval`.
-    params: see there.
-    rows_GE: see there.
-    layout: see there.
+    model: the tower's configuration.
+    params: its parameters.
+    rows_GE: the table rows, on one device.
   """
-  represent = _programs(model, layout)[1]
+  represent = _programs(model, MeshConfig())[1]
   return jnp.concatenate([represent(params, rows_GE, part) for part in _item_parts(keys_V, content_VW)])
 
 

@@ -6,14 +6,12 @@ goes through one context pass, each tile through the crossing pass, and the resu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from pinfm_jax.model.pinfm import EventBatch
-from pinfm_jax.model.ranker import CandidateBatch, DenseStats, RankingModel
 from pinfm_jax.model.tiles import WIDTHS, plan_tiles
 
 
@@ -38,8 +36,6 @@ def cross_rows(
   events: EventBatch,
   candidates: Any,
   request_B: np.ndarray | None = None,
-  widths: Sequence[int] = WIDTHS,
-  rows: int = 4096,
 ) -> np.ndarray:
   """Runs both passes for flat rows.
 
@@ -53,8 +49,6 @@ def cross_rows(
     candidates: NumPy arrays [B, ...], any pytree.
     request_B: rows with the same number share a history, that of the first of them; None = equal histories are found
       by their content.
-    widths: of tiles, see `tiles.plan_tiles`.
-    rows: most candidates of a call of the crossing pass.
 
   Returns:
     [B, ...], in the rows' order.
@@ -69,7 +63,7 @@ def cross_rows(
   padded_U = np.pad(first_U, (0, (1 << (len(first_U) - 1).bit_length()) - len(first_U)))
   context = context_pass(jax.tree.map(lambda x: x[padded_U], events))
   results = []
-  for tiles in plan_rows(user_B, widths, rows):  # dispatched one after another, read when all are under way
+  for tiles in plan_rows(user_B):  # dispatched one after another, read when all are under way
     tile = jax.tree.map(lambda x, tiles=tiles: x[tiles.row_MT], candidates)
     results.append((tiles, crossing_pass(context, tile, tiles.user_M)))
   shape = results[0][1].shape[2:]
@@ -77,48 +71,6 @@ def cross_rows(
   for tiles, result in results:
     flat[tiles.row_MT[tiles.mask_MT]] = np.asarray(result)[tiles.mask_MT]
   return flat
-
-
-def score_rows(
-  module: RankingModel,
-  params: Any,
-  lookup: Callable[[np.ndarray], jax.Array],
-  events: EventBatch,
-  candidates: CandidateBatch,
-  stats: DenseStats,
-  request_B: np.ndarray | None = None,
-) -> np.ndarray:
-  """Probabilities [B, T] of a ranker with PinFM for flat rows.
-
-  Args:
-    module: the ranker.
-    params: its parameters.
-    lookup: id words uint32 [..., 2] -> id vectors [..., V].
-    events: NumPy, [B, L, ...]: each row's history.
-    candidates: NumPy, [B, ...]: each row's candidate.
-    stats: normalisation of the dense features.
-    request_B: see `cross_rows`.
-  """
-
-  def context_pass(events: EventBatch) -> Any:
-    return _context(module, params, lookup(events.item_UL2), events)
-
-  def crossing_pass(context: Any, tile: CandidateBatch, user_M: np.ndarray) -> jax.Array:
-    return _score(module, params, lookup(tile.item_UC2), context, tile, stats, user_M)
-
-  return cross_rows(context_pass, crossing_pass, events, candidates, request_B)
-
-
-@partial(jax.jit, static_argnums=0)
-def _context(module: RankingModel, *arguments: Any) -> Any:
-  params, vectors_ULV, events = arguments
-  return module.apply(params, vectors_ULV, events, method='context')
-
-
-@partial(jax.jit, static_argnums=0)
-def _score(module: RankingModel, *arguments: Any) -> jax.Array:
-  params, *rest = arguments
-  return module.apply(params, *rest, method='score')
 
 
 def distinct_requests(request_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +96,7 @@ def distinct_histories(events: EventBatch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plan_rows(user_B: np.ndarray, widths: Sequence[int] = WIDTHS, rows: int = 4096) -> list[RowTiles]:
-  """Tiles that together hold every row once, each of one user's rows."""
+  """Tiles (see `tiles.plan_tiles`) that together hold every row once, each of one user's rows."""
   order_B = np.argsort(user_B, kind='stable')
   count_U = np.bincount(user_B)
   first_U = np.cumsum(count_U) - count_U  # of each user's rows, in `order_B`

@@ -226,26 +226,24 @@ class PinFM(nn.Module):
     context: LayerKV,
     mask_UL: Array,
     token_V: Array | None = None,
-    user_M: Array | None = None,
     every_output: bool = False,
   ) -> tuple[Array, LayerKV]:
     """The context pass of K events that follow histories whose keys and values are kept: equal to `encode` of both.
 
     Args:
       vectors_UKV: E of the new events (see `items`).
-      events: the new events; their real ones stand first. Time gaps count from the history's last event.
+      events: the new events, row u behind history u; their real ones stand first. Time gaps count from the history's
+        last event.
       context: keys and values kept by `encode` or from earlier extensions.
       mask_UL: True on the history's real events.
       token_V: see `encode`.
-      user_M: the history that each row of events follows; None = row u follows history u.
       every_output: H of every new event, [U, K, O]; False = of the last ones alone.
 
     Returns:
       H of each row's last new event [U, 1, O], and the keys and values of the new positions [N, U, K, H, K]
       (K + 1 with `token_V`).
     """
-    view = View(mask_UL, user_M=user_M)
-    first_U = jnp.sum(mask_UL if user_M is None else mask_UL[user_M], axis=1)
+    view, first_U = View(mask_UL), jnp.sum(mask_UL, axis=1)
     position_UK = first_U[:, None] + jnp.arange(events.mask_UL.shape[1])
     x_UKD = self.phi_in(vectors_UKV + self._event_terms(events, None)) + self._place(position_UK)
     if token_V is not None:

@@ -186,14 +186,13 @@ class RankingModel(nn.Module):
     """The context pass of serving with the event embeddings given: `context` of what `embed_events` gives."""
     return self._encode_embedded(x_ULD, events, train=False, every_output=False)[1]
 
-  def extend(self, vectors_UKV: Array, events: EventBatch, context: UserContext, user_M: Array | None) -> UserContext:
+  def extend(self, vectors_UKV: Array, events: EventBatch, context: UserContext) -> UserContext:
     """The context pass of events that follow kept histories.
 
     Args:
       vectors_UKV: id vectors of the new events.
-      events: the new events, real ones first; at least one in each row.
+      events: the new events, real ones first; at least one in each row. Row u follows user u.
       context: what is kept of users.
-      user_M: which of them each row of events follows; None = row u follows user u.
 
     Returns:
       Keys and values of the new positions, the users now, and the number of new events.
@@ -206,13 +205,12 @@ class RankingModel(nn.Module):
     mask_UL = key_mask(context.events_U, context.kv.key.shape[2])
     items_UKV = self.pinfm.items(vectors_UKV, events.content_ULW, events.hidden_id_UL)
     mean = self.config.fusion == 'mean'
-    h_UKO, kv = self.pinfm.extend(items_UKV, events, context.kv, mask_UL, self.token_V, user_M, every_output=mean)
+    h_UKO, kv = self.pinfm.extend(items_UKV, events, context.kv, mask_UL, self.token_V, every_output=mean)
     new_U = jnp.sum(events.mask_UL, axis=1, dtype=jnp.int32)
     if not mean:
       return UserContext(kv, h_UKO[:, 0], new_U)
-    old_UO, old_U = (x if user_M is None else x[user_M] for x in (context.user_UO, context.events_U))
-    sum_UO = old_UO * old_U[:, None] + jnp.sum(h_UKO * events.mask_UL[..., None], axis=1)
-    return UserContext(kv, sum_UO / (old_U + new_U)[:, None], new_U)
+    sum_UO = context.user_UO * context.events_U[:, None] + jnp.sum(h_UKO * events.mask_UL[..., None], axis=1)
+    return UserContext(kv, sum_UO / (context.events_U + new_U)[:, None], new_U)
 
   def score(
     self,
@@ -220,35 +218,30 @@ class RankingModel(nn.Module):
     context: UserContext,
     candidates: CandidateBatch,
     stats: DenseStats,
-    user_M: Array | None = None,
     recent: RecentEvents | None = None,
   ) -> Array:
     """The crossing pass and the ranker.
 
     Args:
       vectors_MCV: id vectors of the candidates.
-      context: what is kept of users.
+      context: what is kept of each row's user.
       candidates: rows (tiles) of candidates of one user each.
       stats: normalisation of the dense features.
-      user_M: whose candidates each row holds; None = row u holds those of user u.
       recent: the newest events of each row's user, for a ranker with TransAct.
 
     Returns:
       Probabilities [M, C, T].
     """
-    output_MCO, items_MCV = self._cross(vectors_MCV, context, candidates, user_M=user_M)
-    user_MO = context.user_UO if user_M is None else context.user_UO[user_M]
-    module_MCM = self._module(output_MCO, items_MCV, self.pinfm.targets(items_MCV), user_MO)
+    output_MCO, items_MCV = self._cross(vectors_MCV, context, candidates)
+    module_MCM = self._module(output_MCO, items_MCV, self.pinfm.targets(items_MCV), context.user_UO)
     return jax.nn.sigmoid(self.ranker(candidates, stats, self._recent(module_MCM, recent, candidates)))
 
-  def pairs(
-    self, vectors_MCV: Array, context: UserContext, candidates: CandidateBatch, user_M: Array | None = None
-  ) -> Array:
+  def pairs(self, vectors_MCV: Array, context: UserContext, candidates: CandidateBatch) -> Array:
     """The crossing pass alone: the output at each candidate's position [M, C, O]; arguments of `score`.
 
     It has unit length with early fusion. With late fusion it is the user's representation, whatever the candidate.
     """
-    return self._cross(vectors_MCV, context, candidates, user_M=user_M)[0]
+    return self._cross(vectors_MCV, context, candidates)[0]
 
   def item_vectors(self, vectors: Array, content: Array | None, hidden: Array | None) -> tuple[Array, Array]:
     """z, which H is compared with, and E, which both towers read, of items: [..., O] and [..., V]."""
@@ -260,23 +253,18 @@ class RankingModel(nn.Module):
     return self.item_vectors(vectors_ULV, events.content_ULW, events.hidden_id_UL)[0]
 
   def _cross(
-    self,
-    vectors_MCV: Array,
-    context: UserContext,
-    candidates: CandidateBatch,
-    train: bool = False,
-    user_M: Array | None = None,
+    self, vectors_MCV: Array, context: UserContext, candidates: CandidateBatch, train: bool = False
   ) -> tuple[Array, Array]:
     """Output at the candidates' positions (late fusion: the users' representations), and E of the candidates."""
     items_MCV = self.pinfm.items(vectors_MCV, candidates.content_UCW, candidates.hidden_id_UC)
     if self.config.fusion != 'early':
-      user_MO = context.user_UO if user_M is None else context.user_UO[user_M]
+      user_MO = context.user_UO
       return jnp.broadcast_to(user_MO[:, None], (*items_MCV.shape[:2], user_MO.shape[-1])), items_MCV
     token_MCV = items_MCV
     if self.config.candidate_content:  # PinFM-GraphSAGE: just the candidate's token gets it
       token_MCV = items_MCV + self._content(candidates)
     mask_UL = key_mask(context.events_U, context.kv.key.shape[2], int(self.config.learnable_token))
-    return self.pinfm.cross(token_MCV, context.kv, mask_UL, train, candidates.gap_UC, user_M), items_MCV
+    return self.pinfm.cross(token_MCV, context.kv, mask_UL, train, candidates.gap_UC), items_MCV
 
   def _encode(
     self, vectors_ULV: Array, events: EventBatch, train: bool, every_output: bool

@@ -72,14 +72,13 @@ def unrolled(
   config: RepairConfig,
   label_B: jax.Array,
   loss: str = 'margin',
-  sharpness: float = 1.0,
 ) -> Objective:
   """The defended classifier with the gradient through every step of the repair.
 
   The sign's derivative is 0: where the repair makes sign steps, the backward pass sees a soft sign instead.
   Costs second derivatives of every task at every step: for short repairs.
   """
-  return defended_objective(logits, repair_defence(terms, replace(config, sharpness=sharpness)), label_B, loss)
+  return defended_objective(logits, repair_defence(terms, replace(config, sharpness=1.0)), label_B, loss)
 
 
 def averaged(objective: Objective, draws: int) -> Objective:
@@ -104,11 +103,9 @@ def averaged(objective: Objective, draws: int) -> Objective:
   return mean
 
 
-def task_aware(
-  logits: Logits, terms: Sequence[LossTerm], label_B: jax.Array, strength: float, loss: str = 'ce'
-) -> Objective:
+def task_aware(logits: Logits, terms: Sequence[LossTerm], label_B: jax.Array, strength: float) -> Objective:
   """CE - lambda * sum_k alpha_k L_k on the undefended classifier, see `paying`."""
-  return paying(classifier_objective(logits, label_B, loss), terms, strength)
+  return paying(classifier_objective(logits, label_B, 'ce'), terms, strength)
 
 
 def paying(objective: Objective, terms: Sequence[LossTerm], strength: float) -> Objective:

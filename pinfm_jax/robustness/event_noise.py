@@ -115,13 +115,13 @@ class Injection:
     return np.sort(rng.integers(first, events + 1, self.count))
 
 
-def event_pool(dataset: PreparedDataset, until_ms: int | None, size: int, seed: int = 0) -> History:
-  """Events that pretraining may read (`usable_events`), one a user, of as many users as needed; drawn by seed.
+def event_pool(dataset: PreparedDataset, until_ms: int | None, size: int) -> History:
+  """Events that pretraining may read (`usable_events`), one a user, of as many users as needed; drawn.
 
   Raises:
     UserError: no user has an event before it.
   """
-  rng, chosen = np.random.default_rng(seed), []
+  rng, chosen = np.random.default_rng(0), []
   for row in rng.permutation(dataset.num_users):
     history = dataset.history(int(row))
     usable = usable_events(history, until_ms)

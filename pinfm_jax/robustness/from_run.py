@@ -16,9 +16,8 @@ from pinfm_jax.evaluate.retrieval import item_targets, retrieval_task
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.robustness.subjects import NextItemSubject, RankingSubject, Weights, bank_of
 from pinfm_jax.stages.context import Run
-from pinfm_jax.train.checkpoint import best_step
 from pinfm_jax.train.finetune import without_randomness
-from pinfm_jax.train.stored_tables import StoredState
+from pinfm_jax.train.restore import stored_state
 
 
 def pinfm_arm(run: Run, name: str = '') -> Arm:
@@ -54,7 +53,7 @@ def ranking_subject(run: Run, arm: Arm, seed: int, bank: int, requests: int = 0)
     UserError: it is not fine-tuned, or no request has so many candidates.
   """
   own = run.of_arm(arm)
-  experiment, stored = own.experiment, StoredState(run.arm_directory(seed, arm) / 'checkpoints')
+  experiment, stored = own.experiment, stored_state(run.arm_directory(seed, arm))
   every = Requests.between(
     run.dataset, own.schema, experiment.finetune, getattr(own.split, experiment.evaluate.split), HIT_K + 1, own.tokens
   )
@@ -67,7 +66,7 @@ def ranking_subject(run: Run, arm: Arm, seed: int, bank: int, requests: int = 0)
   task = replace(own.task(1), config=finetune)
   state = stored.parts('params', 'constants')
   params = {name: value for name, value in state['params'].items() if name != 'log_temperature'}
-  rows_GE = _rows(stored, task.model.tables)
+  rows_GE = jnp.asarray(stored.table(task.model.tables))
   weights = {
     'ranker': params,
     'stats': DenseStats(**state['constants']),
@@ -90,9 +89,7 @@ def next_item_subject(run: Run, arm: Arm, seed: int, bank: int, users: int = 0) 
     users: at most so many, drawn; 0 = as the run's evaluation.
   """
   own = run.of_arm(arm)
-  checkpoints = own.pretrain_directory(seed) / 'checkpoints'
-  best = own.experiment.pretrain.use_checkpoint == 'best'
-  stored = StoredState(checkpoints, best_step(checkpoints) if best else None)
+  stored = stored_state(own.pretrain_directory(seed), own.experiment.pretrain.use_checkpoint)
   model, experiment, tokens = own.model, own.experiment, TokenInputs.of(own.model, run.dataset)
   window = (experiment.pretrain.downstream_length, experiment.finetune.history_block)
   bits = action_bits(run.experiment.pretrain, run.dataset.info.actions)
@@ -102,17 +99,13 @@ def next_item_subject(run: Run, arm: Arm, seed: int, bank: int, users: int = 0) 
   )
   subject = NextItemSubject(model, experiment.pretrain, collect, until_ms, run.dataset, tokens, window, bits)
   params = stored.parts('params')['params']
-  rows_GE, clean = _rows(stored, model.tables), subject.clean
+  rows_GE, clean = jnp.asarray(stored.table(model.tables)), subject.clean
   weights = {
     'z_VO': item_targets(clean.catalogue_V, clean.content_VW, model, params['pinfm'], rows_GE),
     'bank': bank_of(clean.catalogue_V, bank, model, params['pinfm'], rows_GE, tokens),
     **_tower(params['pinfm'], rows_GE, params['log_temperature']),
   }
   return subject, weights
-
-
-def _rows(stored: StoredState, tables: Any) -> Any:
-  return jnp.asarray(np.concatenate(list(stored.table_rows(tables.sub_tables * tables.rows))))
 
 
 def _tower(params: Any, rows_GE: Any, log_temperature: Any) -> dict[str, Any]:

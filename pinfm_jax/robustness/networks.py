@@ -46,9 +46,9 @@ class ResNetConfig:
     if self.patch not in (1, 2):
       raise UserError(f'a ResNet with patch {self.patch}; expected 1 or 2')
 
-  def multiply_adds(self, side: int = 32) -> int:
+  def multiply_adds(self) -> int:
     """Of one image's forward pass, its convolutions alone."""
-    side //= self.patch
+    side = 32 // self.patch
     total, channels = side * side * 9 * 3 * self.patch**2 * self.widths[0], self.widths[0]
     for stage, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
       for block in range(blocks):

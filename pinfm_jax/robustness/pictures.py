@@ -19,6 +19,7 @@ from pinfm_jax.workdir import read_json, write_json, write_text
 
 REPAIR_255 = (0, 2, 4, 8, 16, 32)  # radii of the repair, in 1/255
 ATTACK_255 = (0, 2, 4, 8, 12, 16)  # radii of the attack
+_IMAGES, _SCALE = 10, 3  # of the picture
 
 
 def repair_strength(evaluation: Evaluation, images: int) -> dict[str, list[float]]:
@@ -74,16 +75,16 @@ def draw(evaluation: Evaluation, directory: Path, images: int = 128) -> None:
     write_text(directory / f'{name}.svg', plots.curves(title, series, 'accuracy', from_zero=True, xlabel=xlabel))
 
 
-def save_picture(evaluation: Evaluation, path: Path, images: int = 10, scale: int = 3) -> None:
+def save_picture(evaluation: Evaluation, path: Path) -> None:
   """Rows: clean, attacked (transferred), repaired; then both changes, around grey and eight times as strong."""
-  index = jnp.arange(images)
-  clean, attacked = evaluation.x[:images], evaluation.attacked(evaluation.config.transfer[0])[:images]
+  index = jnp.arange(_IMAGES)
+  clean, attacked = evaluation.x[:_IMAGES], evaluation.attacked(evaluation.config.transfer[0])[:_IMAGES]
   defence = evaluation.defended.defence(ALL)
   repaired = np.asarray(jax.jit(lambda x: defence(x, example_seeds(index, 0)))(jnp.asarray(attacked)))
   rows = (clean, attacked, repaired, 0.5 + 8 * (attacked - clean), 0.5 + 8 * (repaired - attacked))
   grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
   pixels = np.clip(np.round(255 * grid), 0, 255).astype(np.uint8)
-  Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1)).save(path)
+  Image.fromarray(pixels.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)).save(path)
 
 
 def _accuracy(evaluation: Evaluation, x: jax.Array, label: jax.Array) -> float:

@@ -13,7 +13,7 @@ from pinfm_jax.evaluate.predict import predictions_of
 from pinfm_jax.evaluate.ranking import HIT_K, RankingPredictions, utility
 from pinfm_jax.evaluate.sorted_auc import SortedScores
 from pinfm_jax.robustness.sequence_evaluation import Key, SequenceEvaluation
-from pinfm_jax.robustness.sequences import CLEAN, EMBEDDING, INJECTED, NONE
+from pinfm_jax.robustness.sequences import CLEAN, HOSTILE, NONE
 from pinfm_jax.robustness.subjects import RankingSubject
 
 WORST_STATIC, WORST = 'worst of these', 'worst case'
@@ -62,7 +62,7 @@ class Figures:
   def outcomes(self, column: str, row: str, strength: float) -> list[np.ndarray]:
     """An arm's outcomes, one a seed; of the two worst cases, an example at a time, those of the highest loss."""
     c = self.evaluation.config
-    static = tuple(name for name in c.columns if name in (CLEAN, *EMBEDDING, *INJECTED))
+    static = tuple(name for name in c.columns if name in (CLEAN, *HOSTILE))
     names = {WORST_STATIC: static, WORST: (*static, *c.adaptive)}.get(column, (column,))
     seeds, found = c.seeds[:1] if row == NONE else c.seeds, []
     for seed in seeds:

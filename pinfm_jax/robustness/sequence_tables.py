@@ -8,7 +8,7 @@ from pinfm_jax.evaluate.tables import Table, interval, mean_std
 from pinfm_jax.robustness.sequence_evaluation import cost
 from pinfm_jax.robustness.sequence_figures import WORST, WORST_STATIC, Arm, Figures
 from pinfm_jax.robustness.sequence_terms import NAMES
-from pinfm_jax.robustness.sequences import ALL, CLEAN, EMBEDDING, INJECTED, NATURAL, NOISE, NONE
+from pinfm_jax.robustness.sequences import ALL, CLEAN, HOSTILE, NATURAL, NOISE, NONE
 from pinfm_jax.robustness.tables import direction
 from pinfm_jax.workdir import write_text
 
@@ -16,7 +16,7 @@ from pinfm_jax.workdir import write_text
 def tables(figures: Figures) -> list[Table]:
   """For each metric: all defences under what does not adapt, under what does, and what the repair changes."""
   c, found = figures.evaluation.config, []
-  hostile = tuple(name for name in c.columns if name in (CLEAN, *EMBEDDING, *INJECTED))
+  hostile = tuple(name for name in c.columns if name in (CLEAN, *HOSTILE))
   natural = tuple(name for name in c.columns if name in NATURAL)
   about = f'{figures.evaluation.subject.name}, {len(figures.evaluation.subject.rows):,} examples'
   for metric in figures.metrics:

@@ -35,8 +35,8 @@ EMBEDDING = ('pgd-l2', 'pgd-linf')  # transferred: they do not know the repair
 INJECTED = ('injected', 'injected-greedy')
 NATURAL = ('replaced', 'dropped', 'misordered')
 ADAPTIVE = ('bpda-l2', 'bpda-linf', 'task-aware-l2', 'task-aware-linf')
-STATIC = (CLEAN, *EMBEDDING, *INJECTED, *NATURAL)
 HOSTILE = (*EMBEDDING, *INJECTED)
+STATIC = (CLEAN, *HOSTILE, *NATURAL)
 _ATTACK = 51  # purpose of draws
 
 

@@ -230,10 +230,10 @@ class NextItemSubject:
 
 
 def bank_of(
-  keys_V: np.ndarray, size: int, model: PinFMConfig, params: Any, rows_GE: Array, tokens: TokenInputs, seed: int = 0
+  keys_V: np.ndarray, size: int, model: PinFMConfig, params: Any, rows_GE: Array, tokens: TokenInputs
 ) -> Bank:
-  """Negatives: at most `size` items of a catalogue, drawn by seed, and their targets under a tower."""
-  keys_K = np.sort(np.random.default_rng(seed).permutation(keys_V)[:size])
+  """Negatives: at most `size` items of a catalogue, drawn, and their targets under a tower."""
+  keys_K = np.sort(np.random.default_rng(0).permutation(keys_V)[:size])
   content_KW = tokens.items.inputs(keys_K)['content'] if tokens.items else None
   z_KO = item_targets(keys_K, content_KW, model, params, rows_GE)
   return Bank(jnp.asarray(key_words(keys_K)), z_KO)

@@ -48,10 +48,10 @@ def view(x: jax.Array, seed_B: jax.Array, config: ViewConfig = ViewConfig()) -> 
   return grey(x) + saturation * (x - grey(x))
 
 
-def shifted(x: jax.Array, seed_B: jax.Array, pixels: int = 4) -> jax.Array:
-  """The classifier's augmentation: each image moved by up to `pixels` both ways (black comes in), maybe flipped."""
+def shifted(x: jax.Array, seed_B: jax.Array) -> jax.Array:
+  """The classifier's augmentation: each image moved by up to 4 pixels both ways (black comes in), maybe flipped."""
   u = uniforms(seed_B, (3,)).T
-  offset = jnp.floor(u[:2] * (2 * pixels + 1)) - pixels
+  offset = jnp.floor(u[:2] * 9) - 4
   place = jnp.arange(x.shape[1], dtype=jnp.float32)
   rows, columns = (
     (place[None, None, :] == place[None, :, None] + o[:, None, None]).astype(x.dtype) for o in (offset[0], offset[1])
@@ -91,11 +91,11 @@ def mask(seed_B: jax.Array, side: int = 32, patch: int = 8, hidden: float = 0.5)
   return jnp.repeat(jnp.repeat(shown, patch, axis=1), patch, axis=2)
 
 
-def centre_mask(size: int, side: int = 32, hidden: int = 16) -> jax.Array:
-  """[size, side, side, 1]: the paper's mask, whose square in the middle is hidden."""
-  inside = jnp.abs(jnp.arange(side) - (side - 1) / 2) < hidden / 2
+def centre_mask(size: int) -> jax.Array:
+  """[size, 32, 32, 1]: the paper's mask, whose square of 16 x 16 in the middle is hidden."""
+  inside = jnp.abs(jnp.arange(32) - 15.5) < 8
   shown = 1.0 - (inside[:, None] & inside[None, :]).astype(jnp.float32)
-  return jnp.broadcast_to(shown[None, :, :, None], (size, side, side, 1))
+  return jnp.broadcast_to(shown[None, :, :, None], (size, 32, 32, 1))
 
 
 def _sampling(side: int, start_B: jax.Array, length_B: jax.Array) -> jax.Array:

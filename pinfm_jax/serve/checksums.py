@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pinfm_jax.data.info import file_sha256
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve.manifest import FileEntry
 
@@ -65,8 +66,7 @@ def check_size(directory: Path, entry: FileEntry) -> None:
 
 def check_whole(directory: Path, entry: FileEntry) -> None:
   """Raises UserError unless the file has the stated SHA-256."""
-  with open(directory / entry.name, 'rb') as file:
-    found = hashlib.file_digest(file, 'sha256').hexdigest()
+  found = file_sha256(directory / entry.name)
   if found != entry.sha256:
     raise UserError(
       f'{directory / entry.name} is damaged: its SHA-256 is {found[:16]}.., expected {entry.sha256[:16]}..; '

@@ -14,7 +14,6 @@ row_numbers.bin       their numbers in tables.bin: uint32, little-endian, ascend
 The tables pass through in blocks, on both sides.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pinfm_jax.data.info import file_sha256
 from pinfm_jax.errors import UserError
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.bundle import (
@@ -37,7 +37,7 @@ from pinfm_jax.serve.bundle import (
 )
 from pinfm_jax.serve.catalogue import CATALOGUE
 from pinfm_jax.serve.files import complete_directory
-from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, TableLayout
+from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, TableLayout, document_checksum
 
 DELTA = 'delta.json'
 RESULT = 'manifest.result.json'
@@ -84,7 +84,7 @@ class DeltaManifest:
   def write(self, directory: Path) -> None:
     """Writes `delta.json`."""
     document = {'format': FORMAT, 'format_version': FORMAT_VERSION, **asdict(self)}
-    document['checksum'] = _checksum(document)
+    document['checksum'] = document_checksum(document)
     (directory / DELTA).write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
 
   @classmethod
@@ -100,7 +100,7 @@ class DeltaManifest:
     try:
       document = json.loads(path.read_text(encoding='utf-8'))
       checksum, version = document.pop('checksum'), document['format_version']
-      sound = document['format'] == FORMAT and checksum == _checksum(document)
+      sound = document['format'] == FORMAT and checksum == document_checksum(document)
     except (ValueError, KeyError, AttributeError, TypeError):
       raise UserError(f'{path} is damaged; {_AGAIN}') from None
     if not sound or version not in _VERSIONS:
@@ -136,7 +136,7 @@ def export_delta(
   with complete_directory(Path(out), overwrite, DELTA, 'delta') as directory:
     content = exported_content(ranker, storage)
     names = write_content(directory, content)
-    rows, tables = _write_rows(directory, base, earlier, packed_rows(ranker.rows_GE, layout), layout)
+    rows, tables = _write_rows(directory, base, earlier, packed_rows(ranker.rows_GE, layout))
     own = {name: checksums.describe(directory, name)[0] for name in (*names, CHECKSUMS)}
     result = manifest_of(ranker, layout, (tables, *own.values()))
     result.write(directory)
@@ -148,7 +148,7 @@ def export_delta(
     own |= {name: checksums.describe(directory, name)[0] for name in (RESULT, ROWS, NUMBERS)}
     full = sum(entry.bytes for entry in result.files) + own[RESULT].bytes
     delta = DeltaManifest(
-      base=_file_sha256(base / MANIFEST),
+      base=file_sha256(base / MANIFEST),
       result=own[RESULT].sha256,
       rows=rows,
       total_rows=layout.sub_tables * layout.rows,
@@ -173,7 +173,7 @@ def apply_delta(base: str | Path, delta: str | Path, out: str | Path, overwrite:
   """
   base, delta = Path(base), Path(delta)
   about, earlier = DeltaManifest.read(delta), _whole_files(base)
-  if _file_sha256(base / MANIFEST) != about.base:
+  if file_sha256(base / MANIFEST) != about.base:
     raise UserError(
       f'{delta} was exported against another bundle than {base}: apply it to that one, or export it again with '
       f'--base {base}'
@@ -205,9 +205,7 @@ def _whole_files(base: Path) -> Manifest:
   return manifest
 
 
-def _write_rows(
-  directory: Path, base: Path, earlier: Manifest, packed: Iterator[np.ndarray], layout: TableLayout
-) -> tuple[int, FileEntry]:
+def _write_rows(directory: Path, base: Path, earlier: Manifest, packed: Iterator[np.ndarray]) -> tuple[int, FileEntry]:
   """Compares new rows with the base's, block by block, and checks the base on the way.
 
   Returns:
@@ -253,15 +251,6 @@ def _patched(base: Path, delta: Path, layout: TableLayout) -> Iterator[np.ndarra
 def _mapped(path: Path, dtype: str | type) -> np.ndarray:
   # An empty file cannot be mapped.
   return np.asarray(np.memmap(path, dtype, 'r')) if path.stat().st_size else np.zeros(0, dtype)
-
-
-def _checksum(document: dict) -> str:
-  return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _words(layout: TableLayout | None) -> str:

@@ -17,7 +17,6 @@ Neither the table nor the vectors are ever wholly in memory: the vectors pass th
 memory grows by less than 60 bytes an item.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.files import complete_directory
+from pinfm_jax.serve.manifest import document_checksum
 
 IMPORTED, NUMBERS, ROWS, PROJECTION = 'imported.json', 'row_numbers.bin', 'rows.bin', 'projection.npy'
 _FORMAT, _VERSION = 'pinfm-imported-tables', 1
@@ -67,7 +67,7 @@ class ImportedManifest:
   def write(self, directory: Path) -> None:
     """Writes `imported.json`."""
     document = {'format': _FORMAT, 'format_version': _VERSION, **asdict(self)}
-    document['checksum'] = _checksum(document)
+    document['checksum'] = document_checksum(document)
     (directory / IMPORTED).write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
 
   @classmethod
@@ -82,7 +82,7 @@ class ImportedManifest:
       raise UserError(f'{directory} has no {IMPORTED}: expected what `pinfm import-tables` wrote')
     try:
       document = json.loads(path.read_text(encoding='utf-8'))
-      sound = document.pop('checksum') == _checksum(document) and document.pop('format') == _FORMAT
+      sound = document.pop('checksum') == document_checksum(document) and document.pop('format') == _FORMAT
       version = document.pop('format_version')
     except (ValueError, KeyError, AttributeError, TypeError):
       raise UserError(f'{path} is damaged: {again}') from None
@@ -108,7 +108,6 @@ def import_tables(
   vectors: ItemVectors,
   config: TableConfig,
   rms: float | None = None,
-  seed: int = 0,
   overwrite: bool = False,
 ) -> ImportedManifest:
   """Writes the rows of the vectors' items; `out` appears only when it is complete.
@@ -119,14 +118,13 @@ def import_tables(
     config: sizes and hash of the tables.
     rms: the vectors are scaled so that their values have this root mean square (fresh rows have
       `config.init_scale`); None = as they are.
-    seed: of the rotation.
     overwrite: replace what an earlier import wrote.
 
   Raises:
     UserError: bad vectors, or `out` exists.
   """
   with complete_directory(Path(out), overwrite, IMPORTED, 'output of import-tables') as directory:
-    projection_WV = _projection(vectors, config.item_width, seed)
+    projection_WV = _projection(vectors, config.item_width)
     if projection_WV is not None:
       np.save(directory / PROJECTION, projection_WV)
     spool = directory / 'spool'
@@ -155,12 +153,12 @@ def import_tables(
   return manifest
 
 
-def _projection(vectors: ItemVectors, width: int, seed: int) -> np.ndarray | None:
+def _projection(vectors: ItemVectors, width: int) -> np.ndarray | None:
   """The linear map [W, S * E] of the module's description; None for vectors of the right width."""
   given = vectors.width
   if given == width:
     return None
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   if given < width:
     return np.linalg.qr(rng.normal(size=(width, given)))[0].T.astype(np.float32)
   moment_WW = np.zeros((given, given))
@@ -242,7 +240,3 @@ def mapped_rows(directory: Path, manifest: ImportedManifest) -> tuple[np.ndarray
   """Row numbers [given] and rows [given, E] of an import, memory-mapped."""
   shape = (manifest.given, manifest.width)
   return np.asarray(np.memmap(directory / NUMBERS, '<i4', 'r')), np.memmap(directory / ROWS, '<f4', 'r', shape=shape)
-
-
-def _checksum(document: dict) -> str:
-  return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -149,6 +149,11 @@ class Manifest:
     return manifest
 
 
+def document_checksum(document: Mapping[str, Any]) -> str:
+  """SHA-256 of a JSON object, whatever its layout: what the smaller descriptions beside `manifest.json` hold."""
+  return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
 def golden_ids(id_type: str, tables: TableLayout | None) -> tuple[GoldenId, ...]:
   """A few ids of the type, as this program hashes them."""
   return tuple(_golden(value, id_type, tables) for value in _GOLDEN_IDS[id_type])

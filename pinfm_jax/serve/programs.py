@@ -70,7 +70,7 @@ class ServingModel:
     """The context pass of events that follow what the slots hold; a learnable token moves behind them."""
     kept = _users_of(pool, slot_U)
     vectors, batch = self._vectors(events['rows']), _events(events)
-    new = self.module.apply({'params': params}, vectors, batch, kept, None, method='extend')
+    new = self.module.apply({'params': params}, vectors, batch, kept, method='extend')
     # Padding is written nowhere: it goes to a place behind the last one.
     place_K = jnp.arange(new.kv.key.shape[2])
     written_U1 = (new.events_U + int(self.ranker.learnable_token))[:, None]
@@ -85,8 +85,7 @@ class ServingModel:
 
   def pairs(self, params: Tree, pool: Pool, slot_M: Array, candidates: dict[str, Array]) -> Array:
     """The crossing pass alone: the output at the candidates' positions, [M, T, O]."""
-    arguments = (self._vectors(candidates['rows']), _users_of(pool, slot_M), _candidates(candidates))
-    return self.module.apply({'params': params}, *arguments, method='pairs')
+    return self._pairs(params, _users_of(pool, slot_M), candidates)
 
   def items(self, params: Tree, items: dict[str, Array]) -> dict[str, Array]:
     """z, which the user's representation is compared with, and E of items."""
@@ -96,7 +95,7 @@ class ServingModel:
 
   def ranker_alone(self, params: Tree, stats: dict[str, Array], candidates: dict[str, Array]) -> Array:
     """The ranker without PinFM: probabilities [U, C, T]."""
-    batch = RankingBatch(None, _candidates(candidates), None, None, recent_events(candidates))
+    batch = RankingBatch(None, _candidates(candidates), None, None, _recent_events(candidates))
     return jax.nn.sigmoid(self.module.apply({'params': params}, None, None, batch, DenseStats(**stats)).logits_UCT)
 
   def _context(self, params: Tree, events: dict[str, Array]) -> UserContext:
@@ -104,7 +103,11 @@ class ServingModel:
 
   def _score(self, params: Tree, stats: dict[str, Array], kept: UserContext, candidates: dict[str, Array]) -> Array:
     arguments = (self._vectors(candidates['rows']), kept, _candidates(candidates), DenseStats(**stats))
-    return self.module.apply({'params': params}, *arguments, recent=recent_events(candidates), method='score')
+    return self.module.apply({'params': params}, *arguments, recent=_recent_events(candidates), method='score')
+
+  def _pairs(self, params: Tree, kept: UserContext, candidates: dict[str, Array]) -> Array:
+    arguments = (self._vectors(candidates['rows']), kept, _candidates(candidates))
+    return self.module.apply({'params': params}, *arguments, method='pairs')
 
   def _vectors(self, packed: Array) -> Array:
     rows = dequantise_on_device(packed, self.layout.width, self.layout.storage)
@@ -138,7 +141,7 @@ def lower_programs(
 
   params, stats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, stats))
   tiles, candidates, slots, items = export.symbolic_shape('M, T, P, n')
-  inputs = _candidate_shapes(model, tiles, candidates)
+  inputs = candidate_shapes(model, tiles, candidates)
   if model.layout is None:
     return {'crossing': lower(model.ranker_alone, params, stats, inputs)}
 
@@ -147,11 +150,11 @@ def lower_programs(
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
   slot_M, kept = jax.ShapeDtypeStruct((tiles,), jnp.int32), pool(slots)
-  rows = {'rows': _packed_shape(model.layout, (items,)), **_token_shapes(model, (items,))}
+  rows = item_shapes(model, (items,))
   rows.pop('gap', None)
   # Sizes of their own: a constraint holds for all sizes that are made with it, used or not.
   slots, *shape = export.symbolic_shape('P, U, K', constraints=[f'K <= {history_length}'])
-  new = (params, pool(slots), jax.ShapeDtypeStruct(shape[:1], jnp.int32), _event_shapes(model, tuple(shape)))
+  new = (params, pool(slots), jax.ShapeDtypeStruct(shape[:1], jnp.int32), event_shapes(model, tuple(shape)))
   programs = {} if model.ranker.bidirectional else {'extend': lower(model.extend, *new)}
   return programs | {
     'context': lower(model.context, *new),
@@ -179,17 +182,18 @@ def _written(pool: Pool, slot_U: Array, places: tuple, new: UserContext) -> Pool
   }
 
 
-def _event_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
+def event_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
+  """The columns of events [users, events]."""
   return {
-    'rows': _packed_shape(model.layout, shape),
     'surface': jax.ShapeDtypeStruct(shape, jnp.int32),
     'actions': jax.ShapeDtypeStruct(shape, jnp.uint32),
     'mask': jax.ShapeDtypeStruct(shape, jnp.bool_),
-    **_token_shapes(model, shape),
+    **item_shapes(model, shape),
   }
 
 
-def _candidate_shapes(model: ServingModel, users: Any, candidates: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def candidate_shapes(model: ServingModel, users: Any, candidates: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  """The columns of candidates [users, candidates], and what TransAct reads; features alone without PinFM."""
   shape, spec = (users, candidates), model.spec
   columns = {
     'item': ((*shape, 2), jnp.uint32),
@@ -199,13 +203,11 @@ def _candidate_shapes(model: ServingModel, users: Any, candidates: Any) -> dict[
     'sparse': ((*shape, len(spec.sparse_sizes)), jnp.int32),
     'embedding': ((*shape, sum(spec.embedding_widths)), jnp.float32),
   }
-  shapes = {name: jax.ShapeDtypeStruct(*column) for name, column in columns.items()} | recent_shapes(model, shape)
-  if model.layout is None:
-    return shapes
-  return {**shapes, 'rows': _packed_shape(model.layout, shape), **_token_shapes(model, shape)}
+  shapes = {name: jax.ShapeDtypeStruct(*column) for name, column in columns.items()} | _recent_shapes(model, shape)
+  return shapes if model.layout is None else {**shapes, **item_shapes(model, shape)}
 
 
-def recent_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
+def _recent_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
   """What TransAct reads of candidates [users, candidates] and of the users' newest events; nothing without it."""
   length, config = model.ranker.transact.length, model.model
   if not length:
@@ -221,16 +223,17 @@ def recent_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtype
   return shapes
 
 
-def recent_events(columns: dict[str, Array]) -> RecentEvents | None:
+def _recent_events(columns: dict[str, Array]) -> RecentEvents | None:
   """The newest events of the candidates' users, as they come with the candidates."""
   if 'recent_events' not in columns:
     return None
   return RecentEvents(columns['recent_events'], columns['recent_actions'], None, columns.get('recent_content'))
 
 
-def _token_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
-  """The columns that the model's options add (`data.tokens.TokenInputs`)."""
-  config, shapes = model.model, {}
+def item_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
+  """Packed rows, and the columns that the model's options add (`data.tokens.TokenInputs`)."""
+  config, layout = model.model, model.layout
+  shapes = {'rows': jax.ShapeDtypeStruct((*shape, layout.sub_tables, layout.row_bytes), jnp.uint8)}
   if config.tower.time_gap_buckets:
     shapes['gap'] = jax.ShapeDtypeStruct(shape, jnp.int32)
   if config.content:
@@ -238,10 +241,6 @@ def _token_shapes(model: ServingModel, shape: tuple) -> dict[str, jax.ShapeDtype
   if config.id_mask:
     shapes['new'] = jax.ShapeDtypeStruct(shape, jnp.bool_)
   return shapes
-
-
-def _packed_shape(layout: TableLayout, shape: tuple) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((*shape, layout.sub_tables, layout.row_bytes), jnp.uint8)
 
 
 def _candidates(columns: dict[str, Array]) -> CandidateBatch:

@@ -95,6 +95,13 @@ class ScoringRequest:
       )
     return self.recent_columns
 
+  def candidate_content(self, tokens: TokenInputs) -> np.ndarray | None:
+    """Content of the candidates as a feature of the ranker: their own, else what the model knows, else zeros."""
+    if self.content is None:
+      return None
+    known = tokens.items.inputs(self.candidates.item)['content'] if tokens.items else np.float32(0)
+    return np.where(np.isnan(self.content).any(axis=1, keepdims=True), known, self.content)
+
   @property
   def last_event_ms(self) -> int | None:
     """Time of the newest event; None without one."""

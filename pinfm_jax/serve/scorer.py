@@ -1,7 +1,7 @@
 """Scores ranking requests with a bundle: exported programs, mapped rows, and the featurizing code of training."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from pinfm_jax.serve import batches
 from pinfm_jax.serve.batches import DEFAULT_SIZES, Sizes
 from pinfm_jax.serve.bundle import Bundle, load_bundle
 from pinfm_jax.serve.cache import Arrays, SlotCache, Window
+from pinfm_jax.serve.documents import count_documents, read_documents
 from pinfm_jax.serve.fields import show
 from pinfm_jax.serve.files import complete_file
 from pinfm_jax.serve.pool import Pool, empty_pool, slot_bytes
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
+from pinfm_jax.serve.results import result_document, score_names, with_utility
 from pinfm_jax.serve.rows.mapped import RowSource
 
 
@@ -95,17 +97,9 @@ class Scorer:
       {"request_id", "scores": [{"item_id", <label>: probability, ..., "utility"}, ...]} for each request, in the order
       of its candidates; "utility" only if the bundle has utility weights.
     """
-    manifest, results = self.bundle.manifest, []
-    labels = manifest.schema.labels
-    weights = np.array([manifest.utility.get(label, 0.0) for label in labels])
-    names = ('item_id', *labels, *(['utility'] if manifest.utility else []))
-    for request, scores_CT in zip(requests, self.probabilities(requests), strict=True):
-      columns = scores_CT.T.tolist()
-      if manifest.utility:
-        columns.append((scores_CT.astype(np.float64) @ weights).tolist())
-      rows = zip(request.item_ids, *columns, strict=True)
-      results.append({'request_id': request.request_id, 'scores': [dict(zip(names, r, strict=True)) for r in rows]})
-    return results
+    manifest = self.bundle.manifest
+    names, scored = score_names(manifest), zip(requests, self.probabilities(requests), strict=True)
+    return [result_document(request, names, with_utility(scores_CT, manifest)) for request, scores_CT in scored]
 
   def probabilities(self, requests: Sequence[ScoringRequest]) -> list[np.ndarray]:
     """Probabilities, float32 [C, labels], of each of any number of requests."""
@@ -162,13 +156,10 @@ class Scorer:
     self.cache.clear()
     self._parser.forget()
 
-  def warm_up(self, progress: Callable[[int, int], Any] | None = None) -> int:
+  def warm_up(self) -> int:
     """Compiles every program in every size that scoring and `users` call, so that no request waits for it.
 
     JAX's persistent compilation cache, where it is set, makes the next start quick.
-
-    Args:
-      progress: called with how many are compiled and how many there are.
 
     Returns:
       How many.
@@ -183,10 +174,8 @@ class Scorer:
       calls.append((self.users, [empty]))
     candidates, recent = self._candidates([empty]), self._recent([empty])
     calls += [(self._warm_crossing, candidates, recent, size) for size in self._sizes.tiles()]
-    for count, (function, *arguments) in enumerate(calls, 1):
+    for function, *arguments in calls:
       function(*arguments)
-      if progress is not None:
-        progress(count, len(calls))
     return len(calls)
 
   def _score(self, requests: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -251,7 +240,7 @@ class Scorer:
   def _candidates(self, requests: Sequence[ScoringRequest]) -> Arrays:
     """Inputs of all the requests' candidates, one after another."""
     schema = self.bundle.manifest.schema
-    content = [self._content(r) for r in requests] if schema.content_width else None
+    content = [r.candidate_content(self._tokens) for r in requests] if schema.content_width else None
     own = [r.content for r in requests] if content and self._tokens.items else None
     flat = joined_candidates(
       [r.candidates for r in requests],
@@ -269,13 +258,6 @@ class Scorer:
     """What TransAct reads of the requests' users, [U, L, ...]; nothing without it."""
     schema = self.bundle.manifest.schema
     return batches.joined([r.recent(schema, self._tokens) for r in requests]) if schema.recent_length else {}
-
-  def _content(self, request: ScoringRequest) -> np.ndarray | None:
-    """Content of the candidates as a feature of the ranker: their own, else what the bundle knows, else zeros."""
-    if request.content is None:
-      return None
-    known = self._tokens_of(request.candidates.item).get('content', np.float32(0))
-    return np.where(np.isnan(request.content).any(axis=1, keepdims=True), known, request.content)
 
   def _tokens_of(self, keys: np.ndarray) -> Arrays:
     return self._tokens.items.inputs(keys) if self._tokens.items else {}
@@ -349,11 +331,11 @@ class Scorer:
 
 
 def score_file(bundle: str | Path, requests: str | Path, out: str | Path, rows: RowSource | None = None) -> int:
-  """Scores a file of requests, one a line (blank lines are skipped), into a file of results, one a line.
+  """Scores a file of requests into a file of results, one a line.
 
   Args:
     bundle: directory of the bundle.
-    requests: JSONL, see `serve.requests`.
+    requests: one a line (blank lines are skipped), or one list; see `serve.requests`.
     out: JSONL; it appears only when every request is scored.
     rows: where table rows come from; None = the bundle's own tables.
 
@@ -361,29 +343,16 @@ def score_file(bundle: str | Path, requests: str | Path, out: str | Path, rows: 
     The number of requests.
 
   Raises:
-    UserError: a file or the bundle cannot be read or written, or a line is malformed (the line is named).
+    UserError: a file or the bundle cannot be read or written, or a request is malformed (its line is named).
   """
   requests, out = Path(requests), Path(out)
   if not requests.is_file():
     raise UserError(f'{requests}: no such file; expected ranking requests, one JSON object a line')
   with complete_file(out, requests) as partial, open(partial, 'w', encoding='utf-8') as file:
     scorer, count = Scorer.load(bundle, rows), 0
-    with open(requests, 'rb') as lines:
-      progress = Progress('score', sum(1 for line in lines if line.strip()), 'requests')
-    for count, result in enumerate(scorer._score(_lines(requests)), 1):
+    progress = Progress('score', count_documents(requests), 'requests')
+    for count, result in enumerate(scorer._score(read_documents(requests)), 1):
       file.write(json.dumps(result) + '\n')
       progress.update(count)
   progress.close()
   return count
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
-      if line.strip():
-        where = f'{path}, line {number}'
-        try:
-          document = json.loads(line)
-        except (ValueError, RecursionError) as error:
-          raise UserError(f'{where}: not valid JSON ({error}); expected one request a line') from None
-        yield where, document

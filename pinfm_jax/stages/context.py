@@ -150,7 +150,9 @@ class Run:
     least = experiment.finetune.min_candidates if part == 'finetune' else experiment.data.min_candidates
     times = getattr(self.split, part)
     if times[0] == times[1] and self.dataset.num_requests:
-      raise UserError(f'data.{part}_days is 0, so there is no {part} part; set it, or take --split of another part')
+      raise UserError(
+        f'data.{part}_days is 0, so there is no {part} part; set it, or evaluate another part (evaluate.split)'
+      )
     if experiment.ranker.sequence == 'pinfm':
       tokens = self.tokens
     else:  # of a ranker without PinFM just TransAct reads any of it

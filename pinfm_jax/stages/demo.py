@@ -13,10 +13,10 @@ from pinfm_jax.serve.manifest import MANIFEST, Manifest
 from pinfm_jax.serve.offline.demo import BUNDLE, REQUESTS, TRUTH
 from pinfm_jax.stages.context import Run
 
-_LEAST_EVENTS, _LEAST_CANDIDATES = 12, 8
+_REQUESTS, _LEAST_EVENTS, _LEAST_CANDIDATES = 12, 12, 8
 
 
-def make_demo(run: Run, out: Path, requests: int = 12) -> Path:
+def make_demo(run: Run, out: Path) -> Path:
   """Copies the run's bundle, and requests of the evaluation split whose true probabilities are known.
 
   The requests come from different users, spread over the split's time, and have histories and candidates to show.
@@ -24,7 +24,6 @@ def make_demo(run: Run, out: Path, requests: int = 12) -> Path:
   Args:
     run: a finished run on the simulated feed.
     out: the folder to make; one that is there is replaced if it is a demo folder.
-    requests: how many.
 
   Raises:
     UserError: the run has no bundle, no true probabilities, or too few such requests.
@@ -33,7 +32,7 @@ def make_demo(run: Run, out: Path, requests: int = 12) -> Path:
   if not (bundle / MANIFEST).is_file():
     raise UserError(f'{run.workdir} has no bundle yet; run all stages first (pinfm run experiments/demo.py)')
   length = Manifest.read(bundle).schema.most_events
-  rows = _chosen(run, requests)
+  rows = _chosen(run, _REQUESTS)
   documents = list(dataset_requests(run.dataset, rows, length))
   with complete_directory(out, overwrite=True, marker=REQUESTS, kind='demo folder') as directory:
     shutil.copytree(bundle, directory / BUNDLE)

@@ -4,6 +4,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from pinfm_jax.arguments import first_seeds, folder_name
+
 
 def add_study(commands) -> None:
   """Adds `study` to the `pinfm` command."""
@@ -67,23 +69,20 @@ def _study(arguments: argparse.Namespace) -> None:
   name = arguments.name or file.arms.path.stem + ('_quick' if arguments.quick else '')
   file = _tuned(arguments, file, experiment)
   only = tuple(arguments.only) or (file.quick if arguments.quick else ())
-  study = Study(experiment, file, _folder(name), _decision(arguments), _costs(arguments), only, arguments.jobs)
+  study = Study(experiment, file, folder_name(name), _decision(arguments), _costs(arguments), only, arguments.jobs)
   if not run_study(study, Path(arguments.workdir or Path('runs') / experiment.name)):
     raise SystemExit(1)
 
 
 def _experiment(arguments: argparse.Namespace, settings):
   """The launch file's, with the settings of the blocks' file beneath those of --set."""
-  from pinfm_jax.errors import UserError
   from pinfm_jax.launch import load_experiment
   from pinfm_jax.overrides import parse_assignments
 
   experiment = load_experiment(arguments.file, {**settings, **parse_assignments(arguments.assignments)})
   seeds = 1 if arguments.quick and arguments.seeds is None else arguments.seeds
   if seeds is not None:
-    if seeds < 1:
-      raise UserError(f'--seeds is {seeds}; expected the number of seeds, at least 1')
-    experiment = replace(experiment, seeds=tuple(range(seeds)))
+    experiment = replace(experiment, seeds=first_seeds(seeds))
   return replace(experiment, evaluate=replace(experiment.evaluate, split=arguments.split))
 
 
@@ -96,14 +95,6 @@ def _tuned(arguments: argparse.Namespace, file, experiment):
   if arguments.tune:
     return replace(file, tune={axis.key: axis.values for axis in parse_grid(arguments.tune, experiment)})
   return file
-
-
-def _folder(name: str) -> str:
-  from pinfm_jax.errors import UserError
-
-  if not name or name.startswith('.') or '/' in name:
-    raise UserError(f"--name got '{name}'; expected the name of a folder")
-  return name
 
 
 def _decision(arguments: argparse.Namespace):

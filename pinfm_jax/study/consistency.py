@@ -95,7 +95,6 @@ def make_slices(
   time_M: np.ndarray,
   events_M: np.ndarray,
   edges: Sequence[float] = (),
-  time_slices: int = TIME_SLICES,
 ) -> Slices:
   """Equal lengths of the split's time, and users by the events that their history has at the request.
 
@@ -103,9 +102,8 @@ def make_slices(
     request_M: request of each row.
     time_M: ms, time of the request.
     events_M: events of the user's history at the request.
-    edges: two numbers of events; new users have fewer than the first, heavy ones at least the second. None = the
-      thirds of the requests.
-    time_slices: how many.
+    edges: two numbers of events; new users have fewer than the first, heavy ones at least the second. Empty =
+      the thirds of the requests.
 
   Raises:
     UserError: edges that are not two ascending numbers.
@@ -113,14 +111,14 @@ def make_slices(
   if edges and (len(edges) != 2 or not edges[0] < edges[1]):
     raise UserError(f'--segments got {",".join(f"{e:g}" for e in edges)}; expected two ascending numbers of events')
   begin, end = int(time_M.min()), int(time_M.max()) + 1
-  part_M = (time_M - begin) * time_slices // (end - begin)
-  masks = {f'time {i + 1}': part_M == i for i in range(time_slices)}
+  part_M = (time_M - begin) * TIME_SLICES // (end - begin)
+  masks = {f'time {i + 1}': part_M == i for i in range(TIME_SLICES)}
   if not edges:
     first = np.unique(request_M, return_index=True)[1]
     edges = [float(np.ceil(edge)) for edge in np.quantile(events_M[first], [1 / 3, 2 / 3])]
   segment_M = np.searchsorted(edges, events_M, side='right')
   masks |= {f'{name} users': segment_M == i for i, name in enumerate(('new', 'light', 'heavy'))}
-  hours = (end - begin) / time_slices / 3_600_000
+  hours = (end - begin) / TIME_SLICES / 3_600_000
   note = (
     f'Time slices are {hours:.3g} hours each, from the first request to the last. New users have fewer than '
     f'{edges[0]:g} events in their history at the request, heavy ones {edges[1]:g} or more.'

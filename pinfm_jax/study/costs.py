@@ -20,11 +20,11 @@ from pinfm_jax.bench.results import environment
 from pinfm_jax.bench.timing import interleave
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.data.pipeline import Batch, evaluation_batches
-from pinfm_jax.errors import UserError
+from pinfm_jax.errors import ERROR, UserError
 from pinfm_jax.evaluate.predict import scoring_program
 from pinfm_jax.overrides import from_dict, to_dict
 from pinfm_jax.stages.context import Run
-from pinfm_jax.sweep.jobs import ERROR, this_package
+from pinfm_jax.sweep.jobs import this_package
 from pinfm_jax.train.finetune import dense_stats, training_steps
 from pinfm_jax.train.sharding import put_examples
 from pinfm_jax.train.step import init_state, make_step

@@ -9,7 +9,6 @@ from scipy.special import stdtrit
 
 from pinfm_jax.errors import UserError
 
-METRICS = ('auc', 'hit@3', 'logloss')
 _CONFIDENCE = 0.95
 
 

@@ -8,19 +8,11 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.sweep.arms_file import DataFacts
 
 WITHOUT, WITH = 'without PinFM', 'with PinFM'
+WITHOUT_PINFM = Arm(WITHOUT, {'ranker.sequence': 'none'})  # its TransAct stays, as in the paper's baseline
+WITH_PINFM = Arm(WITH)  # as the launch file sets it
 PLAIN_CANDIDATE = {'ranker.candidate_content': False, 'ranker.learnable_token': False}
 # Nothing is pretrained that a low rate would protect: a tenth of the rate would make a weak control.
 SCRATCH = {'finetune.init': 'scratch', 'finetune.update.pretrained_ratio': 1.0}
-
-
-def without_pinfm(paper: str = '') -> Arm:
-  """The launch file's ranker without PinFM. Its TransAct stays, as in the paper's baseline."""
-  return Arm(WITHOUT, {'ranker.sequence': 'none'}, paper)
-
-
-def with_pinfm(paper: str = '') -> Arm:
-  """PinFM as the launch file sets it."""
-  return Arm(WITH, {}, paper)
 
 
 def equal_compute_epochs(experiment: Experiment, requests: int) -> float:

@@ -19,12 +19,12 @@ def main() -> int:
   threading.Thread(target=_end_with_the_sweep, daemon=True).start()
   if request['cores'] and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, request['cores'])  # before JAX counts them and starts its threads
-  from pinfm_jax.errors import UserError
+  from pinfm_jax.errors import ERROR, UserError
 
   try:
     _run(request)
   except UserError as error:
-    print(f'pinfm: error: {error}', file=sys.stderr)
+    print(f'{ERROR}{error}', file=sys.stderr)
     return 2
   return 0
 

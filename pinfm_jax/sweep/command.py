@@ -4,6 +4,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from pinfm_jax.arguments import first_seeds, folder_name
+
 
 def add_sweep(commands) -> None:
   """Adds `sweep` to the `pinfm` command."""
@@ -47,9 +49,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
   settings = parse_assignments(arguments.assignments)
   experiment = load_experiment(arguments.file, settings)
   if arguments.seeds is not None:
-    if arguments.seeds < 1:
-      raise UserError(f'--seeds is {arguments.seeds}; expected the number of seeds, at least 1')
-    experiment = replace(experiment, seeds=tuple(range(arguments.seeds)))
+    experiment = replace(experiment, seeds=first_seeds(arguments.seeds))
   experiment = replace(experiment, evaluate=replace(experiment.evaluate, split=arguments.split))
   if not arguments.arms and not arguments.grid:
     raise UserError('nothing to compare: give --arms FILE, --grid KEY=A,B, or both')
@@ -62,10 +62,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
     [axis.key for axis in axes],
     arguments.split if experiment.arms or experiment.data.held_out_events > 1 else 'test',
   )
-  if not name or name.startswith('.') or '/' in name:
-    raise UserError(f"--name got '{name}'; expected the name of a folder")
   file = load_arms(arguments.arms) if arguments.arms else None
-  sweep = Sweep(experiment, name, file, axes, tuple(arguments.only), arguments.jobs)
+  sweep = Sweep(experiment, folder_name(name), file, axes, tuple(arguments.only), arguments.jobs)
   if not run_sweep(sweep, Path(arguments.workdir or Path('runs') / experiment.name)):
     raise SystemExit(1)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pinfm_jax
 from pinfm_jax.config import Experiment
-from pinfm_jax.errors import UserError
+from pinfm_jax.errors import ERROR, UserError
 from pinfm_jax.overrides import to_dict
 from pinfm_jax.progress import duration
 from pinfm_jax.workdir import is_done
@@ -24,7 +24,6 @@ _POLL_S = 0.1
 _poll = time.sleep  # a name of its own, so that tests can interrupt here
 _GRACE_S = 10.0
 _LAST_LINES = 12
-ERROR = 'pinfm: error: '  # begins the line on a user's mistake
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pinfm_jax.config import PinFMConfig
 from pinfm_jax.errors import UserError
-from pinfm_jax.train.alone import check_together, newest, reading_alone
+from pinfm_jax.train.alone import check_together
 from pinfm_jax.train.step import TrainState
 from pinfm_jax.train.stored_tables import chunked_saves, read_sharded
 
@@ -170,14 +169,6 @@ class Checkpoints:
         )
 
 
-def best_step(directory: Path) -> int | None:
-  """Step of the best checkpoint in a directory that another run may be writing to; None if none was measured."""
-  if not directory.is_dir():
-    return None
-  with closing(Checkpoints(directory, read_only=True)) as checkpoints:
-    return checkpoints.best_step
-
-
 def unseen_in_shapes(model: PinFMConfig) -> dict[str, Any]:
   """Settings that change what arrays mean and not their shapes; a part of a checkpoint's position."""
   tables, tower = model.tables, model.tower
@@ -192,20 +183,6 @@ def abstract_state(create: Any, shardings: TrainState) -> TrainState:
   """Shapes, types and shardings of the state that `create` would make; nothing is allocated."""
   shapes = jax.eval_shape(create)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def load_arrays(directory: Path) -> dict[str, Any]:
-  """The newest checkpoint's state as a nested dict of NumPy arrays. One process may call it alone (`reading_alone`).
-
-  Raises:
-    UserError: there is no checkpoint.
-  """
-  path = newest(directory)
-  with reading_alone():
-    layout = ocp.checkpointables_metadata(path).metadata['state']
-    # Abstract NumPy arrays ask Orbax for host memory, whatever devices wrote the checkpoint; `empty` touches no page.
-    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), layout)
-    return ocp.load_checkpointables(path, {'state': abstract})['state']
 
 
 def described(tree: Any) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # its key-value store has no public door; Orbax uses this one too
 
-from pinfm_jax.errors import UserError
+from pinfm_jax.errors import ERROR, UserError
 from pinfm_jax.progress import Progress
 
 
@@ -329,7 +329,7 @@ def _fail(error: BaseException) -> None:
   text = _described(error)
   with suppress(jax.errors.JaxRuntimeError):  # someone was first, or there is nobody left to tell
     _client().key_value_set(_FAILED, json.dumps({'process': jax.process_index(), 'error': text}))
-  print(f'pinfm: error: process {jax.process_index()}: {text}', file=sys.stderr)
+  print(f'{ERROR}process {jax.process_index()}: {text}', file=sys.stderr)
   if is_first():
     time.sleep(4 * _POLL_S + 1)  # the others read it from the service that lives in this process
   _leave('', code)
@@ -338,7 +338,7 @@ def _fail(error: BaseException) -> None:
 def _leave(message: str, code: int) -> None:
   """Ends the process at once: an orderly end would wait for processes that will not come."""
   if message:
-    print(f'pinfm: error: {message}', file=sys.stderr)
+    print(f'{ERROR}{message}', file=sys.stderr)
   for stream in (sys.stdout, sys.stderr):
     stream.flush()
   os._exit(code)

@@ -1,6 +1,7 @@
 """Where a training run starts: its own checkpoint, another run's, a pretrained model, or nothing."""
 
 from collections.abc import Callable, Container
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from pinfm_jax.config import MeshConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.train.checkpoint import Checkpoints, abstract_state, described, plain, rebuilt
 from pinfm_jax.train.step import Task, TrainState, init_state, state_shardings
+from pinfm_jax.train.stored_tables import StoredState
 
 ROW_STATE = ('tables/accumulator', 'tables/moments')  # of the rows' update rule, which may be another one
 
@@ -100,12 +102,7 @@ def warm_started(create: Any, abstract: TrainState, warm_start: WarmStart) -> Tr
     UserError: there is no checkpoint, or its arrays differ from the model's.
   """
   source = _open(warm_start.directory)
-  step = source.best_step if warm_start.use == 'best' else source.latest_step
-  if step is None:
-    raise UserError(
-      f'no checkpoint of {warm_start.directory} has a held-out loss; set pretrain.use_checkpoint=newest, '
-      'or pretrain with pretrain.eval_every and pretrain.keep_best'
-    )
+  step = _chosen(source, warm_start.directory, warm_start.use)
   wanted, found = plain(abstract), source.layout(step)
   have = described(found)
   expected = described(wanted)
@@ -134,6 +131,33 @@ def warm_started(create: Any, abstract: TrainState, warm_start: WarmStart) -> Tr
   leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)
   merged = jax.tree_util.tree_unflatten(tree, [(read | fresh)[_name(path)] for path, _ in leaves])
   return rebuilt(abstract, merged)
+
+
+def stored_state(directory: Path, use: str = 'newest') -> StoredState:
+  """A checkpoint of a run, opened for reading a part of it.
+
+  Args:
+    directory: of the run (it holds checkpoints/).
+    use: 'newest' or 'best', by the held-out loss.
+
+  Raises:
+    UserError: there is none.
+  """
+  step = None
+  if use == 'best':
+    with closing(_open(directory)) as source:
+      step = _chosen(source, directory, use)
+  return StoredState(directory / 'checkpoints', step)
+
+
+def _chosen(source: Checkpoints, directory: Path, use: str) -> int:
+  step = source.best_step if use == 'best' else source.latest_step
+  if step is None:
+    raise UserError(
+      f'no checkpoint of {directory} has a held-out loss; set pretrain.use_checkpoint=newest, '
+      'or pretrain with pretrain.eval_every and pretrain.keep_best'
+    )
+  return step
 
 
 def _is_pretrained(name: str, groups: tuple[str, ...]) -> bool:

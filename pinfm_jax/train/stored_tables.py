@@ -11,6 +11,7 @@ import tensorstore
 from jax.sharding import AxisType, Mesh
 from orbax.checkpoint import v1 as ocp
 
+from pinfm_jax.config import TableConfig
 from pinfm_jax.errors import UserError
 from pinfm_jax.train.alone import newest, reading_alone
 
@@ -100,6 +101,10 @@ class StoredState:
       state = ocp.load_checkpointables(self._path, {'state': abstract})['state']
     found = {name: state[name] for name in names if name in self._layout}
     return found | ({'params': state['average']['params']} if averaged else {})
+
+  def table(self, config: TableConfig) -> np.ndarray:
+    """All rows of the model's tables [S * R, E] in memory; see `table_rows`."""
+    return np.concatenate(list(self.table_rows(config.sub_tables * config.rows)))
 
   def table_rows(self, count: int, block_rows: int = BLOCK_ROWS) -> Iterator[np.ndarray]:
     """The first `count` rows of the tables in order, as stored (float32, or bf16 as uint16 bits); averages if kept.

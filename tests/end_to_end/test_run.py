@@ -15,11 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from toy import load_arrays
 
 from pinfm_jax.cli import main
 from pinfm_jax.evaluate.ranking import RankingPredictions
 from pinfm_jax.train import loop
-from pinfm_jax.train.checkpoint import load_arrays
 
 TESTS = Path(__file__).resolve().parent.parent
 

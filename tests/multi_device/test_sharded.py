@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from toy import load_arrays
 
 from pinfm_jax.config import MeshConfig
 from pinfm_jax.errors import UserError
-from pinfm_jax.train.checkpoint import load_arrays
 from pinfm_jax.train.sharding import AXES, make_mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

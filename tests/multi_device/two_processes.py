@@ -25,7 +25,6 @@ from pinfm_jax.config import MeshConfig  # noqa: E402
 from pinfm_jax.errors import UserError  # noqa: E402
 from pinfm_jax.stages.context import Run  # noqa: E402
 from pinfm_jax.train import loop  # noqa: E402
-from pinfm_jax.train.checkpoint import load_arrays  # noqa: E402
 from pinfm_jax.train.distributed import Launch, on_first, session  # noqa: E402
 from pinfm_jax.train.sharding import make_mesh, process_rows  # noqa: E402
 
@@ -84,7 +83,7 @@ def main(data: str, out: str, plan: str, address: str, process: int, processes: 
         data_axis, fsdp, model = (int(x) for x in name.split('_')[-1].split('x'))
         train(run, out, seen, name, MeshConfig(data_axis, fsdp, model))
     if process == 0 and seen:
-      loaded = load_arrays(out / name / 'checkpoints')  # process 0 alone, once all have trained
+      loaded = toy.load_arrays(out / name / 'checkpoints')  # process 0 alone, once all have trained
       rows = np.load(out / f'{name}.npz')["['rows']"]
       seen |= {'step': int(loaded['step']), 'same_bytes': bool(np.array_equal(loaded['tables']['rows'], rows))}
       (out / 'seen.json').write_text(json.dumps({'devices': jax.device_count(), **seen}))

@@ -13,8 +13,7 @@ import numpy as np
 import polars as pl
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from pinfm_jax.data.dataset import file_sha256
-from pinfm_jax.data.info import DataFile
+from pinfm_jax.data.info import DataFile, file_sha256
 from pinfm_jax.errors import UserError
 
 _WRITER_OPTIONS = 'group_size:1,zstd:1'

@@ -99,14 +99,14 @@ def digest(path: Path) -> tuple[str, str]:
   return sha256.hexdigest(), md5.hexdigest()
 
 
-def read_published_md5(url: str, timeout_s: float = 30.0) -> str:
+def read_published_md5(url: str) -> str:
   """The checksum in a `.md5` file beside a download, whatever its layout (BSD, GNU or bare).
 
   Raises:
     UserError: it cannot be read or holds no MD5.
   """
   try:
-    with urllib.request.urlopen(_request(url), timeout=timeout_s) as response:
+    with urllib.request.urlopen(_request(url), timeout=30) as response:
       text = response.read(4096).decode('ascii', 'replace')
   except _TRANSIENT as error:
     raise UserError(f'{url}: the published checksum cannot be read ({_reason(error)}); try again later') from None

@@ -1,4 +1,4 @@
-"""The interaction block that the configuration names, and the width of its output."""
+"""The interaction block that the configuration names."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,17 +8,15 @@ import flax.linen as nn
 from pinfm_jax.config import RankerConfig
 from pinfm_jax.model.interaction.cross import CrossNetwork, GatedCross, LowRankCross, MixtureCross
 from pinfm_jax.model.interaction.ensemble import DHEN, Beside
-from pinfm_jax.model.interaction.fields import Fields, total_width
+from pinfm_jax.model.interaction.fields import Fields
 from pinfm_jax.model.interaction.mask import FinalBlock, MaskNet
 from pinfm_jax.model.interaction.settings import INTERACTIONS
 from pinfm_jax.model.interaction.streams import MLP, FinalMLP, check_gates
 from pinfm_jax.model.interaction.tokens import AutoInt, CompressedInteraction, FactorizationMachine, FieldTransformer
 
-_KEEPS_WIDTH = ('dcnv2', 'dcnv2_low_rank', 'dcnv2_mixture', 'gdcn', 'none')
-
 
 def interaction_block(config: RankerConfig, fields: Fields, name: str = 'cross') -> nn.Module:
-  """The configured block: x0 [..., F] -> [..., `interaction_width`].
+  """The configured block: x0 [..., F] -> [..., a width of its own].
 
   Args:
     config: names the block and has its settings, checked (`settings.check_interaction`).
@@ -34,25 +32,6 @@ def interaction_block(config: RankerConfig, fields: Fields, name: str = 'cross')
     return _single(config, config.interaction, fields, name)
   make = partial(_single, config, config.interaction, fields)
   return Beside(make, block.parallel, block.deep, name=name)
-
-
-def interaction_width(config: RankerConfig, fields: Fields) -> int:
-  """Width of the configured block's output."""
-  block, layers = config.block, config.cross_layers
-  of_kind = {
-    'masknet_serial': block.width,
-    'masknet_parallel': block.blocks * block.width,
-    'final': block.blocks * block.width,
-    'finalmlp': block.outputs,
-    'dhen': block.width,
-    'transformer': len(fields) * block.token_width,
-    'autoint': len(fields) * block.token_width,
-    'cin': layers * block.maps,
-    'fm': block.token_width,
-    'mlp': block.width if layers else total_width(fields),
-  }
-  of_kind |= dict.fromkeys(_KEEPS_WIDTH, total_width(fields))
-  return block.parallel * of_kind[config.interaction] + (block.deep[-1] if block.deep else 0)
 
 
 def joins_input(config: RankerConfig) -> bool:

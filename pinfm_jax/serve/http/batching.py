@@ -8,7 +8,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,10 +101,10 @@ class Seat:
 class Batcher:
   """Batches and scores the requests of one event loop."""
 
-  def __init__(self, limits: BatchLimits, observer: BatchObserver, clock: Callable[[], float] = time.monotonic):
+  def __init__(self, limits: BatchLimits, observer: BatchObserver):
     """Starts nothing; see `start`."""
     self.limits, self.pending = limits, 0
-    self._observer, self._clock = observer, clock
+    self._observer = observer
     self._queue: deque[_Work] = deque()
     self._wake = asyncio.Event()
     self._thread = ThreadPoolExecutor(1, 'scoring')
@@ -156,7 +156,7 @@ class Batcher:
     Args:
       model: scores them; a batch has one model.
       requests: at least one.
-      deadline: by the clock, when scoring must have begun.
+      deadline: by `time.monotonic`, when scoring must have begun.
 
     Raises:
       ExpiredError: it had not.
@@ -165,7 +165,7 @@ class Batcher:
     loop = asyncio.get_running_loop()
     if not self.alive:
       raise RuntimeError('the batcher does not run')
-    work = _Work(model, requests, deadline, self._clock(), loop.create_future())
+    work = _Work(model, requests, deadline, time.monotonic(), loop.create_future())
     self._queue.append(work)
     self._wake.set()
     timer = loop.call_later(max(deadline - work.queued, 0), self._expire, work)
@@ -187,7 +187,7 @@ class Batcher:
         batch = self._take()
         if not batch:
           continue
-        begin = self._clock()
+        begin = time.monotonic()
         answers = await loop.run_in_executor(self._thread, _score, batch)
         self._account(batch, begin)
         for work, answer in zip(batch, answers, strict=True):
@@ -205,7 +205,7 @@ class Batcher:
       self._wake.clear()
       remaining = None
       if self._queue:
-        remaining = self._queue[0].queued + self.limits.max_delay_s - self._clock()
+        remaining = self._queue[0].queued + self.limits.max_delay_s - time.monotonic()
         if remaining <= 0 or self._full():
           return
       try:
@@ -225,7 +225,7 @@ class Batcher:
     requests = rows = 0
     while self._queue:
       work = self._queue[0]
-      if work.answer.done() or work.deadline <= self._clock():
+      if work.answer.done() or work.deadline <= time.monotonic():
         _fail(self._queue.popleft(), ExpiredError())
         continue
       requests, rows = requests + len(work.requests), rows + work.rows
@@ -236,7 +236,7 @@ class Batcher:
     return batch
 
   def _account(self, batch: list[_Work], begin: float) -> None:
-    seconds = self._clock() - begin
+    seconds = time.monotonic() - begin
     requests = sum(len(work.requests) for work in batch)
     rate = requests / max(seconds, 1e-9)
     self._rate = rate if not self._rate else (1 - _RATE_MEMORY) * self._rate + _RATE_MEMORY * rate

@@ -11,8 +11,9 @@ from pinfm_jax.serve.fields import show
 from pinfm_jax.serve.http.protocol import HttpError, InferRequest, Tensor, bytes_array
 from pinfm_jax.serve.manifest import Manifest
 from pinfm_jax.serve.requests import ScoringRequest
+from pinfm_jax.serve.results import UTILITY, result_document, score_names, with_utility
 
-RESPONSE, UTILITY = 'response', 'utility'
+RESPONSE = 'response'
 
 
 class OutputWriter:
@@ -24,10 +25,8 @@ class OutputWriter:
     Raises:
       UserError: a label with the name of another output.
     """
-    self.labels = manifest.schema.labels
-    self._weights = np.array([manifest.utility.get(label, 0.0) for label in self.labels])
-    self.numeric = (*self.labels, *([UTILITY] if manifest.utility else []))
-    taken = sorted({RESPONSE, UTILITY} & set(self.labels))
+    self._manifest, self.numeric = manifest, score_names(manifest)
+    taken = sorted({RESPONSE, UTILITY} & set(manifest.schema.labels))
     if taken:
       raise UserError(
         f'the bundle has the label {taken[0]!r}, which names another output of the server; rename the label'
@@ -70,26 +69,19 @@ class OutputWriter:
     Raises:
       HttpError: 400, numeric outputs of requests with different numbers of candidates.
     """
-    values = [self._with_utility(scores_CT) for scores_CT in scores]
+    values = [with_utility(scores_CT, self._manifest) for scores_CT in scores]
     made = []
     for name in names:
       if name == RESPONSE:
-        texts = [self._document(request, v).encode() for request, v in zip(requests, values, strict=True)]
+        texts = [self._text(request, v) for request, v in zip(requests, values, strict=True)]
         made.append(Tensor(name, 'BYTES', bytes_array(texts, (len(texts),))))
       else:
         column = self.numeric.index(name)
         made.append(Tensor(name, 'FP32', _stacked(name, [v[:, column] for v in values], width)))
     return made
 
-  def _with_utility(self, scores_CT: np.ndarray) -> np.ndarray:
-    if UTILITY not in self.numeric:
-      return scores_CT
-    return np.column_stack([scores_CT, scores_CT.astype(np.float64) @ self._weights])
-
-  def _document(self, request: ScoringRequest, values: np.ndarray) -> str:
-    rows = zip(request.item_ids, values.tolist(), strict=True)
-    scores = [{'item_id': item, **dict(zip(self.numeric, row, strict=True))} for item, row in rows]
-    return json.dumps({'request_id': request.request_id, 'scores': scores})
+  def _text(self, request: ScoringRequest, scores_CN: np.ndarray) -> bytes:
+    return json.dumps(result_document(request, self.numeric, scores_CN)).encode()
 
 
 def _stacked(name: str, columns: list[np.ndarray], width: int | None) -> np.ndarray:

@@ -6,7 +6,6 @@ models/pinfm/1/               or the SavedModel with a signature for each progra
 tables.bin, checksums.bin, items/   as in a bundle (`serve.bundle`): a client looks rows up (`serve.portable.inputs`)
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from pinfm_jax.serve.bundle import (
   write_tables,
 )
 from pinfm_jax.serve.files import complete_directory
-from pinfm_jax.serve.manifest import MANIFEST, Manifest, parse_manifest
+from pinfm_jax.serve.manifest import MANIFEST, Manifest, document_checksum, parse_manifest
 
 FORMS = ('onnx', 'savedmodel')
 VERSION = 1
@@ -54,7 +53,7 @@ class PortableManifest:
     """Writes `manifest.json`."""
     document = {'format': f'pinfm-{self.form}', 'format_version': VERSION}
     document |= {'programs': self.programs, 'bundle': asdict(self.bundle)}
-    document['checksum'] = _checksum(document)
+    document['checksum'] = document_checksum(document)
     (directory / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
   @classmethod
@@ -78,7 +77,7 @@ class PortableManifest:
       )
     if version != VERSION:
       raise UserError(f'{path} has format version {version}, this program reads {VERSION}: export it again')
-    if checksum != _checksum(document):
+    if checksum != document_checksum(document):
       raise UserError(f'{path} is damaged (its checksum does not fit); copy it again or export it again')
     return cls(form.removeprefix('pinfm-'), document['programs'], parse_manifest(document['bundle'], path))
 
@@ -150,7 +149,3 @@ def _onnx_writer() -> Any:
     return described
 
   return write
-
-
-def _checksum(document: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -69,23 +69,14 @@ class StackedInputs:
   def candidates(self, requests: Sequence[ScoringRequest], count: int | None = None) -> Arrays:
     """Inputs of `crossing` but for what `context` gives: the first `count`, or all."""
     count = count or max([1, *(len(r.item_ids) for r in requests)])
-    schema = self.manifest.schema
-    inputs = [
-      candidate_inputs(
-        r.candidates, slice(0, count), count, schema, self._content(r), self._tokens, r.last_event_ms, r.content
-      )
-      for r in requests
-    ]
-    recent = joined([r.recent(schema, self._tokens) for r in requests]) if schema.recent_length and requests else {}
-    return self._stacked(inputs, _CANDIDATES) | recent
+    schema, tokens = self.manifest.schema, self._tokens
 
-  def _content(self, request: ScoringRequest) -> np.ndarray | None:
-    """Content of the candidates as a feature of the ranker: their own, else what the items' file knows, else zeros."""
-    if request.content is None:
-      return None
-    items = self._tokens.items
-    known = items.inputs(request.candidates.item)['content'] if items else np.float32(0)
-    return np.where(np.isnan(request.content).any(axis=1, keepdims=True), known, request.content)
+    def inputs(r: ScoringRequest) -> Arrays:
+      content = r.candidate_content(tokens)
+      return candidate_inputs(r.candidates, slice(0, count), count, schema, content, tokens, r.last_event_ms, r.content)
+
+    recent = joined([r.recent(schema, tokens) for r in requests]) if schema.recent_length and requests else {}
+    return self._stacked([inputs(r) for r in requests], _CANDIDATES) | recent
 
   def _stacked(self, inputs: list[Arrays], names: tuple[str, ...]) -> Arrays:
     stacked = {name: np.stack([each[name] for each in inputs]) for name in names if name in inputs[0]}

@@ -26,15 +26,14 @@ import jax.numpy as jnp
 from jax import export
 
 from pinfm_jax.model.dcat import LayerKV
-from pinfm_jax.model.pinfm import EventBatch
-from pinfm_jax.model.ranker import CandidateBatch, DenseStats, RankingModel, UserContext
-from pinfm_jax.serve.programs import ServingModel, recent_events, recent_shapes
+from pinfm_jax.model.ranker import RankingModel, UserContext
+from pinfm_jax.serve.pool import ARRAYS
+from pinfm_jax.serve.programs import ServingModel, candidate_shapes, event_shapes, item_shapes
 
 Array = jax.Array
 Arrays = dict[str, Array]
 Program = Callable[[Any, Arrays], Arrays]
-_KEPT = ('key', 'value', 'user', 'length')
-_CANDIDATES = ('item', 'mask', 'age_hours', 'dense', 'sparse', 'embedding', 'gap', 'content', 'new', 'recent_item')
+_UNREAD = ('item', 'mask', 'age_hours')  # of the candidates of a bundle's own programs
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,16 @@ class PortableModel(ServingModel):
     """The functions by name."""
     if self.layout is None:
       return {'crossing': self._alone}
-    return {'context': self._keep, 'crossing': self._score, 'pairs': self._pair, 'items': self._item}
+    return {'context': self._keep, 'crossing': self._cross, 'pairs': self._pair, 'items': self._item}
 
   def inputs(self, history_length: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes and types of the programs' inputs, sizes symbolic; L is at most `history_length`."""
     sizes = export.symbolic_shape('U, C, L, places, n', constraints=[f'L <= {history_length}'])
     users, candidates, length, places, items = sizes
-    features = self._features((users, candidates)) | recent_shapes(self, (users, candidates))
+    of_candidates = {name: x for name, x in candidate_shapes(self, users, candidates).items() if name not in _UNREAD}
     if self.layout is None:
-      return {'crossing': features}
-    tower, shape = self.model.tower, (users, length)
+      return {'crossing': of_candidates}
+    tower = self.model.tower
     kv = (tower.layers, users, places, tower.heads, tower.width // tower.heads)
     kept = {
       'key': jax.ShapeDtypeStruct(kv, jnp.float32),
@@ -71,16 +70,10 @@ class PortableModel(ServingModel):
       'user': jax.ShapeDtypeStruct((users, tower.output_width), jnp.float32),
       'length': jax.ShapeDtypeStruct((users,), jnp.int32),
     }
-    events = {
-      'surface': jax.ShapeDtypeStruct(shape, jnp.int32),
-      'actions': jax.ShapeDtypeStruct(shape, jnp.uint32),
-      'mask': jax.ShapeDtypeStruct(shape, jnp.bool_),
-    }
-    crossing = {**kept, **features, **self._item_columns((users, candidates))}
-    of_items = self._item_columns((items,))
+    crossing, of_items = kept | of_candidates, item_shapes(self, (items,))
     of_items.pop('gap', None)
     return {
-      'context': {**events, **self._item_columns(shape)},
+      'context': event_shapes(self, (users, length)),
       'crossing': crossing,
       'pairs': {name: x for name, x in crossing.items() if self._pairs_read(name)},
       'items': of_items,
@@ -92,55 +85,22 @@ class PortableModel(ServingModel):
     return name not in ('dense', 'sparse', 'embedding') or (name == 'embedding' and self.ranker.candidate_content)
 
   def _keep(self, weights: Any, inputs: Arrays) -> Arrays:
-    columns = (inputs['surface'], inputs['actions'], inputs['mask'])
-    options = {'gap_UL': inputs.get('gap'), 'content_ULW': inputs.get('content'), 'hidden_id_UL': inputs.get('new')}
-    batch, vectors = EventBatch(None, *columns, **options), self._vectors(inputs['rows'])
-    kept = self.module.apply({'params': weights['params']}, vectors, batch, method='context')
+    kept = self._context(weights['params'], inputs)
     return {'key': kept.kv.key, 'value': kept.kv.value, 'user': kept.user_UO, 'length': kept.events_U}
 
-  def _score(self, weights: Any, inputs: Arrays) -> Arrays:
-    stats = DenseStats(**weights['stats'])
-    arguments = (self._vectors(inputs['rows']), _kept(inputs), _candidates(inputs), stats)
-    params, recent = {'params': weights['params']}, recent_events(inputs)
-    return {'probabilities': self.module.apply(params, *arguments, recent=recent, method='score')}
+  def _cross(self, weights: Any, inputs: Arrays) -> Arrays:
+    return {'probabilities': self._score(weights['params'], weights['stats'], _kept(inputs), inputs)}
 
   def _pair(self, weights: Any, inputs: Arrays) -> Arrays:
-    arguments = (self._vectors(inputs['rows']), _kept(inputs), _candidates(inputs))
-    return {'output': self.module.apply({'params': weights['params']}, *arguments, method='pairs')}
+    return {'output': self._pairs(weights['params'], _kept(inputs), inputs)}
 
   def _item(self, weights: Any, inputs: Arrays) -> Arrays:
-    arguments = (self._vectors(inputs['rows']), inputs.get('content'), inputs.get('new'))
-    target, vector = self.module.apply({'params': weights['params']}, *arguments, method='item_vectors')
-    return {'target': target, 'vector': vector}
+    return self.items(weights['params'], inputs)
 
   def _alone(self, weights: Any, inputs: Arrays) -> Arrays:
     return {'probabilities': self.ranker_alone(weights['params'], weights['stats'], inputs)}
 
-  def _features(self, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
-    spec = self.spec
-    return {
-      'dense': jax.ShapeDtypeStruct((*shape, spec.num_dense), jnp.float32),
-      'sparse': jax.ShapeDtypeStruct((*shape, len(spec.sparse_sizes)), jnp.int32),
-      'embedding': jax.ShapeDtypeStruct((*shape, sum(spec.embedding_widths)), jnp.float32),
-    }
-
-  def _item_columns(self, shape: tuple) -> dict[str, jax.ShapeDtypeStruct]:
-    """Packed rows, and what the model's options add."""
-    config, layout = self.model, self.layout
-    columns = {'rows': jax.ShapeDtypeStruct((*shape, layout.sub_tables, layout.row_bytes), jnp.uint8)}
-    if config.tower.time_gap_buckets:
-      columns['gap'] = jax.ShapeDtypeStruct(shape, jnp.int32)
-    if config.content:
-      columns['content'] = jax.ShapeDtypeStruct((*shape, config.content_width), jnp.float16)
-    if config.id_mask:
-      columns['new'] = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    return columns
-
 
 def _kept(inputs: Arrays) -> UserContext:
-  key, value, user, length = (inputs[name] for name in _KEPT)
+  key, value, user, length = (inputs[name] for name in ARRAYS)
   return UserContext(LayerKV(key, value), user, length)
-
-
-def _candidates(inputs: Arrays) -> CandidateBatch:
-  return CandidateBatch(*(inputs.get(name) for name in _CANDIDATES))

@@ -1,4 +1,4 @@
-"""Files of JSON requests, and files that appear only when they are complete: what the commands on a bundle share."""
+"""Files of JSON requests, which the commands on a bundle read."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ def read_documents(path: Path) -> Iterator[tuple[str, Any]]:
     UserError: the file is not there or not JSON; the line is named.
   """
   if not path.is_file():
-    raise UserError(f'{path}: no such file; expected users, one JSON object with a "history" a line')
+    raise UserError(f'{path}: no such file; expected one JSON object with a "history" a line')
   whole = _whole(path)
   if whole is not None:
     yield from ((f'{path}, element {i}', value) for i, value in enumerate(whole, 1))

@@ -4,8 +4,8 @@ Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/pret
            pinfm sweep experiments/globo.py --arms experiments/ablations/pretraining_length.py --split test
            pinfm sweep experiments/quickstart.py --arms experiments/ablations/pretraining_length.py --split test
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      not measured yet (pretrainings of 8 times the launch file's steps in all, for each seed)
-Expected:  not measured yet
+Time:      kuairand: 22 minutes a seed on one core; others not measured yet (8 times the launch file's steps a seed)
+Expected:  kuairand, 2.5 days of training: longer is better (experiments/README.md); others not measured yet
 
 Multiples of the launch file's pretrain.steps, each with its own learning-rate schedule; a warm-up longer than a quarter
 of the steps is cut to that. 'scratch' is no pretraining: tower and tables from scratch, at the ranker's full rate.

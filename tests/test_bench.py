@@ -366,6 +366,13 @@ def test_a_scaling_law_end_to_end(tmp_path, scaling_file):
       "from pinfm_jax.bench.scaling import Scaling\nscaling = Scaling((), ({'heads': 1}, {'heads': 2}))",
       'two towers of `scaling` are rows2x500_tower2x16',
     ),
+    (
+      'from toy import EXPERIMENT\nfrom pinfm_jax.overrides import apply_overrides\n'
+      "changes = {'pretrain.eval_every': 3, 'pretrain.eval_share': 0.3, 'pretrain.ntl_weight': 0.0}\n"
+      'experiment = apply_overrides(EXPERIMENT, changes)\n'
+      'from pinfm_jax.bench.scaling import Scaling\nscaling = Scaling((5,), ())',
+      'the points are compared by L_ntl',
+    ),
   ],
 )
 def test_a_file_without_a_scaling_law_is_refused(tmp_path, text, words):

@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import io
+import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -31,6 +33,15 @@ def example():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+def test_the_example_names_a_users_mistake_in_one_line(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', [str(EXAMPLE), str(tmp_path / 'nowhere')])
+  with pytest.raises(SystemExit) as ended:
+    runpy.run_path(str(EXAMPLE), run_name='__main__')
+  assert ended.value.code == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert 'holds no run' in line
 
 
 @pytest.fixture(scope='module')

@@ -95,6 +95,9 @@ def test_an_unfinished_run_is_not_exported(fails, tmp_path, toy_run):
   towers = replace(toy_run.experiment, arms=())
   (tmp_path / 'run' / 'experiment.json').write_text(json.dumps(to_dict(towers)))
   assert 'has no rankers' in fails('export', 'run', '--out', 'bundle')
+  line = fails('import-tables', 'v.npy', '--experiment', 'run', '--out', 'tables', '--set', 'model.tables.rows=0')
+  assert 'model.tables.rows' in line
+  assert 'v.npy' not in line  # the settings are checked before any vector is read
   (tmp_path / 'run' / 'experiment.json').write_text('{"name": ')
   assert 'is not valid JSON' in fails('export', 'run', '--out', 'bundle')
 

@@ -128,7 +128,9 @@ def verdict(evaluation: Evaluation) -> list[str]:
     for column in (CLEAN, *evaluation.config.transfer, *evaluation.config.adaptive)
   )  # fmt: skip
   if missing:
-    lines.append(f'{missing} cells are not finished; run the command again.')
+    lines.append(
+      f'{missing} cells are not finished; all rows, seeds and attacks are worked on without --rows, --seeds and --until.'
+    )
   return lines
 
 

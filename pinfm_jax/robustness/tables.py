@@ -129,7 +129,7 @@ def verdict(evaluation: Evaluation) -> list[str]:
   )  # fmt: skip
   if missing:
     lines.append(
-      f'{missing} cells are not finished; all rows, seeds and attacks are worked on without --rows, --seeds and --until.'
+      f'{missing} cells are not finished; without --rows, --seeds and --until the command makes all of them.'
     )
   return lines
 

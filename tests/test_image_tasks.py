@@ -16,6 +16,7 @@ from pinfm_jax.robustness.networks import (
   CLASSIFIERS,
   MEAN,
   STD,
+  ResNet,
   ResNetConfig,
   convolve,
   fold_pixels,
@@ -158,6 +159,17 @@ def test_views_crop_flip_and_shift() -> None:
   for b in range(4):
     places = [padded[b, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
     assert any(np.allclose(moved[b], image) or np.allclose(moved[b], image[:, ::-1]) for image in places)
+
+
+def test_bfloat16_network_is_the_float32_one_rounded() -> None:
+  networks = [ResNet(dataclasses.replace(CLASSIFIERS['test'], bfloat16=rounds)) for rounds in (False, True)]
+  x = jax.random.uniform(jax.random.key(0), (8, 32, 32, 3))
+  params = networks[0].init(jax.random.key(1), x)['params']
+  exact, rounded = (jax.jit(network.apply)({'params': params}, x) for network in networks)
+  for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+    assert a.dtype == b.dtype == jnp.float32
+    np.testing.assert_allclose(b, a, atol=0.05 * max(float(jnp.max(jnp.abs(a))), 1e-6))
+  assert not np.array_equal(exact[1], rounded[1])
 
 
 def test_convolution_and_its_gradients_are_xlas() -> None:

@@ -73,6 +73,9 @@ class EvaluationConfig:
       unknown = [value for value in getattr(self, name) if value not in choices]
       if unknown:
         raise UserError(f"evaluation.{name} names '{unknown[0]}'; expected some of {', '.join(choices)}")
+    for name in ('transfer_images', 'adaptive_images', 'batch', 'eot'):
+      if getattr(self, name) < 1:
+        raise UserError(f'evaluation.{name} is {getattr(self, name)}; expected at least 1')
     if self.adaptive and not self.transfer:
       raise UserError('evaluation.transfer is empty: the attacks through a defence begin where its last one ended')
     if self.adaptive_images > self.transfer_images:

@@ -55,7 +55,9 @@ class Evaluation:
       raise UserError(f'evaluation.transfer_images is {config.transfer_images}; the test split has {len(test)} images')
     # What decides which cells there are may change; what a cell means may not.
     fixed = {k: v for k, v in asdict(config).items() if k not in ('seeds', 'transfer', 'adaptive', 'rows', 'batch')}
-    fixed |= {**settings, 'weights': fingerprint(trained)}
+    # The bank is computed from the other weights, on a GPU with other last bits in every process.
+    learnt = {name: value for name, value in trained.items() if name != 'bank'}
+    fixed |= {**settings, 'weights': fingerprint(learnt)}
     adaptive = {name: fixed.pop(name) for name in _ADAPTIVE_SETTINGS}
     claim(directory, fixed, started=any(directory.glob('*/*.npz')))
     claim(directory / _ADAPTIVE, fixed | adaptive, started=any(directory.glob(f'{_ADAPTIVE}/*/*.npz')))

@@ -30,6 +30,7 @@ class ResNetConfig:
       the work of all that follows.
     group: channels of one group of the group norm (widths divide by it).
     classes: that are told apart.
+    bfloat16: whether the activations are; parameters, features and logits stay float32.
   """
 
   widths: tuple[int, ...] = (48, 96, 192)
@@ -37,6 +38,7 @@ class ResNetConfig:
   patch: int = 2
   group: int = 16
   classes: int = 10
+  bfloat16: bool = False
 
   def __post_init__(self):
     if not self.widths or len(self.widths) != len(self.blocks):
@@ -132,7 +134,7 @@ class Conv(nn.Module):
     centred = kernel - jnp.mean(kernel, axis=(0, 1, 2))
     # sqrt(2 / fan), as He's initialisation; the gain is learnt.
     size = jnp.sqrt(jnp.mean(jnp.square(centred), axis=(0, 1, 2)) * fan / 2 + 1e-6)
-    return convolve(x, centred * (gain / size))
+    return convolve(x, (centred * (gain / size)).astype(x.dtype))
 
 
 class Block(nn.Module):
@@ -149,12 +151,12 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, H / stride, W / stride, width]."""
-    h = nn.relu(nn.GroupNorm(num_groups=None, group_size=self.group)(x))
+    h = nn.relu(nn.GroupNorm(num_groups=None, group_size=self.group, dtype=x.dtype)(x))
     h = pooled(h, self.stride) if self.stride > 1 else h
     if self.stride > 1 or x.shape[-1] != self.width:
       x = Conv(self.width, 1, name='shortcut')(h)
     h = Conv(self.width, 3, name='first')(h)
-    h = nn.relu(nn.GroupNorm(num_groups=None, group_size=self.group)(h))
+    h = nn.relu(nn.GroupNorm(num_groups=None, group_size=self.group, dtype=x.dtype)(h))
     return x + Conv(self.width, 3, name='second')(h)
 
 
@@ -174,14 +176,14 @@ class ResNet(nn.Module):
       Logits [B, classes], pooled features [B, widths[-1]], and the map after each stage.
     """
     c = self.config
-    h = Conv(c.widths[0], name='stem')(fold_pixels(normalise(x), c.patch))
+    h = Conv(c.widths[0], name='stem')(fold_pixels(normalise(x), c.patch).astype('bfloat16' if c.bfloat16 else x.dtype))
     maps = []
     for stage, (width, blocks) in enumerate(zip(c.widths, c.blocks, strict=True)):
       for block in range(blocks):
         stride = 2 if stage and not block else 1
         h = Block(width, stride, c.group, name=f'stage{stage}_{block}')(h)
-      maps.append(h)
-    h = nn.relu(nn.GroupNorm(num_groups=None, group_size=c.group, name='norm')(h))
+      maps.append(h.astype(jnp.float32))
+    h = nn.relu(nn.GroupNorm(num_groups=None, group_size=c.group, name='norm', dtype=jnp.float32)(h))
     features = jnp.mean(h, axis=(1, 2))
     return nn.Dense(c.classes, kernel_init=nn.initializers.zeros, name='logits')(features), features, tuple(maps)
 

@@ -60,12 +60,12 @@ def sequential_experiment(
     epochs: at most.
     changes: dotted settings that differ from the shared ones.
   """
-  width = 64
+  width = 128
   tower = TowerConfig(
-    layers=2, width=width, heads=2, output_width=width, max_positions=facts.length + 1, dropout=0.3,
-    embedding_dropout=0.3, attention_dropout=0.3, bare_tokens=True, bare_targets=True,
+    layers=1, width=width, heads=1, output_width=width, max_positions=facts.length + 1, dropout=0.5,
+    embedding_dropout=0.5, attention_dropout=0.5, bare_tokens=True, bare_targets=True, dot_product=True,
   )  # fmt: skip
-  tables = TableConfig(sub_tables=1, rows=facts.items + 2, width=width, hash_seed=EXACT_ROWS, init_scale=0.02)
+  tables = TableConfig(sub_tables=1, rows=facts.items + 2, width=width, hash_seed=EXACT_ROWS, init_scale=0.1)
   pretrain = PretrainConfig(
     steps=epochs * facts.epoch,
     batch_segments=facts.rows,
@@ -75,8 +75,11 @@ def sequential_experiment(
     mtl_weight=0.0,
     ftl_weight=0.0,
     max_columns=0,
-    full_catalogue=True,
-    temperature=0.07,
+    uniform_negatives=2048,
+    log_q='counts',
+    temperature=1.0,
+    fixed_temperature=True,
+    keep_positives=True,
     checkpoint_every=facts.epoch,
     eval_every=facts.epoch,
     log_every=facts.epoch,
@@ -85,7 +88,7 @@ def sequential_experiment(
     keep_last=1,
     keep_best=1,
     use_checkpoint='best',
-    ema_decay=0.999,
+    ema_decay=0.99,
     ema_tables=True,
     update=UpdateConfig(
       learning_rate=1e-3, table_learning_rate=1e-3, table_rule='adam', warmup_steps=100, beta2=0.98, clip_norm=5.0,
@@ -107,8 +110,8 @@ def sequential_experiment(
 def sasrec(experiment: Experiment) -> Mapping[str, Any]:
   """SASRec as a configuration of the tower: item vectors in and out, inner products, Adam at a constant rate.
 
-  200 epochs at most, patience 50, as published. What our model's settings may change is set here again, so that the
-  baseline is the same whatever the launch file has.
+  200 epochs at most, patience 50, as published. What the launch files and `search.py` change is set here again, so that
+  the baseline stays the same.
 
   Differences from the published code: pre-norm on keys and values too, GELU, all segments of a long history train (not
   its newest events alone), positions count from a segment's start, the positions of a step share the negatives, and

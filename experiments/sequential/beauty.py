@@ -7,8 +7,8 @@ Time:      see experiments/README.md
 Expected:  see experiments/README.md
 
 Protocol and shared settings: `pinfm_jax.sequential`. Each user's last event tests, the one before chooses the epoch;
-items that the user has had are not ranked; both holdouts and a popularity row are printed. The settings are to be
-searched on the validation events alone by experiments/sequential/search.py; experiments/README.md says what has been.
+items that the user has had are not ranked; both holdouts and a popularity row are printed. The settings were
+chosen by hand on the validation events (experiments/README.md); search.py does it with equal budgets.
 Terms of the data: none stated by the source, research use only.
 """
 
@@ -25,5 +25,5 @@ experiment = sequential_experiment(
     options={'category': 'Beauty'},
   ),
   SequenceData(items=12101, events=153776, length=50, rows=16),
-  epochs=40,
+  epochs=60,
 )

@@ -2,28 +2,21 @@
 
 Command:   pinfm sweep experiments/sequential/beauty.py --arms experiments/sequential/search.py --seeds 1
            (sports.py, toys.py and ml1m.py alike; on the validation events, which is the default split of a sweep)
-Hardware:  2 CPU cores, 3 GB of memory
+Hardware:  2 CPU cores, 3 GB of memory; or one GPU
 Time:      see experiments/README.md; it goes on where it was stopped, and `--only NAME ..` runs some of the arms
 Expected:  see experiments/README.md
 
-RUNS points of each of two spaces: the launch file's or the published settings, and points that are drawn by a fixed
-seed. The values of an axis are drawn equally often, but for one draw, so that its mean over the table says what a value
-is worth. The two models take turns, so that a search that is stopped has spent the same on both. Choose by NDCG@10 in
-the table, write the choice into the launch file, and measure it with three seeds and `--split test`.
+Each arm is a model's settings with one change, or a few that belong together: of ours those of the launch file, of
+SASRec+SS the published ones; so the table says what each change is worth. Choose by NDCG@10 in it, write the choice
+into the launch file, and measure it with three seeds and `--split test`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from pinfm_jax.config import Arm, Experiment
+from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.sequential import sasrec
-
-RUNS = 12  # of each model
-_SEED = 0
-
-Space = Sequence[Sequence[Mapping[str, Any]]]
 
 
 def _width(width: int) -> dict[str, Any]:
@@ -34,60 +27,73 @@ def _dropout(rate: float) -> dict[str, Any]:
   return {f'model.tower.{kind}': rate for kind in ('dropout', 'embedding_dropout', 'attention_dropout')}
 
 
-def _rates(rate: float) -> dict[str, Any]:
+def _rate(rate: float) -> dict[str, Any]:
   return {'pretrain.update.learning_rate': rate, 'pretrain.update.table_learning_rate': rate}
 
 
-# Drawn columns, corrected for how they are drawn, cost a quarter of the full softmax: search with them, then confirm
-# the choice with the launch file's full softmax.
-_SAMPLED = {'pretrain.full_catalogue': False, 'pretrain.uniform_negatives': 2048, 'pretrain.log_q': 'counts'}
-_INNER = {'model.tower.dot_product': True, 'pretrain.temperature': 1.0}
-_COSINE = tuple({'pretrain.temperature': value} for value in (0.05, 0.07, 0.1))
-_ROTARY = {'model.tower.rotary': True}
-_MODERN = {f'model.tower.{part}': True for part in ('rotary', 'rms_norm', 'swiglu')}
-_HSTU = {'model.tower.backbone': 'hstu', 'model.tower.attention_dropout': 0.0}
+def _drawn(count: int) -> dict[str, Any]:
+  return {'pretrain.full_catalogue': False, 'pretrain.uniform_negatives': count, 'pretrain.log_q': 'counts'}
 
-# Where two axes name the same setting, the later one counts.
-OURS: Space = (
-  tuple({'pretrain.keep_positives': keep} | _SAMPLED for keep in (False, True)),
-  tuple({'pretrain.fixed_temperature': True} | kind for kind in (_INNER, *_COSINE)),
-  ({'model.tables.init_scale': 0.02}, {'model.tables.init_scale': 0.1}),
-  tuple(_dropout(rate) for rate in (0.2, 0.3, 0.5)),
-  tuple({'model.tower.token_dropout': rate} for rate in (0.0, 0.1, 0.2)),
-  (_width(64), _width(128)),
-  ({'model.tower.layers': 1}, {'model.tower.layers': 2}),
-  ({}, _ROTARY, _MODERN, _HSTU),
-  tuple(_rates(rate) for rate in (5e-4, 1e-3, 2e-3)),
-  ({}, {'pretrain.mtl_weight': 0.3, 'pretrain.window': 4, 'pretrain.pairs': 2}),
-  ({'pretrain.ema_decay': 0.99}, {'pretrain.ema_decay': 0.999}),
-)
-SASREC: Space = (
-  tuple(_rates(rate) for rate in (5e-4, 1e-3, 2e-3)),
-  tuple(_dropout(rate) for rate in (0.2, 0.3, 0.5)),
-  (_width(64), _width(128), _width(256)),
-  ({'pretrain.uniform_negatives': 256}, {'pretrain.uniform_negatives': 1024}),
-  ({'model.tower.layers': 1}, {'model.tower.layers': 2}),
-  ({'model.tower.heads': 1}, {'model.tower.heads': 2}),
-)
+
+def _modern(on: bool) -> dict[str, Any]:
+  return {f'model.tower.{part}': on for part in ('rotary', 'rms_norm', 'swiglu')}
+
+
+_COSINE = {'model.tower.dot_product': False, 'pretrain.fixed_temperature': False}
+
+OURS: Mapping[str, Mapping[str, Any]] = {
+  'dropout 0.3': _dropout(0.3),
+  'dropout 0.5': _dropout(0.5),
+  'width 64': _width(64),
+  'width 128': _width(128),
+  'width 256': _width(256),
+  '1 layer': {'model.tower.layers': 1},
+  '2 layers': {'model.tower.layers': 2},
+  '2 heads': {'model.tower.heads': 2},
+  'rotary, RMSNorm, SwiGLU': _modern(True),
+  'learned positions, LayerNorm, GELU': _modern(False),
+  'HSTU': {'model.tower.backbone': 'hstu', 'model.tower.attention_dropout': 0.0, **_modern(False)},
+  'full softmax': {'pretrain.full_catalogue': True, 'pretrain.uniform_negatives': 0, 'pretrain.log_q': 'none'},
+  '2,048 negatives, logQ': _drawn(2048),
+  'rate 5e-4': _rate(5e-4),
+  'rate 2e-3': _rate(2e-3),
+  'rate held': {'pretrain.update.final_ratio': 1.0},
+  'cosine, temperature 0.07': _COSINE | {'pretrain.temperature': 0.07},
+  'token dropout 0.2': {'model.tower.token_dropout': 0.2},
+  'multi-token': {'pretrain.mtl_weight': 0.3, 'pretrain.window': 4, 'pretrain.pairs': 2},
+  'average 0.999': {'pretrain.ema_decay': 0.999},
+}
+SASREC: Mapping[str, Mapping[str, Any]] = {
+  'dropout 0.3': _dropout(0.3),
+  'dropout 0.5': _dropout(0.5),
+  'dropout 0.1': _dropout(0.1),
+  'width 128': _width(128),
+  'width 256': _width(256),
+  '2 layers': {'model.tower.layers': 2},
+  '2 heads': {'model.tower.heads': 2},
+  'rate 5e-4': _rate(5e-4),
+  'rate 2e-3': _rate(2e-3),
+  '64 negatives': {'pretrain.uniform_negatives': 64},
+  '1,024 negatives': {'pretrain.uniform_negatives': 1024},
+  '2,048 negatives': {'pretrain.uniform_negatives': 2048},
+  'wider MLP': {'model.tower.mlp_ratio': 4},
+  'initial scale 0.1': {'model.tables.init_scale': 0.1},
+  'average 0.99': {'pretrain.ema_decay': 0.99, 'pretrain.ema_tables': True},
+  'rate falls': {'pretrain.update.final_ratio': 0.1},
+}
 
 
 def arms(experiment: Experiment) -> tuple[Arm, ...]:
-  """RUNS arms of each model, in turns."""
+  """Both models and as many changes of each, in turns: a search that is stopped has spent the same on both."""
   published = sasrec(experiment)
-  ours = [Arm('PinFM', {}), *(Arm(f'PinFM {i}', point) for i, point in enumerate(_points(OURS), 1))]
-  theirs = [Arm(f'SASRec+SS {i}', {**published, **point}) for i, point in enumerate(_points(SASREC), 1)]
-  return tuple(arm for pair in zip(ours, [Arm('SASRec+SS', published), *theirs], strict=True) for arm in pair)
+  ours = [Arm('PinFM', {})]
+  for name, change in OURS.items():
+    if apply_overrides(experiment, change) != experiment:  # else it is what the launch file has
+      ours.append(Arm(f'PinFM, {name}', change))
+  theirs = [Arm('SASRec+SS', published)]
+  theirs += [Arm(f'SASRec+SS, {name}', {**published, **change}) for name, change in SASREC.items()]
+  return tuple(arm for pair in zip(ours, theirs, strict=False) for arm in pair)
 
 
-def _points(space: Space) -> list[dict[str, Any]]:
-  rng, count = np.random.default_rng(_SEED), RUNS - 1
-  columns = [rng.permutation(np.resize(np.arange(len(values)), count)) for values in space]
-  points = zip(*columns, strict=True)
-  return [
-    {key: value for values, place in zip(space, point, strict=True) for key, value in values[place].items()}
-    for point in points
-  ]
-
-
-about = 'PinFM and SASRec+SS without a number are the launch file as it is and the published settings.'
+about = 'PinFM and SASRec+SS without a change are the launch file as it is and the published settings.'
 baseline = 'PinFM'

@@ -7,7 +7,7 @@ Expected:  see experiments/README.md
 
 The rows are packed and unpacked by what exports a bundle (`pinfm_jax.serve.quantize`, with `serve.clip`); ranked are
 the events of `evaluate.split`, as in the run. Hashed tables are trained by, for example, `pinfm run` with --set
-model.tables.hash_seed=0 model.tables.sub_tables=4 model.tables.width=16 model.tables.rows=4096 in another workdir.
+model.tables.hash_seed=0 model.tables.sub_tables=4 model.tables.width=32 model.tables.rows=8192 in another workdir.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   test = _results(workdir, 'test')
   assert test['retrieval/all/users'] == 120
   assert test['retrieval/tower/hr@10'] > 2 * test['retrieval/popularity/hr@10']
-  assert test['retrieval/tower/mrr'] != validation['retrieval/tower/mrr']
+  assert test['retrieval/popularity/mrr'] != validation['retrieval/popularity/mrr']
   printed = capsys.readouterr().out
   assert "validation split: each user's second last event" in printed
   assert "test split: each user's last event" in printed

@@ -73,7 +73,8 @@ class EvaluationConfig:
       unknown = [value for value in getattr(self, name) if value not in choices]
       if unknown:
         raise UserError(f"evaluation.{name} names '{unknown[0]}'; expected some of {', '.join(choices)}")
-    for name in ('transfer_images', 'adaptive_images', 'batch', 'eot'):
+    counts = ('steps', 'targets', 'adaptive_steps', 'unrolled_steps', 'queries')
+    for name in ('transfer_images', 'adaptive_images', 'batch', 'eot', *counts):
       if getattr(self, name) < 1:
         raise UserError(f'evaluation.{name} is {getattr(self, name)}; expected at least 1')
     if self.adaptive and not self.transfer:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pinfm_jax.data.featurize import event_inputs
 from pinfm_jax.data.pipeline import Segments
+from pinfm_jax.data.records import History
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,21 @@ class PackedSegments:
     index, length = int(index), self.segments.length
     if not 0 <= index < len(self):
       raise IndexError(f'row {index} is outside the {len(self)} packed rows')
-    parts = []
-    for number, which in enumerate(self.order[self.first[index] : self.first[index + 1]], start=1):
-      user = int(self.segments.user_row[which])
-      events = slice(int(self.segments.start[which]), int(self.segments.stop[which]))
-      count = events.stop - events.start
-      columns = event_inputs(self.segments.dataset.history(user), events, count, self.segments.tokens)
-      parts.append({**columns, 'user': np.full(count, user, np.uint32), 'segment': np.full(count, number, np.int32)})
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {
-      name: np.pad(column, [(0, length - len(column))] + [(0, 0)] * (column.ndim - 1))
-      for name, column in joined.items()
-    }
+    chosen, segments = self.order[self.first[index] : self.first[index + 1]], self.segments
+    users, starts, stops = (column[chosen] for column in (segments.user_row, segments.start, segments.stop))
+    parts = [
+      segments.dataset.history(int(user)).between(int(start), int(stop))
+      for user, start, stop in zip(users, starts, stops, strict=True)
+    ]
+    counts, total = stops - starts, int(np.sum(stops - starts))
+    # All segments at once, since a call costs more than its events.
+    columns = event_inputs(History.joined(parts), slice(0, total), length, segments.tokens)
+    if 'gap' in columns:
+      columns['gap'][np.cumsum(counts) - counts] = 0  # an event of another segment is none before
+    columns['user'], columns['segment'] = np.zeros(length, np.uint32), np.zeros(length, np.int32)
+    columns['user'][:total] = np.repeat(users, counts)
+    columns['segment'][:total] = np.repeat(np.arange(1, len(chosen) + 1), counts)
+    return columns
 
 
 def pack(sizes: np.ndarray, length: int) -> np.ndarray:

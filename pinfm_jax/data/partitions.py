@@ -151,5 +151,5 @@ def _newest(parts: list[History], cap: int) -> History:
     return History(none, none.astype(np.uint64), none.astype(np.uint16), none.astype(np.uint32))
   if len(parts) == 1:
     return parts[0]
-  names = ('timestamp', 'item', 'surface', 'actions')
-  return History(*(np.concatenate([getattr(part, name) for part in parts])[-cap:] for name in names))
+  events = History.joined(parts)
+  return events.between(max(len(events) - cap, 0), len(events))

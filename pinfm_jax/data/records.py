@@ -4,8 +4,8 @@ Both are a fixed header followed by little-endian columns, so that a record deco
 """
 
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -36,7 +36,16 @@ class History:
 
   def before(self, end: int) -> 'History':
     """The first `end` events."""
-    return History(self.timestamp[:end], self.item[:end], self.surface[:end], self.actions[:end])
+    return self.between(0, end)
+
+  def between(self, start: int, end: int) -> 'History':
+    """The events `start` to `end`, without the last."""
+    return History(*(getattr(self, field.name)[start:end] for field in fields(self)))
+
+  @classmethod
+  def joined(cls, parts: Sequence['History']) -> 'History':
+    """The events of several histories, one after the other."""
+    return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 # (row of whom it is asked for, events) -> the events that a model is to read in their place.

@@ -3,7 +3,7 @@
 Command:   PINFM_DATA=DIR python experiments/cifar10_repair.py --workdir runs/cifar10        (DIR holds cifar10/)
 Options:   --size small (default) | gpu | paper | test    --until classifier | heads | transfer | adaptive | pictures
            --seeds 0,1,2    --rows none,noise,all    (defences; the rest of the table stays as it is)
-           --adaptive-images 1000 --eot 20 --batch 500    (where a GPU is at hand; in a fresh workdir)
+           --transfer-images 10000 --adaptive-images 1000 --eot 20 --batch 1000    (where a GPU is at hand)
 Hardware:  small: 2 CPU cores, 8 GB of memory.  gpu: one GPU.  paper: one GPU of 80 GB.
 Time:      see experiments/README.md; every part resumes where it was stopped
 Expected:  a gain under transfer and about none in the worst case over adaptive attacks (Croce et al., ICML 2022)
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
   size, workdir, last = SIZES[options.size], Path(options.workdir), PARTS.index(options.until)
-  given = {name: getattr(options, name) for name in ('seeds', 'adaptive_images', 'eot', 'batch')}
+  given = {name: getattr(options, name) for name in ('seeds', 'transfer_images', 'adaptive_images', 'eot', 'batch')}
   config = replace(size.evaluation, **{name: value for name, value in given.items() if value not in (None, ())})
   # XLA takes most of a minute for some of these programs: a run that goes on does not compile them again.
   jax.config.update('jax_compilation_cache_dir', str((workdir / 'compiled').absolute()))
@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--size', choices=tuple(SIZES), default='small')
   parser.add_argument('--until', choices=PARTS, default=PARTS[-1], help='the last part to run')
   parser.add_argument('--seeds', type=numbers, default=(), help='of the defence, as 0,1,2')
+  parser.add_argument('--transfer-images', type=int, help='images in the columns clean and transfer')
   parser.add_argument('--adaptive-images', type=int, help='images in the adaptive columns')
   parser.add_argument('--eot', type=int, help='draws of the repair in a step of BPDA + EOT')
   parser.add_argument('--batch', type=int, help='images at a time')

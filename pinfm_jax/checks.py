@@ -28,6 +28,7 @@ _MAY_BE_ZERO = (
   'model.num_actions',
   'model.num_surfaces',
   'model.tower.time_gap_buckets',
+  'pretrain.count_as',
   'pretrain.eval_every',
   'pretrain.impression_negatives',
   'pretrain.bce_negatives',

@@ -25,6 +25,8 @@ OPTIONS = {
   'drawn, positives stay': replace(DRAWN, keep_positives=True),
   'all': replace(CONFIG, full_catalogue=True),
   'cross-entropy': replace(CONFIG, full_catalogue=True, keep_positives=True),
+  'drawn, as fewer': replace(DRAWN, count_as=3, keep_positives=True),
+  'all, as fewer': replace(CONFIG, full_catalogue=True, count_as=3),
   'SASRec': replace(DRAWN, bce_negatives=1),
   'gSASRec': replace(DRAWN, bce_negatives=5, bce_calibration=0.75, keep_positives=True),
   'by popularity': replace(DRAWN, negative_power=0.75, log_q='counts'),
@@ -78,6 +80,7 @@ class Case:
         losses.append(weight * np.log1p(np.exp(-positive)) + missed)
       else:
         others = sum(np.exp(s) for s in negatives)
+        others *= config.count_as / min(self.drawn.size, ITEMS) if config.count_as else 1
         twice = config.full_catalogue and config.keep_positives  # the target is among the columns
         losses.append(-np.log(np.exp(positive) / (others + (0 if twice else np.exp(positive)))))
     return float(np.mean(losses))

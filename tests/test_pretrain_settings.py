@@ -29,6 +29,14 @@ LAUNCH_FILES = [FOLDER / f'{name}.py' for name in ('beauty', 'ml1m', 'sports', '
     ({'pretrain.full_catalogue': True}, 'set pretrain.max_columns=0'),
     ({'pretrain.full_catalogue': True, 'pretrain.uniform_negatives': 8}, 'all items are columns already'),
     ({'pretrain.full_catalogue': True, 'pretrain.max_columns': 0, 'pretrain.log_q': 'counts'}, 'takes all'),
+    ({'pretrain.count_as': 8, 'pretrain.uniform_negatives': 16}, 'set pretrain.max_columns=0, pretrain.log_q=none'),
+    (
+      {
+        'pretrain.count_as': 8, 'pretrain.max_columns': 0, 'pretrain.full_catalogue': True,
+        'pretrain.keep_positives': True,
+      },
+      'set pretrain.keep_positives=false',
+    ),
     ({'pretrain.negative_power': 0.5}, 'nothing is drawn'),
     (
       {'pretrain.negative_power': 0.5, 'pretrain.uniform_negatives': 8, 'pretrain.log_q': 'sketch'},

@@ -9,6 +9,7 @@ them with the devices of its `model` group; what crosses devices is ids, users a
 vectors [K, O], and, with a `model` axis, one number an anchor forward and the anchors' gradients back.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -112,6 +113,8 @@ def sequence_losses(
     columns_KO, frequency_K = _column_values(rows, columns)
     none_K = jnp.zeros(columns.valid_K.shape)
     correction_K = none_K if frequency_K is None else log_inclusion(frequency_K, columns, draws)
+    if config.count_as:
+      correction_K += math.log(min(draws.count, draws.catalogue) / config.count_as)
     # Cast once, before the chunks: the cast's transpose is the sum of their gradients over devices, else one a chunk.
     shared = jax.lax.pcast((columns_KO, correction_K, scale), BATCH_AXES, to='varying')
     negatives_UL = _reduced(rows, columns, *shared, mesh.shape['model'], config)

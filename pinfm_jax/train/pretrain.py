@@ -250,7 +250,7 @@ def for_measuring(task: PretrainTask) -> PretrainTask:
   tower = replace(task.model.tower, dropout=0.0, embedding_dropout=0.0, token_dropout=0.0, attention_dropout=0.0)
   config = replace(
     task.config, log_q='none', uniform_negatives=0, negative_power=0.0, full_catalogue=False, keep_positives=False,
-    bce_negatives=0, max_columns=task.config.max_columns or PretrainConfig.max_columns, impression_negatives=0,
-    action_mask=0.0,
+    count_as=0, bce_negatives=0, max_columns=task.config.max_columns or PretrainConfig.max_columns,
+    impression_negatives=0, action_mask=0.0,
   )  # fmt: skip
   return replace(task, model=replace(task.model, tower=tower, id_mask=0.0), config=config)

@@ -80,6 +80,16 @@ def _check_columns(config: PretrainConfig) -> None:
       f"pretrain.log_q is '{config.log_q}', which corrects a sample of columns, but pretrain.full_catalogue takes all; "
       'set pretrain.log_q=none'
     )
+  if config.count_as and (config.max_columns or config.log_q != 'none' or config.bce_negatives):
+    raise UserError(
+      f'pretrain.count_as is {config.count_as}: it weighs random columns of a softmax; set pretrain.max_columns=0, '
+      'pretrain.log_q=none and pretrain.bce_negatives=0'
+    )
+  if config.count_as and config.full_catalogue and config.keep_positives:
+    raise UserError(
+      f'pretrain.count_as is {config.count_as}: in the cross-entropy of the catalogue the target is one of the columns '
+      'that would weigh less; set pretrain.keep_positives=false, or draw negatives'
+    )
   if config.keep_positives and config.max_columns:
     raise UserError(
       f'pretrain.keep_positives makes every target of the batch its own negative while pretrain.max_columns is '

@@ -137,6 +137,7 @@ def sasrec(experiment: Experiment) -> Mapping[str, Any]:
     'pretrain.fixed_temperature': True,
     'pretrain.keep_positives': True,
     'pretrain.full_catalogue': False,
+    'pretrain.count_as': 0,
     'pretrain.uniform_negatives': 256 // experiment.pretrain.batch_segments * experiment.pretrain.batch_segments,
     'pretrain.ema_decay': 0.0,
     'pretrain.ema_tables': False,

@@ -11,6 +11,7 @@ import pytest
 from pinfm_jax.config import PinFMConfig, TableConfig, TowerConfig
 from pinfm_jax.data.packing import PackedSegments, pack
 from pinfm_jax.data.pipeline import Segments, training_batches
+from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.pinfm import EventBatch, PinFM, segment_places
 from pinfm_jax.train.pretrain import pretrain
@@ -49,8 +50,9 @@ def test_small_sets_pack_as_well_as_can_be(sizes, rows):
   assert pack(np.array(sizes), LENGTH).max() + 1 == rows
 
 
-def test_packed_rows_hold_every_event_of_the_segments(toy_run):
-  segments = Segments.before(toy_run.dataset, toy_run.split.pretrain_until, 16)
+@pytest.mark.parametrize('tokens', [PLAIN, TokenInputs(gap_buckets=64)], ids=['plain', 'time gaps'])
+def test_packed_rows_hold_every_event_of_the_segments(toy_run, tokens):
+  segments = Segments.before(toy_run.dataset, toy_run.split.pretrain_until, 16, tokens)
   packed = PackedSegments.of(segments)
   assert len(packed) < len(segments)
   np.testing.assert_array_equal(np.sort(packed.order), np.arange(len(segments)))

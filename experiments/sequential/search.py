@@ -76,6 +76,7 @@ SASREC: Mapping[str, Mapping[str, Any]] = {
   '64 negatives': {'pretrain.uniform_negatives': 64},
   '1,024 negatives': {'pretrain.uniform_negatives': 1024},
   '2,048 negatives': {'pretrain.uniform_negatives': 2048},
+  '2,048 negatives as 256': {'pretrain.uniform_negatives': 2048, 'pretrain.count_as': 256},
   'wider MLP': {'model.tower.mlp_ratio': 4},
   'initial scale 0.1': {'model.tables.init_scale': 0.1},
   'average 0.99': {'pretrain.ema_decay': 0.99, 'pretrain.ema_tables': True},

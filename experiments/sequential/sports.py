@@ -8,7 +8,8 @@ Expected:  see experiments/README.md
 
 Protocol and shared settings: `pinfm_jax.sequential`. Each user's last event tests, the one before chooses the epoch;
 items that the user has had are not ranked; both holdouts and a popularity row are printed. The settings are
-Beauty's, chosen there by hand on the validation events (experiments/README.md); search.py searches.
+Beauty's but for what is changed here, chosen by hand on the validation events (experiments/README.md); search.py
+searches.
 Terms of the data: none stated by the source, research use only.
 """
 
@@ -25,5 +26,10 @@ experiment = sequential_experiment(
     options={'category': 'Sports_and_Outdoors'},
   ),
   SequenceData(items=18357, events=225141, length=50, rows=16),
-  epochs=45,
+  epochs=48,
+  changes={
+    **{f'model.tower.{kind}': 0.4 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')},
+    'pretrain.uniform_negatives': 4096,
+    'pretrain.update.final_ratio': 0.4,
+  },
 )

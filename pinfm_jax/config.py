@@ -130,8 +130,8 @@ class PretrainConfig:
   uniform_negatives: int = 0  # random items of the catalogue a step as further columns
   negative_power: float = 0.0  # these are drawn by (positive events)^power: 0 = uniformly, 1 = by popularity
   full_catalogue: bool = False  # instead, all items of the catalogue are columns: the full softmax
-  # The random columns weigh as much as so many draws; 0 = as they are. Few stand for a softmax with as many negatives
-  # of each position's own (SASRec+SS: 256): what is not drawn is pushed away less.
+  # The random columns together weigh as much as this many; 0 = each counts as one. For losses that were published
+  # with this many negatives of each position's own (SASRec+SS: 256).
   count_as: int = 0
   keep_positives: bool = False  # columns that are a user's own positives of the batch stay that user's negatives
   bce_negatives: int = 0  # binary cross-entropy with the weight of so many negatives a positive; 0 = softmax

@@ -11,7 +11,7 @@ from pinfm_jax.bench import repair as bench
 from pinfm_jax.cli import main
 from pinfm_jax.errors import UserError
 from pinfm_jax.robustness.draws import example_seeds
-from pinfm_jax.robustness.repair import RepairConfig
+from pinfm_jax.robustness.repair import RepairConfig, repair
 from pinfm_jax.workdir import read_json
 
 
@@ -38,6 +38,17 @@ def test_passes_are_those_of_the_steps():
   expected = jax.grad(lambda x: jnp.sum(terms[1].loss(x, example_seeds(index_B, 2))))(x)
   np.testing.assert_allclose(value, jnp.sum(terms[1].loss(x, example_seeds(index_B, 2))), rtol=1e-4)
   np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+def test_repair_is_the_repair_of_the_images_and_nothing_is_compiled_again():
+  terms, config = bench._terms(bench.QUICK), RepairConfig(steps=2)
+  runs = [make(terms, config, bench.QUICK) for make in (bench._repair, bench._passes)]
+  x, index_B = bench._images(bench.QUICK, 0)
+  np.testing.assert_allclose(runs[0](0), repair(terms, x, config, index_B).x, atol=1e-5)
+  runs[1](0)
+  with jax.no_tracing():
+    for run in runs:
+      run(1)
 
 
 def test_command_writes_its_results(tmp_path):

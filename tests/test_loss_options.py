@@ -42,7 +42,7 @@ class Case:
     rng = np.random.default_rng(seed)
     self.config = config
     self.item, self.mask = rng.integers(0, ITEMS, (ROWS, LENGTH)), np.arange(LENGTH) < np.array([[6], [4], [2], [6]])
-    drawn = np.arange(ROWS * 5).reshape(ROWS, 5) % ITEMS if config.full_catalogue else rng.integers(0, ITEMS, (ROWS, 3))
+    drawn = np.arange(ROWS * 6).reshape(ROWS, 6) % ITEMS if config.full_catalogue else rng.integers(0, ITEMS, (ROWS, 3))
     self.drawn, self.frequency = drawn, rng.dirichlet(np.ones(ITEMS))
     self.h, self.table = 1.5 * rng.normal(size=(ROWS, LENGTH, WIDTH)), rng.normal(size=(ITEMS, WIDTH))
 
@@ -80,7 +80,7 @@ class Case:
         losses.append(weight * np.log1p(np.exp(-positive)) + missed)
       else:
         others = sum(np.exp(s) for s in negatives)
-        others *= config.count_as / min(self.drawn.size, ITEMS) if config.count_as else 1
+        others *= config.count_as / len(columns) if config.count_as else 1
         twice = config.full_catalogue and config.keep_positives  # the target is among the columns
         losses.append(-np.log(np.exp(positive) / (others + (0 if twice else np.exp(positive)))))
     return float(np.mean(losses))

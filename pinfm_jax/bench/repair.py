@@ -1,12 +1,13 @@
 """`pinfm bench repair`: the time of a test-time repair against that of its forward-backward passes alone."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pinfm_jax.bench import plot
 from pinfm_jax.bench.results import Figure, Findings, environment, make_directory, write_findings
@@ -71,9 +72,11 @@ def bench_repair(out: str | Path, sizes: RepairSizes = FULL) -> Findings:
   ratio = ratios(seconds['repair'], seconds['passes'])
   figures = [
     Figure.of('over passes', 'repair over its passes alone', ratio, at_most=None if sizes.quick else ASKED),
-    Figure('repair', f'repair of {sizes.images} images', whole['repair'], unit='s'),
-    Figure('passes', 'its passes alone', whole['passes'], unit='s'),
-    Figure('passes an image', 'passes of the classifier an image', passes(terms, config), unit=''),
+    Figure('repair', f'repair of {sizes.images} images in all', whole['repair'], unit='s'),
+    Figure('passes', 'its passes alone, in all', whole['passes'], unit='s'),
+    Figure(
+      'passes an image', 'forward-backward passes of the classifier that an image costs', passes(terms, config), unit=''
+    ),
   ]
   speeds = {name: sizes.images / time for name, time in whole.items()}
   plot.bars(directory / 'repair.png', 'Repair by all tasks, and its passes alone', speeds, 'images/s')
@@ -83,7 +86,7 @@ def bench_repair(out: str | Path, sizes: RepairSizes = FULL) -> Findings:
 
 
 def _settings(sizes: RepairSizes, config: RepairConfig) -> dict[str, Any]:
-  kept = {name: value for name, value in asdict(sizes).items() if name in ('images', 'batch', 'steps')}
+  kept = {name: getattr(sizes, name) for name in ('images', 'batch', 'steps')}
   return kept | {'tasks': ', '.join(NAMES), 'ball': f'{config.ball.norm} {255 * config.ball.radius:.0f}/255'}
 
 
@@ -107,11 +110,15 @@ def _repair(terms: tuple[LossTerm, ...], config: RepairConfig, sizes: RepairSize
 
 def _passes(terms: tuple[LossTerm, ...], config: RepairConfig, sizes: RepairSizes) -> Callable[[int], Any]:
   """Each step's value and gradient of each term in a program of its own: nothing is updated, projected or kept."""
-  programs = [jax.jit(jax.value_and_grad(lambda x, seed_B, t=term: jnp.sum(t.loss(x, seed_B)))) for term in terms]
+
+  def program(term: LossTerm) -> Callable[..., Any]:
+    return jax.jit(jax.value_and_grad(lambda x, index_B, step: jnp.sum(term.loss(x, example_seeds(index_B, step)))))
+
+  programs = [program(term) for term in terms]
 
   def run(number: int) -> Any:
     x, index_B = _images(sizes, number)
-    return [program(x, example_seeds(index_B, step)) for step in range(config.steps) for program in programs]
+    return [program(x, index_B, np.uint32(step)) for step in range(config.steps) for program in programs]
 
   return run
 

@@ -58,7 +58,7 @@ class PackedSegments:
     # All segments at once, since a call costs more than its events.
     columns = event_inputs(History.joined(parts), slice(0, total), length, segments.tokens)
     if 'gap' in columns:
-      columns['gap'][np.cumsum(counts) - counts] = 0  # an event of another segment is none before
+      columns['gap'][np.cumsum(counts) - counts] = 0  # the event before is of another segment
     columns['user'], columns['segment'] = np.zeros(length, np.uint32), np.zeros(length, np.int32)
     columns['user'][:total] = np.repeat(users, counts)
     columns['segment'][:total] = np.repeat(np.arange(1, len(chosen) + 1), counts)

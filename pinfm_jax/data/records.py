@@ -39,12 +39,12 @@ class History:
     return self.between(0, end)
 
   def between(self, start: int, end: int) -> 'History':
-    """The events `start` to `end`, without the last."""
+    """Events `start` to `end - 1`."""
     return History(*(getattr(self, field.name)[start:end] for field in fields(self)))
 
   @classmethod
   def joined(cls, parts: Sequence['History']) -> 'History':
-    """The events of several histories, one after the other."""
+    """The events of several histories, one after the other (of several users: their times then do not ascend)."""
     return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 

@@ -9,7 +9,6 @@ them with the devices of its `model` group; what crosses devices is ids, users a
 vectors [K, O], and, with a `model` axis, one number an anchor forward and the anchors' gradients back.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -111,10 +110,7 @@ def sequence_losses(
 
   def on_a_device(rows: _Rows, columns: Columns, scale: Array, seed: Array) -> dict[str, Array]:
     columns_KO, frequency_K = _column_values(rows, columns)
-    none_K = jnp.zeros(columns.valid_K.shape)
-    correction_K = none_K if frequency_K is None else log_inclusion(frequency_K, columns, draws)
-    if config.count_as:
-      correction_K += math.log(min(draws.count, draws.catalogue) / config.count_as)
+    correction_K = _correction(frequency_K, columns, draws, config)
     # Cast once, before the chunks: the cast's transpose is the sum of their gradients over devices, else one a chunk.
     shared = jax.lax.pcast((columns_KO, correction_K, scale), BATCH_AXES, to='varying')
     negatives_UL = _reduced(rows, columns, *shared, mesh.shape['model'], config)
@@ -175,6 +171,15 @@ def _column_values(rows: _Rows, columns: Columns) -> tuple[Array, Array | None]:
     return columns_KO, None
   none_UN = rows.frequency_UL[:, :0]
   return columns_KO, collect(rows.frequency_UL, none_UN if rows.frequency_UN is None else rows.frequency_UN)
+
+
+def _correction(frequency_K: Array | None, columns: Columns, draws: Draws, config: PretrainConfig) -> Array:
+  """What is subtracted from the columns' logits, [K]."""
+  if frequency_K is not None:
+    return log_inclusion(frequency_K, columns, draws)
+  if config.count_as:  # all columns together weigh as so many
+    return jnp.full(columns.valid_K.shape, jnp.log(jnp.sum(columns.valid_K) / config.count_as))
+  return jnp.zeros(columns.valid_K.shape)
 
 
 def _reduced(

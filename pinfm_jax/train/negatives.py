@@ -151,7 +151,7 @@ def reduce_negatives(
     user_A: uint32 user of each.
     columns: the columns.
     columns_KO: their vectors z.
-    correction_K: subtracted from the logits (see `popularity.log_inclusion`).
+    correction_K: subtracted from the logits (`popularity.log_inclusion`, `pretrain.count_as`).
     scale: 1 / tau.
     chunk: most anchors computed at once; 0 = as many as `CHUNK_LOGITS` allows.
     how: another sum, or other columns.

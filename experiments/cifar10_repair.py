@@ -3,7 +3,8 @@
 Command:   PINFM_DATA=DIR python experiments/cifar10_repair.py --workdir runs/cifar10        (DIR holds cifar10/)
 Options:   --size small (default) | gpu | paper | test    --until classifier | heads | transfer | adaptive | pictures
            --seeds 0,1,2    --rows none,noise,all    (defences; the rest of the table stays as it is)
-           --transfer-images 10000 --adaptive-images 1000 --eot 20 --batch 1000    (where a GPU is at hand)
+           --transfer-images 10000 --adaptive-images 1000 --eot 20 --batch 1000    (where a GPU is at hand; but for
+           --batch in a workdir without cells of other numbers)
 Hardware:  small: 2 CPU cores, 8 GB of memory.  gpu: one GPU.  paper: one GPU of 80 GB.
 Time:      see experiments/README.md; every part resumes where it was stopped
 Expected:  a gain under transfer and about none in the worst case over adaptive attacks (Croce et al., ICML 2022)

@@ -10,7 +10,7 @@ from pinfm_jax.checks import check_experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.launch import load_experiment, run_file
 from pinfm_jax.overrides import apply_overrides
-from pinfm_jax.sequential import baselines
+from pinfm_jax.sequential import baselines, sasrec
 
 FOLDER = Path(__file__).resolve().parent.parent / 'experiments' / 'sequential'
 LAUNCH_FILES = [FOLDER / f'{name}.py' for name in ('beauty', 'ml1m', 'sports', 'toys')]
@@ -97,3 +97,5 @@ def test_the_search_spends_the_same_on_both_models(path):
   tried = [apply_overrides(experiment, arm.overrides) for arm in arms]
   assert all(one != other for i, one in enumerate(tried) for other in tried[:i])
   assert all(apply_overrides(experiment, change) in tried for change in search['OURS'].values())
+  published = sasrec(experiment)
+  assert all(apply_overrides(experiment, {**published, **change}) in tried for change in search['SASREC'].values())

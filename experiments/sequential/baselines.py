@@ -4,7 +4,7 @@ Command:   pinfm sweep experiments/sequential/beauty.py --arms experiments/seque
            (sports.py, toys.py and ml1m.py alike; --only PinFM SASRec+SS leaves the two losses of ml1m's papers out)
 Hardware:  2 CPU cores, 3 GB of memory
 Time:      see experiments/README.md
-Expected:  SASRec+SS within 5 % of the published row on that row's own holdout (targets seen in training)
+Expected:  SASRec+SS 10 to 20 % below its published row (experiments/README.md, targets seen in training)
 
 SASRec+SS: length 50 (ml1m: 200), 1 block, 1 head, width 64, dropout 0.2, softmax over 256 sampled negatives, Adam 1e-3
 (beta2 0.98), patience 50 epochs on the validation events; its authors' ml1m has 2 blocks, dropout 0.1 and 100 epochs,

@@ -43,6 +43,7 @@ _COSINE = {'model.tower.dot_product': False, 'pretrain.fixed_temperature': False
 
 OURS: Mapping[str, Mapping[str, Any]] = {
   'dropout 0.3': _dropout(0.3),
+  'dropout 0.4': _dropout(0.4),
   'dropout 0.5': _dropout(0.5),
   'width 64': _width(64),
   'width 128': _width(128),
@@ -57,6 +58,7 @@ OURS: Mapping[str, Mapping[str, Any]] = {
   '2,048 negatives, logQ': _drawn(2048),
   'rate 5e-4': _rate(5e-4),
   'rate 2e-3': _rate(2e-3),
+  'rate ends at 0.4': {'pretrain.update.final_ratio': 0.4},
   'rate held': {'pretrain.update.final_ratio': 1.0},
   'cosine, temperature 0.07': _COSINE | {'pretrain.temperature': 0.07},
   'token dropout 0.2': {'model.tower.token_dropout': 0.2},
@@ -93,7 +95,7 @@ def arms(experiment: Experiment) -> tuple[Arm, ...]:
       ours.append(Arm(f'PinFM, {name}', change))
   theirs = [Arm('SASRec+SS', published)]
   theirs += [Arm(f'SASRec+SS, {name}', {**published, **change}) for name, change in SASREC.items()]
-  return tuple(arm for pair in zip(ours, theirs, strict=False) for arm in pair)
+  return tuple(arm for pair in zip(ours, theirs, strict=True) for arm in pair)
 
 
 about = 'PinFM and SASRec+SS without a change are the launch file as it is and the published settings.'

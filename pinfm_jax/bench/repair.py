@@ -13,6 +13,7 @@ from pinfm_jax.bench import plot
 from pinfm_jax.bench.results import Figure, Findings, environment, make_directory, write_findings
 from pinfm_jax.bench.timing import interleave, ratios
 from pinfm_jax.errors import UserError
+from pinfm_jax.progress import Progress
 from pinfm_jax.robustness.draws import example_seeds
 from pinfm_jax.robustness.networks import CLASSIFIERS, ResNet, ResNetConfig
 from pinfm_jax.robustness.repair import LossTerm, RepairConfig, passes, repair
@@ -67,7 +68,14 @@ def bench_repair(out: str | Path, sizes: RepairSizes = FULL) -> Findings:
   directory, machine, rounds = make_directory(out), environment(), sizes.images // sizes.batch
   print(f'== {sizes.images} images, {sizes.steps} steps, a batch of {sizes.batch} a round', flush=True)
   terms, config = _terms(sizes), RepairConfig(steps=sizes.steps)
-  seconds = interleave({'repair': _repair(terms, config, sizes), 'passes': _passes(terms, config, sizes)}, rounds, 1)
+  progress, repaired = Progress('repair and passes', rounds + 1, 'batches'), _repair(terms, config, sizes)
+
+  def shown(number: int) -> Any:
+    progress.update(number)  # the first batch is for compilation
+    return repaired(number)
+
+  seconds = interleave({'repair': shown, 'passes': _passes(terms, config, sizes)}, rounds, 1)
+  progress.close()
   whole = {name: sum(times) for name, times in seconds.items()}
   ratio = ratios(seconds['repair'], seconds['passes'])
   figures = [

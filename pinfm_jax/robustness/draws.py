@@ -47,7 +47,16 @@ def uniforms(seed_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   size = math.prod(shape)
   counters_N = hash_uniform(jnp.arange(size, dtype=jnp.uint32), jnp.uint32(0x2545F491))
   bits_BN = _settled(hash_uniform(seed_B[:, None] ^ counters_N[None, :], jnp.uint32(0x85EBCA77)))
-  return ((bits_BN >> 8).astype(jnp.float32) + 0.5).reshape(seed_B.shape[0], *shape) * jnp.float32(2.0**-24)
+  return open_interval(bits_BN).reshape(seed_B.shape[0], *shape)
+
+
+def open_interval(bits: jax.Array) -> jax.Array:
+  """uint32 bits -> float32 in (0, 1).
+
+  Of 23 bits: the middle of each of the 2^23 parts is a float32. With one bit more the last of them rounds to 1, whose
+  normal number is infinite: one draw in 16 million, and every history of a data set draws thousands.
+  """
+  return ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
 
 
 def normals(seed_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:

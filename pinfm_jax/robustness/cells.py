@@ -7,9 +7,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from pinfm_jax.errors import UserError
+
 
 def save_cell(path: Path, **arrays: np.ndarray) -> None:
-  """Writes an .npz that appears only when it is complete."""
+  """Writes an .npz that appears only when it is complete.
+
+  Raises:
+    UserError: a value is NaN or infinite: nothing is kept, where it would stop the tables later.
+  """
+  broken = [name for name, array in arrays.items() if array.dtype.kind == 'f' and not np.isfinite(array).all()]
+  if broken:
+    raise UserError(f'{path}: {", ".join(broken)} is NaN or infinite for some examples; is the model finite?')
   path.parent.mkdir(parents=True, exist_ok=True)
   partial_path = path.with_name(f'{path.stem}.partial.npz')
   np.savez_compressed(partial_path, **arrays)

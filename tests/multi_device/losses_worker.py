@@ -26,7 +26,11 @@ from pinfm_jax.train.sharding import AXES, batch_sharding, everywhere, replicate
 MESHES = {'1': (1, 1, 1), '2': (2, 1, 1), '2_2_2': (2, 2, 2), '8': (8, 1, 1), 'fsdp8': (1, 8, 1), 'model3': (1, 2, 3)}
 ROWS, LENGTH, WIDTH, ITEMS = 8, 10, 6, 40
 PLAIN = PretrainConfig(positive_actions=('save',), downstream_length=4, window=4, pairs=2, max_columns=16)
-CONFIGS = {'plain': PLAIN, 'all': replace(PLAIN, uniform_negatives=16, impression_negatives=2, log_q='sketch')}
+CONFIGS = {
+  'plain': PLAIN,
+  'all': replace(PLAIN, uniform_negatives=16, impression_negatives=2, log_q='sketch'),
+  'fewer': replace(PLAIN, max_columns=0, uniform_negatives=16, count_as=4),
+}
 
 
 def batch() -> tuple[dict[str, np.ndarray], EventBatch]:
@@ -53,7 +57,7 @@ def program(name: str):
   config = CONFIGS[name]
 
   def loss(vectors, log_temperature, drawn, events, sketch):
-    extra = None
+    extra = Extra(drawn, vectors['z_drawn'], catalogue=ITEMS) if config.uniform_negatives else None
     if config.log_q == 'sketch':
       frequencies = sketch_frequency(sketch, events.item_UL2), sketch_frequency(sketch, drawn)
       extra = Extra(drawn, vectors['z_drawn'], *frequencies, ITEMS)

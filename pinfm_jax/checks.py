@@ -62,7 +62,7 @@ _CHOICES = {
   'ranker.block.expert_gate': ('softmax', 'sigmoid'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.attention': ('auto', 'xla', 'flash'),
-  'model.tower.backbone': ('gpt2', 'hstu'),
+  'model.tower.backbone': ('gpt2', 'sasrec', 'hstu'),
   'model.tower.dtype': ('float32', 'bfloat16'),
   'model.tower.remat': ('none', 'full', 'dots'),
 }
@@ -192,8 +192,7 @@ def _check_tower(model: PinFMConfig) -> None:
   for name in ('rotary', 'rms_norm', 'swiglu', 'attention_dropout'):
     if tower.backbone == 'hstu' and getattr(tower, name):
       raise UserError(
-        f'model.tower.{name} is {getattr(tower, name)}, but it is of the gpt2 backbone and model.tower.backbone is '
-        "'hstu'; set one of both"
+        f"model.tower.{name} is {getattr(tower, name)}, but model.tower.backbone 'hstu' has none; set one of both"
       )
   if tower.attention_dropout and tower.attention == 'flash':
     raise UserError(
@@ -226,8 +225,8 @@ def _check_ranker(ranker: RankerConfig, model: PinFMConfig) -> None:
       )
   if ranker.bidirectional and (model.tower.backbone == 'hstu' or model.tower.attention == 'flash'):
     raise UserError(
-      'ranker.bidirectional needs plain attention of the gpt2 backbone; set model.tower.backbone=gpt2 and '
-      'model.tower.attention=auto, or ranker.bidirectional=false'
+      "ranker.bidirectional needs plain softmax attention, which model.tower.backbone 'hstu' has not; set "
+      'model.tower.backbone=gpt2 and model.tower.attention=auto, or ranker.bidirectional=false'
     )
   transact = ranker.transact
   if 3 * transact.width % transact.heads:

@@ -56,7 +56,8 @@ class TableConfig:
 class TowerConfig:
   """The decoder of PinFM and its pointwise MLPs."""
 
-  backbone: str = 'gpt2'  # 'gpt2' (pre-LN) or 'hstu', which has no MLP: mlp_ratio is unused
+  # 'gpt2' (pre-LN), 'sasrec' (normalises queries and residuals alone), or 'hstu', which has no MLP: mlp_ratio is unused
+  backbone: str = 'gpt2'
   layers: int = 12
   width: int = 512
   heads: int = 8
@@ -66,10 +67,10 @@ class TowerConfig:
   dropout: float = 0.0  # of what each attention and MLP adds to the residual
   embedding_dropout: float = 0.0  # of elements of the tokens that enter the first block
   token_dropout: float = 0.0  # of whole tokens there
-  attention_dropout: float = 0.0  # of the attention weights in the context pass (gpt2)
-  rotary: bool = False  # rotary positions of queries and keys instead of learned ones (gpt2)
-  rms_norm: bool = False  # RMSNorm instead of LayerNorm (gpt2)
-  swiglu: bool = False  # SiLU-gated MLP instead of GELU (gpt2)
+  attention_dropout: float = 0.0  # of the attention weights in the context pass (not hstu)
+  rotary: bool = False  # rotary positions of queries and keys instead of learned ones (not hstu)
+  rms_norm: bool = False  # RMSNorm instead of LayerNorm (not hstu)
+  swiglu: bool = False  # SiLU-gated MLP instead of GELU (not hstu)
   bare_tokens: bool = False  # tokens are E + V + A themselves, without phi_in; width is then the item vectors'
   bare_targets: bool = False  # z is E itself and H the decoder's output, without psi and phi_out (tied weights)
   dot_product: bool = False  # H and z keep their length: scores are inner products, not cosines

@@ -20,7 +20,7 @@ LAUNCH_FILES = [FOLDER / f'{name}.py' for name in ('beauty', 'ml1m', 'sports', '
   ('changes', 'words'),
   [
     ({'model.tower.token_dropout': 1.0}, 'model.tower.token_dropout is 1.0; expected a share below 1'),
-    ({'model.tower.backbone': 'hstu', 'model.tower.rotary': True}, 'model.tower.rotary is True, but it is of the gpt2'),
+    ({'model.tower.backbone': 'hstu', 'model.tower.rotary': True}, "but model.tower.backbone 'hstu' has none"),
     ({'model.tower.attention': 'flash', 'model.tower.attention_dropout': 0.1}, 'flash kernels have none'),
     ({'model.tower.rotary': True, 'model.tower.heads': 16}, 'a head is 1 wide'),
     ({'model.tower.bare_tokens': True, 'model.tables.width': 4}, 'takes item vectors of 8'),

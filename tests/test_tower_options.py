@@ -50,9 +50,9 @@ def _program(config: PinFMConfig, method, **options):
   return jax.jit(lambda rngs, params, *args: PinFM(config).apply(params, *args, rngs=rngs, method=method, **options))
 
 
-@pytest.fixture(scope='module')
-def modern():
-  return Case()
+@pytest.fixture(scope='module', params=['gpt2', 'sasrec'])
+def modern(request):
+  return Case(replace(MODERN, backbone=request.param))
 
 
 def test_rotation_turns_pairs_and_keeps_lengths_and_distances():
@@ -85,7 +85,11 @@ def _oracle(case: Case, user: int) -> np.ndarray:
     return np.concatenate([z.real, z.imag], axis=1)
 
   for b in blocks:
-    heads = np.split(layer(rms(x, b['norm_attention']['scale']), b['query_key_value']), 3, axis=1)
+    normed = rms(x, b['norm_attention']['scale'])
+    if case.config.tower.backbone == 'sasrec':
+      x, heads = normed, [layer(normed, b['query']), *np.split(layer(x, b['key_value']), 2, axis=1)]
+    else:
+      heads = np.split(layer(normed, b['query_key_value']), 3, axis=1)
     mixed = []
     for h in (slice(0, 4), slice(4, 8)):
       query, key, value = turned(heads[0][:, h]), turned(heads[1][:, h]), heads[2][:, h]
@@ -93,7 +97,9 @@ def _oracle(case: Case, user: int) -> np.ndarray:
       weights = np.exp(scores - scores.max(axis=1, keepdims=True))
       mixed.append(weights / weights.sum(axis=1, keepdims=True) @ value)
     x = x + layer(np.concatenate(mixed, axis=1), b['attention_out'])
-    gate, value = np.split(layer(rms(x, b['norm_mlp']['scale']), b['mlp_in']), 2, axis=1)
+    normed = rms(x, b['norm_mlp']['scale'])
+    gate, value = np.split(layer(normed, b['mlp_in']), 2, axis=1)
+    x = normed if case.config.tower.backbone == 'sasrec' else x
     x = x + layer(gate / (1 + np.exp(-gate)) * value, b['mlp_out'])
   return rms(x, p['decoder']['norm']['scale'])
 
@@ -143,7 +149,7 @@ def test_bare_targets_are_the_item_vectors_and_cosines_have_unit_length(modern):
 
 @pytest.mark.parametrize('kind', ['embedding_dropout', 'token_dropout', 'attention_dropout', 'dropout'])
 def test_dropout_acts_in_training_alone(modern, kind):
-  case = Case(replace(MODERN, **{kind: 0.5}))
+  case = Case(replace(modern.config.tower, **{kind: 0.5}))
   np.testing.assert_array_equal(case.encode(), modern.encode())
   assert not np.allclose(case.encode(train=True, key=1), case.encode(train=True, key=2))
 

@@ -5,9 +5,10 @@ Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/loss
            pinfm sweep experiments/quickstart.py --arms experiments/ablations/losses.py --split test
 Hardware:  2 CPU cores, 6 GB of memory
 Time:      kuairand: three towers a seed, 2:40 each, and 2:42 to 3:31 a ranker, on one core; globo: three, 2:05 to
-           2:22, and ten rankers, 1:40 to 3:35; quickstart not measured yet
+           2:22, and ten rankers, 1:40 to 3:35; quickstart: 10 minutes a seed on one core
 Expected:  kuairand: no difference in long_view beyond seeds; globo: ntl alone has the most HIT@3
-           (experiments/README.md); quickstart not measured yet
+           (experiments/README.md); quickstart: ntl in fine-tuning matters, the losses of pretraining
+           hardly differ
 
 A row is named "losses of pretraining / sequence losses of fine-tuning". Weights are the launch file's; a loss that it
 has switched off gets weight 1 in pretraining and 0.1 in fine-tuning.

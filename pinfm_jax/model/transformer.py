@@ -1,4 +1,4 @@
-"""The decoder M of PinFM: pre-LN blocks run as a context pass over histories or a crossing pass over candidates."""
+"""The decoder M of PinFM: its blocks run as a context pass over histories or a crossing pass over candidates."""
 
 from functools import partial
 
@@ -16,10 +16,11 @@ Array = jax.Array
 
 
 class Block(nn.Module):
-  """One pre-norm decoder block: attention, then an MLP, each with a residual.
+  """One decoder block: attention, then an MLP, each with a normalised input and a residual.
 
   As in GPT-2 (LayerNorm, GELU), or with the parts of later decoders: RMSNorm (arXiv:1910.07467), a SwiGLU MLP
-  (arXiv:2002.05202), rotary positions (arXiv:2104.09864).
+  (arXiv:2002.05202), rotary positions (arXiv:2104.09864). The sasrec backbone (arXiv:1808.09781) normalises
+  queries alone, keys and values are of the events as they are, and attention and MLP add to their normalised input.
   """
 
   config: TowerConfig
@@ -29,7 +30,12 @@ class Block(nn.Module):
     width, dtype = self.config.width, jnp.dtype(self.config.dtype)
     residual_scale = 1 / (2 * self.config.layers)  # GPT-2: residual branches start small, by depth
     self.norm_attention = norm(self.config)
-    self.query_key_value = dense(3 * width, ('embed', 'heads'), dtype=dtype)
+    self.sasrec = self.config.backbone == 'sasrec'
+    if self.sasrec:
+      self.query = dense(width, ('embed', 'heads'), dtype=dtype)
+      self.key_value = dense(2 * width, ('embed', 'heads'), dtype=dtype)
+    else:
+      self.query_key_value = dense(3 * width, ('embed', 'heads'), dtype=dtype)
     self.attention_out = dense(width, ('heads', 'embed'), residual_scale, dtype=dtype)
     self.norm_mlp = norm(self.config)
     hidden = self.config.mlp_ratio * width
@@ -50,7 +56,8 @@ class Block(nn.Module):
     Returns:
       The block's output, like x, and the keys and values to keep (None in the crossing pass).
     """
-    query, own = self._project(x, view)
+    normed = self.norm_attention(x)
+    query, own = self._project(x, normed, view)
     if context is None and view.bidirectional:
       attended, kept = attend_bidirectional(query, own, view.mask_UL), own
     elif context is None and train and self.config.attention_dropout:
@@ -66,13 +73,15 @@ class Block(nn.Module):
       attended = attend_context(query, *view.rows(context), own, view.causal)
       kept = own if view.causal else None
     attended = attended.reshape(x.shape)
-    x = x + self.dropout(self.attention_out(attended), deterministic=not train)
-    hidden = self._activate(self.mlp_in(self.norm_mlp(x)))
-    return x + self.dropout(self.mlp_out(hidden), deterministic=not train), kept
+    x = (normed if self.sasrec else x) + self.dropout(self.attention_out(attended), deterministic=not train)
+    normed = self.norm_mlp(x)
+    hidden = self._activate(self.mlp_in(normed))
+    x = (normed if self.sasrec else x) + self.dropout(self.mlp_out(hidden), deterministic=not train)
+    return x, kept
 
   def keys_values(self, x: Array, view: View) -> LayerKV:
     """Just the keys and values: all that the crossing pass needs of the context's last layer (PinFM section 6)."""
-    return self._project(x, view)[1]
+    return self._project(x, self.norm_attention(x), view)[1]
 
   def _activate(self, hidden: Array) -> Array:
     if not self.config.swiglu:
@@ -80,9 +89,12 @@ class Block(nn.Module):
     gate, value = jnp.split(hidden, 2, axis=-1)
     return jax.nn.silu(gate) * value
 
-  def _project(self, x: Array, view: View) -> tuple[Array, LayerKV]:
+  def _project(self, x: Array, normed: Array, view: View) -> tuple[Array, LayerKV]:
     heads = (self.config.heads, self.config.width // self.config.heads)
-    query, key, value = jnp.split(self.query_key_value(self.norm_attention(x)), 3, axis=-1)
+    if self.sasrec:
+      query, (key, value) = self.query(normed), jnp.split(self.key_value(x), 2, axis=-1)
+    else:
+      query, key, value = jnp.split(self.query_key_value(normed), 3, axis=-1)
     query, key, value = (y.reshape(*x.shape[:-1], *heads) for y in (query, key, value))
     if view.place_UL is not None:
       query, key = (rotate(y, view.place_UL) for y in (query, key))  # keys are kept turned: their places never change

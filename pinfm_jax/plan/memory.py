@@ -72,7 +72,7 @@ def activation_bytes(problem: Problem) -> float:
   size = 2 if tower.dtype == 'bfloat16' else 4
   width, heads = tower.width, tower.heads
   scores = heads * pretrain.segment_length * (4 + size)
-  mlp = tower.mlp_ratio if tower.backbone == 'gpt2' else 0
+  mlp = tower.mlp_ratio if tower.backbone != 'hstu' else 0
   everything = (8 + 2 * mlp) * width * size + scores
   kept = {'none': everything, 'dots': (5 + mlp) * width * size, 'full': width * size}
   blocks = (tower.layers * kept[tower.remat] + 2 * everything) / model

@@ -84,7 +84,7 @@ def step_bytes(problem: Problem, state: StateBytes, chip: Chip) -> Bytes:
   tokens = problem.tokens / (data * fsdp)
   size = 2 if tower.dtype == 'bfloat16' else 4
   # A block keeps 16 or so arrays of its width, and the [L, L] weights of its heads; SwiGLU also its gate.
-  mlp = tower.mlp_ratio * (1.5 if tower.swiglu else 1) if tower.backbone == 'gpt2' else 0
+  mlp = tower.mlp_ratio * (1.5 if tower.swiglu else 1) if tower.backbone != 'hstu' else 0
   block = (8 + 2 * mlp) * tower.width + tower.heads * pretrain.segment_length
   kept = tokens * tower.layers * block * size
   # float32 chunks: written and read in the forward pass, in its repetition and in the backward pass.

@@ -134,6 +134,9 @@ class PretrainConfig:
   # The random columns together weigh as much as this many; 0 = each counts as one. For losses that were published
   # with this many negatives of each position's own (SASRec+SS: 256).
   count_as: int = 0
+  # Of elements of the items' id vectors; in a step an item loses the same ones wherever it stands, as event and as
+  # target.
+  item_dropout: float = 0.0
   keep_positives: bool = False  # columns that are a user's own positives of the batch stay that user's negatives
   bce_negatives: int = 0  # binary cross-entropy with the weight of so many negatives a positive; 0 = softmax
   bce_calibration: float = 0.0  # t of gSASRec's calibration of the positives for the share of negatives; 0 = none

@@ -13,7 +13,7 @@ from pinfm_jax.config import MeshConfig, PinFMConfig, PretrainConfig, TableConfi
 from pinfm_jax.data.tokens import unit_half
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import hash_rows, key_words
-from pinfm_jax.model.masking import HIDE_ACTIONS, HIDE_CANDIDATE_ID, HIDE_ID, batch_places, draw
+from pinfm_jax.model.masking import HIDE_ACTIONS, HIDE_CANDIDATE_ID, HIDE_ID, batch_places, draw, drop_elements
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
 from pinfm_jax.train.action_loss import action_loss, hidden_actions
 from pinfm_jax.train.exchange import Exchange
@@ -245,6 +245,23 @@ def test_draws_have_their_share_and_differ_by_seed_step_and_purpose():
   half = draw(place[150:], 0.3, 0, jnp.int32(0), HIDE_ID)  # a part of the batch draws what the whole does
   np.testing.assert_array_equal(half, draws[0][150:])
   assert hidden_actions(jnp.ones((2, 2), bool), 0.0, 0, jnp.int32(0)) is None
+
+
+def test_an_item_loses_the_same_elements_wherever_it_stands():
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, 2**63, 500, np.uint64)
+  ids[250:] = ids[:250] ^ np.uint64(1 << 40)  # the less significant words are the same
+  item, vectors = key_words(np.concatenate([ids, ids[::-1]])), jnp.ones((1000, 64))
+  dropped = np.asarray(drop_elements(vectors, item, 0.3, 0, jnp.int32(0)))
+  assert set(np.unique(dropped).tolist()) == {0.0, float(np.float32(1 / 0.7))}
+  np.testing.assert_array_equal(dropped[:500], dropped[500:][::-1])
+  others = [drop_elements(vectors, item, 0.3, seed, jnp.int32(step))[:500] for seed, step in ((0, 1), (1, 0))]
+  halves = [dropped[:250], dropped[250:500]]  # two items of one word differ too
+  zeros = np.array([x[:250].ravel() == 0 for x in (*halves, *others)], float)
+  np.testing.assert_allclose(zeros.mean(axis=1), 0.3, atol=5 * (0.21 / zeros.shape[1]) ** 0.5)
+  assert np.abs(np.corrcoef(zeros) - np.eye(4)).max() < 5 / zeros.shape[1] ** 0.5
+  within = np.corrcoef(dropped[:500].T == 0) - np.eye(64)  # elements of one item
+  assert np.abs(within).max() < 5.5 / 500**0.5
 
 
 def test_hidden_ids_have_no_gradient_to_their_rows(loss_and_gradients, batch):

@@ -14,6 +14,7 @@ from pinfm_jax.data.negatives import ItemCounts, NegativeSource
 from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.data.splits import pretrained_items
 from pinfm_jax.model.hashing import fold_seed, key_words
+from pinfm_jax.model.masking import drop_elements
 from pinfm_jax.model.pinfm import PinFM
 from pinfm_jax.train import loop
 from pinfm_jax.train.popularity import ItemSketch, empty_sketch, sketch_frequency
@@ -156,7 +157,7 @@ def test_a_run_with_all_options_counts_items_and_resumes_bit_identically(
 @pytest.mark.parametrize('log_q', ['counts', 'sketch'])
 def test_the_task_hands_the_losses_what_belongs_together(toy_run, segments, config, monkeypatch, log_q):
   """Vectors and frequencies of events and of draws come from their own ids."""
-  config = replace(config, log_q=log_q)
+  config = replace(config, log_q=log_q, item_dropout=0.3)
   source, batch = _source(toy_run, segments, config), _batches(toy_run, segments, config)[0]
   bits = action_bits(config, toy_run.dataset.info.actions)
   task = PretrainTask(toy_run.model, config, bits, seed=3, catalogue=source.catalogue)
@@ -173,7 +174,8 @@ def test_the_task_hands_the_losses_what_belongs_together(toy_run, segments, conf
   for part, name in zip(ids, ('item', 'negative_item'), strict=True):
     np.testing.assert_array_equal(part, batch[name])
   np.testing.assert_array_equal(extra.item_UN2, batch['negative_item'])
-  for part, found in zip(vectors, (z_ULO, extra.z_UNO), strict=True):
+  for part, item, found in zip(vectors, ids, (z_ULO, extra.z_UNO), strict=True):
+    part = drop_elements(part, item, 0.3, 3, jnp.int32(5))
     expected = PinFM(toy_run.model).apply({'params': params['pinfm']}, part, method='targets')
     np.testing.assert_allclose(found, expected, atol=1e-6)
   positive = batch['mask'] & (batch['actions'] & bits > 0)

@@ -19,6 +19,7 @@ LAUNCH_FILES = [FOLDER / f'{name}.py' for name in ('beauty', 'ml1m', 'sports', '
 @pytest.mark.parametrize(
   ('changes', 'words'),
   [
+    ({'pretrain.item_dropout': 1.0}, 'pretrain.item_dropout is 1.0; expected a share below 1'),
     ({'model.tower.token_dropout': 1.0}, 'model.tower.token_dropout is 1.0; expected a share below 1'),
     ({'model.tower.backbone': 'hstu', 'model.tower.rotary': True}, "but model.tower.backbone 'hstu' has none"),
     ({'model.tower.attention': 'flash', 'model.tower.attention_dropout': 0.1}, 'flash kernels have none'),

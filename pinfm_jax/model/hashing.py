@@ -71,7 +71,7 @@ def hash_uniform(counter: Any, seed: Any) -> jax.Array:
 
   Args:
     counter: uint32 [...].
-    seed: uint32 scalar.
+    seed: uint32 that broadcasts with it, most often a scalar.
   """
   return _mix(_mix(counter.astype(jnp.uint32) ^ (jnp.uint32(seed) * jnp.uint32(_GOLDEN)), jnp) + jnp.uint32(seed), jnp)
 

@@ -1,4 +1,4 @@
-"""Random draws of the training that hide ids and actions: hashes of (seed, step, place), so any mesh draws the same."""
+"""Random draws of the training that hide ids, actions and parts of items: hashes, so that any mesh draws the same."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from pinfm_jax.model.hashing import fold_seed, hash_uniform
 Array = jax.Array
 
 # What a draw is for: draws at one place are independent between the purposes.
-HIDE_ID, HIDE_CANDIDATE_ID, HIDE_ACTIONS = 1, 2, 3
+HIDE_ID, HIDE_CANDIDATE_ID, HIDE_ACTIONS, DROP_ELEMENTS = 1, 2, 3, 4
 
 
 def draw(place: Array, share: float, seed: int, step: Array, purpose: int) -> Array:
@@ -21,8 +21,27 @@ def draw(place: Array, share: float, seed: int, step: Array, purpose: int) -> Ar
     step: training step.
     purpose: one of the constants above.
   """
-  uniform = (hash_uniform(place, fold_seed(seed, step, purpose)) >> 8).astype(jnp.float32) / 2**24
-  return uniform < share
+  return _below(hash_uniform(place, fold_seed(seed, step, purpose)), share)
+
+
+def drop_elements(vectors: Array, item: Array, rate: float, seed: int, step: Array) -> Array:
+  """Dropout of elements of items' vectors that is drawn by item: one loses the same elements wherever it stands.
+
+  Args:
+    vectors: [..., V].
+    item: uint32 [..., 2], the words of their ids.
+    rate: probability with which an element is 0; the others grow by 1 / (1 - rate).
+    seed: of the run.
+    step: training step; another step, another draw.
+  """
+  of_item = hash_uniform(item[..., 0], hash_uniform(item[..., 1], fold_seed(seed, step, DROP_ELEMENTS)))
+  bits = hash_uniform(jnp.arange(vectors.shape[-1], dtype=jnp.uint32), of_item[..., None])
+  return jnp.where(_below(bits, rate), 0, vectors / (1 - rate))
+
+
+def _below(bits: Array, share: float) -> Array:
+  """True where uint32 bits, as a uniform number of 24 bits, are below the share."""
+  return (bits >> 8).astype(jnp.float32) / 2**24 < share
 
 
 def batch_places(shape: tuple[int, int]) -> Array:

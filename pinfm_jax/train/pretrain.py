@@ -18,7 +18,7 @@ from pinfm_jax.data.pipeline import Segments, action_bits, training_batches
 from pinfm_jax.data.tokens import TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.model.hashing import fold_seed
-from pinfm_jax.model.masking import HIDE_ID, batch_places, draw
+from pinfm_jax.model.masking import HIDE_ID, batch_places, draw, drop_elements
 from pinfm_jax.model.pinfm import EventBatch, PinFM, no_events
 from pinfm_jax.train.action_loss import action_loss, hidden_actions, init_action_head
 from pinfm_jax.train.checkpoint import Keep, unseen_in_shapes
@@ -88,7 +88,7 @@ class PretrainTask:
     self, params: Any, vectors: tuple[Array, ...], batch: Batch, step: Array, key: Array, constants: ItemSketch | None
   ) -> tuple[Array, dict[str, Array]]:
     """The three sequence losses of a batch of segments."""
-    events = self._hide_ids(segment_events(batch), step)
+    events, vectors = self._hide_ids(segment_events(batch), step), self._drop(vectors, batch, step)
     model, weights = PinFM(self.model), {'params': params['pinfm']}
     items_ULV = model.apply(weights, vectors[0], events.content_ULW, events.hidden_id_UL, method='items')
     hidden_UL = hidden_actions(events.mask_UL, self.config.action_mask, self.seed, step)
@@ -109,6 +109,14 @@ class PretrainTask:
       figures['action'] = action_loss(params['action_head'], h_ULO, events.actions_UL, hidden_UL)
       total += self.config.action_weight * figures['action']
     return total, figures
+
+  def _drop(self, vectors: tuple[Array, ...], batch: Batch, step: Array) -> tuple[Array, ...]:
+    """The vectors of `ids`, without the elements that are dropped in this step."""
+    rate = self.config.item_dropout
+    if not rate:
+      return vectors
+    ids = self.ids(batch, step)
+    return tuple(drop_elements(x, item, rate, self.seed, step) for x, item in zip(vectors, ids, strict=True))
 
   @property
   def _carries_items(self) -> bool:
@@ -251,6 +259,6 @@ def for_measuring(task: PretrainTask) -> PretrainTask:
   config = replace(
     task.config, log_q='none', uniform_negatives=0, negative_power=0.0, full_catalogue=False, keep_positives=False,
     count_as=0, bce_negatives=0, max_columns=task.config.max_columns or PretrainConfig.max_columns,
-    impression_negatives=0, action_mask=0.0,
+    impression_negatives=0, action_mask=0.0, item_dropout=0.0,
   )  # fmt: skip
   return replace(task, model=replace(task.model, tower=tower, id_mask=0.0), config=config)

@@ -11,6 +11,8 @@ def check_pretraining(experiment: Experiment) -> None:
     UserError: names the first setting that cannot work, its value, and what is expected.
   """
   pretrain = experiment.pretrain
+  if pretrain.item_dropout >= 1:
+    raise UserError(f'pretrain.item_dropout is {pretrain.item_dropout}; expected a share below 1')
   _check_drawn(pretrain)
   _check_impressions(pretrain)
   _check_columns(pretrain)

@@ -23,12 +23,15 @@ from pinfm_jax.train.pretrain import PretrainTask  # noqa: E402
 from pinfm_jax.train.sharding import make_mesh, put_batch  # noqa: E402
 from pinfm_jax.train.step import init_state, make_step  # noqa: E402
 
-OPTIONS = {'model.tower.time_gap_buckets': 24, 'model.content': True, 'model.id_mask': 0.3}
+OPTIONS = {
+  'model.tower.time_gap_buckets': 24, 'model.content': True, 'model.id_mask': 0.3, 'pretrain.item_dropout': 0.2,
+  'pretrain.action_mask': 0.2,
+}  # fmt: skip
 
 
 def main(data: str, *sizes: str) -> None:
   """Runs the steps."""
-  run = Run(apply_overrides(toy.EXPERIMENT, OPTIONS | {'pretrain.action_mask': 0.2}), Path(data))
+  run = Run(apply_overrides(toy.EXPERIMENT, OPTIONS), Path(data))
   mesh = make_mesh(MeshConfig(*map(int, sizes)))
   tower = replace(run.model.tower, layers=1)
   task = PretrainTask(replace(run.model, tower=tower), run.experiment.pretrain, 0, seed=7)

@@ -223,11 +223,12 @@ def _check_ranker(ranker: RankerConfig, model: PinFMConfig) -> None:
         f"ranker.{option} changes what stands at the candidate's place, but ranker.fusion '{ranker.fusion}' has no "
         'candidate in the sequence; set ranker.fusion=early, or the option to false'
       )
-  if ranker.bidirectional and (model.tower.backbone == 'hstu' or model.tower.attention == 'flash'):
-    raise UserError(
-      "ranker.bidirectional needs plain softmax attention, which model.tower.backbone 'hstu' has not; set "
-      'model.tower.backbone=gpt2 and model.tower.attention=auto, or ranker.bidirectional=false'
-    )
+  for setting, value, other in (('backbone', 'hstu', 'gpt2'), ('attention', 'flash', 'auto')):
+    if ranker.bidirectional and getattr(model.tower, setting) == value:
+      raise UserError(
+        f"ranker.bidirectional needs plain softmax attention, and model.tower.{setting} is '{value}'; set "
+        f'model.tower.{setting}={other}, or ranker.bidirectional=false'
+      )
   transact = ranker.transact
   if 3 * transact.width % transact.heads:
     raise UserError(

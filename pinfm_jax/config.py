@@ -56,7 +56,8 @@ class TableConfig:
 class TowerConfig:
   """The decoder of PinFM and its pointwise MLPs."""
 
-  # 'gpt2' (pre-LN), 'sasrec' (normalises queries and residuals alone), or 'hstu', which has no MLP: mlp_ratio is unused
+  # 'gpt2' (pre-LN); 'sasrec': queries are normalised, keys and values are not, and residuals start from what is
+  # normalised; or 'hstu', which has no MLP: mlp_ratio is unused
   backbone: str = 'gpt2'
   layers: int = 12
   width: int = 512

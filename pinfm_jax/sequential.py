@@ -60,19 +60,21 @@ def sequential_experiment(
     epochs: at most.
     changes: dotted settings that differ from the shared ones.
   """
-  width = 128
+  width = 256
   tower = TowerConfig(
-    layers=1, width=width, heads=1, output_width=width, max_positions=facts.length + 1, dropout=0.5,
+    backbone='sasrec', layers=1, width=width, heads=1, output_width=width, max_positions=facts.length + 1, dropout=0.5,
     embedding_dropout=0.5, attention_dropout=0.5, bare_tokens=True, bare_targets=True, dot_product=True,
   )  # fmt: skip
-  tables = TableConfig(sub_tables=1, rows=facts.items + 2, width=width, hash_seed=EXACT_ROWS, init_scale=0.1)
+  tables = TableConfig(sub_tables=1, rows=facts.items + 2, width=width, hash_seed=EXACT_ROWS, init_scale=0.02)
   pretrain = PretrainConfig(
     steps=epochs * facts.epoch,
     batch_segments=facts.rows,
     segment_length=facts.length,
     downstream_length=facts.length,
     pack=True,
-    mtl_weight=0.0,
+    mtl_weight=1.0,
+    window=6,
+    pairs=3,
     ftl_weight=0.0,
     max_columns=0,
     uniform_negatives=2048,
@@ -88,7 +90,7 @@ def sequential_experiment(
     keep_last=1,
     keep_best=1,
     use_checkpoint='best',
-    ema_decay=0.99,
+    ema_decay=0.998,
     ema_tables=True,
     update=UpdateConfig(
       learning_rate=1e-3, table_learning_rate=1e-3, table_rule='adam', warmup_steps=100, beta2=0.98, clip_norm=5.0,
@@ -108,22 +110,26 @@ def sequential_experiment(
 
 
 def sasrec(experiment: Experiment) -> Mapping[str, Any]:
-  """SASRec as a configuration of the tower: item vectors in and out, inner products, Adam at a constant rate.
+  """SASRec+SS as a configuration of the tower: item vectors in and out, inner products, Adam at a constant rate.
 
   200 epochs at most, patience 50, as published. What the launch files and `search.py` change is set here again, so that
   the baseline stays the same.
 
-  Differences from the published code: pre-norm on keys and values too, GELU, all segments of a long history train (not
-  its newest events alone), positions count from a segment's start, the positions of a step share the negatives, and
-  packed rows.
+  Differences from the published code: GELU; dropout of what attention adds but not inside the MLP; position embeddings
+  start small, as residual branches do, and positions count from a segment's start; all segments of a long history train
+  (not its newest events alone), in packed rows; and the positions of a step share 2,048 negatives that weigh as 256
+  (there each has 256 of its own).
   """
+  rows, segments = experiment.model.tables.rows, experiment.pretrain.batch_segments
   return {
     **{f'model.{name}': 64 for name in ('tower.width', 'tower.output_width', 'tables.width')},
-    'model.tables.init_scale': 0.02,
-    'model.tower.backbone': 'gpt2',
+    'model.tables.init_scale': round((2 / (rows + 64)) ** 0.5, 4),  # Xavier
+    'model.tower.backbone': 'sasrec',
     **{f'model.tower.{name}': False for name in ('rotary', 'rms_norm', 'swiglu')},
     'model.tower.token_dropout': 0.0,
     'pretrain.mtl_weight': 0.0,
+    'pretrain.window': 1,
+    'pretrain.pairs': 1,
     'pretrain.log_q': 'none',
     'pretrain.negative_power': 0.0,
     'model.tower.layers': 1,
@@ -137,8 +143,9 @@ def sasrec(experiment: Experiment) -> Mapping[str, Any]:
     'pretrain.fixed_temperature': True,
     'pretrain.keep_positives': True,
     'pretrain.full_catalogue': False,
-    'pretrain.count_as': 0,
-    'pretrain.uniform_negatives': 256 // experiment.pretrain.batch_segments * experiment.pretrain.batch_segments,
+    'pretrain.count_as': 256,
+    'pretrain.uniform_negatives': 2048 // segments * segments,
+    'pretrain.item_dropout': 0.2,
     'pretrain.ema_decay': 0.0,
     'pretrain.ema_tables': False,
     'pretrain.steps': 200 * experiment.pretrain.eval_every,
@@ -156,6 +163,7 @@ def sasrec(experiment: Experiment) -> Mapping[str, Any]:
 _TWO_BLOCKS = {
   'model.tower.layers': 2,
   **{f'model.tower.{kind}': 0.1 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')},
+  'pretrain.item_dropout': 0.1,
 }
 
 
@@ -166,7 +174,10 @@ def baselines(experiment: Experiment) -> tuple[Arm, ...]:
   gSASRec on ml1m (the gSASRec authors' sizes).
   """
   shared = sasrec(experiment)
-  larger = shared | {'model.tower.layers': 2, 'pretrain.update.beta2': 0.999}
+  larger = shared | {'model.tower.layers': 2, 'pretrain.update.beta2': 0.999, 'pretrain.item_dropout': 0.0}
+  segments = experiment.pretrain.batch_segments
+  larger |= {'pretrain.count_as': 0, 'pretrain.uniform_negatives': 256 // segments * segments}
+  larger |= {'model.tables.init_scale': 0.02}
   larger |= {f'model.{name}': 128 for name in ('tower.width', 'tower.output_width', 'tables.width')}
   larger |= {f'model.tower.{kind}': 0.5 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')}
   return (

@@ -84,7 +84,7 @@ def _without_oldest(view, context, own):
   return rows.replace(visible_BX=rows.visible_BX & ~oldest_BX)
 
 
-CASES = [('gpt2', True), ('hstu', True), pytest.param(('gpt2', False), marks=pytest.mark.slow)]
+CASES = [('gpt2', True), ('sasrec', True), ('hstu', True), pytest.param(('gpt2', False), marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope='module', params=CASES, ids=str)

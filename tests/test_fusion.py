@@ -195,7 +195,8 @@ def test_arms_with_the_same_pretraining_share_a_tower(tmp_path):
   [
     ({'ranker.fusion': 'mean', 'ranker.learnable_token': True}, 'has no candidate in the sequence'),
     ({'ranker.fusion': 'late'}, "ranker.fusion is 'late'; expected one of: early, mean, last"),
-    ({'ranker.bidirectional': True, 'model.tower.backbone': 'hstu'}, 'ranker.bidirectional needs plain softmax'),
+    ({'ranker.bidirectional': True, 'model.tower.backbone': 'hstu'}, "model.tower.backbone is 'hstu'; set"),
+    ({'ranker.bidirectional': True, 'model.tower.attention': 'flash'}, "model.tower.attention is 'flash'; set"),
     ({'finetune.update.frozen': ('towers',)}, "some of 'tower', 'tables'"),
     ({'pretrain.update.frozen': ('tower',)}, 'pretraining trains all of it'),
     ({'finetune.init': 'scratch', 'finetune.update.frozen': ('tower',)}, 'that would never learn'),

@@ -73,7 +73,8 @@ def test_held_out_users_never_train_and_their_loss_is_logged(toy_run, tmp_path, 
   assert {'eval/loss', 'eval/ntl', 'eval/mtl', 'eval/ftl'} <= found[4].keys()
 
   # The same state measured again gives the same figures, and they are the task's own on the same batches.
-  task = for_measuring(PretrainTask(toy_run.model, config, action_bits(config, toy_run.dataset.info.actions)))
+  dropping = replace(config, item_dropout=0.5)
+  task = for_measuring(PretrainTask(toy_run.model, dropping, action_bits(config, toy_run.dataset.info.actions)))
   with jax.set_mesh(toy_run.mesh):
     evaluate = held_out_loss(task, parts[1], config, toy_run.mesh)
     assert evaluate(state) == evaluate(state)

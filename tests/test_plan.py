@@ -75,6 +75,7 @@ OPTIONS = {
   'model__content_width': 8,
   'model__id_mask': 0.2,
   'pretrain__action_mask': 0.2,
+  'pretrain__item_dropout': 0.2,
   'pretrain__uniform_negatives': 16,
   'pretrain__log_q': 'counts',
   'pretrain__pack': True,

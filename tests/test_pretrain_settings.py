@@ -81,10 +81,15 @@ def test_a_launch_file_and_its_baselines_pass(path):
     check_experiment(apply_overrides(experiment, arm.overrides))
   own = apply_overrides(experiment, arms[1].overrides)
   assert (own.model.tower.layers, own.model.tower.heads, own.model.tower.width) == (1, 1, 64)
-  assert own.pretrain.uniform_negatives == 256
+  assert (own.pretrain.uniform_negatives, own.pretrain.count_as) == (2048, 256)
   assert own.data == experiment.data
-  tuned = {'model.tower.rotary': True, 'model.tower.token_dropout': 0.1, 'model.tables.init_scale': 0.1}
-  assert apply_overrides(apply_overrides(experiment, tuned), arms[1].overrides) == own  # the baseline stays
+  for change in run_file(FOLDER / 'search.py', 'file')['OURS'].values():
+    tuned = apply_overrides(experiment, change)
+    assert apply_overrides(tuned, sasrec(tuned)) == own  # the baseline stays
+  rates = {
+    getattr(apply_overrides(experiment, arms[2].overrides).model.tower, f'{kind}dropout') for kind in ('', 'attention_')
+  }
+  assert rates == {apply_overrides(experiment, arms[2].overrides).pretrain.item_dropout} == {0.1}
   larger = apply_overrides(experiment, arms[-1].overrides)
   assert (larger.model.tower.layers, larger.model.tower.width, larger.pretrain.bce_calibration) == (2, 128, 0.75)
 

@@ -137,9 +137,10 @@ def test_packed_segments_do_not_see_each_others_places(modern):
 
 
 def test_bare_targets_are_the_item_vectors_and_cosines_have_unit_length(modern):
+  tower = modern.config.tower
   z = lambda tower, x: PinFM(replace(modern.config, tower=tower)).apply(modern.params, x, method='targets')
-  np.testing.assert_array_equal(z(MODERN, modern.history), modern.history)
-  cosine = replace(MODERN, dot_product=False)
+  np.testing.assert_array_equal(z(tower, modern.history), modern.history)
+  cosine = replace(tower, dot_product=False)
   unit = np.asarray(modern.history) / np.linalg.norm(modern.history, axis=-1, keepdims=True)
   np.testing.assert_allclose(z(cosine, modern.history), unit, rtol=1e-5)
   lengths = np.linalg.norm(Case(cosine).encode(), axis=-1)

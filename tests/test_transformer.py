@@ -20,7 +20,7 @@ from pinfm_jax.model.transformer import Decoder
 USERS, LENGTH = 2, 64
 TOWERS = {
   backbone: TowerConfig(backbone, layers=4, width=32, heads=2, max_positions=LENGTH, output_width=16)
-  for backbone in ('gpt2', 'hstu')
+  for backbone in ('gpt2', 'sasrec', 'hstu')
 }
 
 
@@ -44,7 +44,7 @@ def _gradients(tower, mask):
   return jax.value_and_grad(loss, argnums=(0, 1))
 
 
-@pytest.mark.parametrize('backbone', ['gpt2', 'hstu'])
+@pytest.mark.parametrize('backbone', ['gpt2', 'sasrec', 'hstu'])
 def test_rematerialisation_saves_memory_and_changes_nothing(backbone):
   tower = replace(TOWERS[backbone], dropout=0.1)  # the same elements must drop out again
   params, x, mask = _inputs(tower)
@@ -61,7 +61,7 @@ def test_rematerialisation_saves_memory_and_changes_nothing(backbone):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(('backbone', 'tolerance'), [('gpt2', 0.02), ('hstu', 0.04)])
+@pytest.mark.parametrize(('backbone', 'tolerance'), [('gpt2', 0.02), ('sasrec', 0.02), ('hstu', 0.04)])
 def test_bfloat16_stays_near_float32(backbone, tolerance):
   """Root mean square over that of the outputs, after 4 layers.
 

@@ -5,7 +5,8 @@ Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/acti
            (not globo: its only action is the click)
 Hardware:  2 CPU cores, 6 GB of memory
 Time:      kuairand: 37 minutes a seed on one core (a tower for each row); quickstart: 11 minutes
-Expected:  kuairand: no difference in long_view beyond seeds (experiments/README.md), nor in save of the quickstart
+Expected:  kuairand: no difference in long_view beyond seeds (experiments/README.md), nor in
+           HIT@3 of save on quickstart
 
 The main action is the launch file's evaluate.main_label, where the paper has Save; negative actions are those with a
 negative weight in evaluate.utility, as Hide. The next-token loss of fine-tuning takes the same set.

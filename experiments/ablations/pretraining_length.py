@@ -4,9 +4,9 @@ Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/pret
            pinfm sweep experiments/globo.py --arms experiments/ablations/pretraining_length.py --split test
            pinfm sweep experiments/quickstart.py --arms experiments/ablations/pretraining_length.py --split test
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      kuairand: 22 minutes a seed on one core; quickstart: 13; globo: 36
-Expected:  kuairand, 2.5 days of training: longer is better (experiments/README.md); so on globo, on
-           quickstart up to the launch file's steps
+Time:      kuairand: 22 minutes a seed on one core; quickstart: 12; globo: 36
+Expected:  kuairand, 2.5 days of training: longer is better (experiments/README.md); so on globo up
+           to twice the launch file's steps, on quickstart up to them
 
 Multiples of the launch file's pretrain.steps, each with its own learning-rate schedule; a warm-up longer than a quarter
 of the steps is cut to that. 'scratch' is no pretraining: tower and tables from scratch, at the ranker's full rate.

@@ -5,7 +5,7 @@ Command:   pinfm sweep experiments/kuairand.py --arms experiments/ablations/tabl
            pinfm sweep experiments/quickstart.py --arms experiments/ablations/table_rows.py --split test
 Hardware:  2 CPU cores, 6 GB of memory
 Time:      kuairand: 15 minutes a seed on one core; globo: four towers, 2:11 each on one core, and five rankers, 1:40 to
-           3:35; quickstart: 8 minutes a seed on one core
+           3:35; quickstart: 9 minutes a seed on one core
 Expected:  kuairand, 2.5 days of training: none beyond seeds from 10,000 rows on; globo: none in HIT@3
            (experiments/README.md), nor in the quickstart
 

@@ -25,5 +25,5 @@ experiment = sequential_experiment(
     options={'category': 'Beauty'},
   ),
   SequenceData(items=12101, events=153776, length=50, rows=16),
-  epochs=60,
+  epochs=20,
 )

@@ -29,12 +29,17 @@ experiment = sequential_experiment(
   SequenceData(items=3416, events=987531, length=200, rows=32),
   epochs=27,
   changes={
+    'model.tower.backbone': 'gpt2',
     'model.tower.layers': 2,
+    **{f'model.{name}': 128 for name in ('tower.width', 'tower.output_width', 'tables.width')},
+    'model.tables.init_scale': 0.1,
     **{f'model.tower.{kind}': 0.2 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')},
     **{f'model.tower.{part}': True for part in ('rotary', 'rms_norm', 'swiglu')},
+    'pretrain.mtl_weight': 0.0,
     'pretrain.full_catalogue': True,  # the catalogue is small enough
     'pretrain.uniform_negatives': 0,
     'pretrain.log_q': 'none',
+    'pretrain.ema_decay': 0.99,
     'pretrain.update.final_ratio': 0.4,  # the rate ends high: the average of the weights smooths
   },
 )

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pinfm_jax.config import Arm, Experiment
+from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.sequential import sasrec
 
@@ -42,7 +43,7 @@ def _modern(on: bool) -> dict[str, Any]:
 _COSINE = {'model.tower.dot_product': False, 'pretrain.fixed_temperature': False}
 
 OURS: Mapping[str, Mapping[str, Any]] = {
-  'dropout 0.3': _dropout(0.3),
+  'dropout 0.2': _dropout(0.2),
   'dropout 0.4': _dropout(0.4),
   'dropout 0.5': _dropout(0.5),
   'width 64': _width(64),
@@ -53,35 +54,52 @@ OURS: Mapping[str, Mapping[str, Any]] = {
   '2 heads': {'model.tower.heads': 2},
   'rotary, RMSNorm, SwiGLU': _modern(True),
   'learned positions, LayerNorm, GELU': _modern(False),
+  'SASRec blocks': {'model.tower.backbone': 'sasrec'},
+  'GPT-2 blocks': {'model.tower.backbone': 'gpt2'},
   'HSTU': {'model.tower.backbone': 'hstu', 'model.tower.attention_dropout': 0.0, **_modern(False)},
   'full softmax': {'pretrain.full_catalogue': True, 'pretrain.uniform_negatives': 0, 'pretrain.log_q': 'none'},
   '2,048 negatives, logQ': _drawn(2048),
   'rate 5e-4': _rate(5e-4),
   'rate 2e-3': _rate(2e-3),
+  'rate ends at 0.1': {'pretrain.update.final_ratio': 0.1},
   'rate ends at 0.4': {'pretrain.update.final_ratio': 0.4},
   'rate held': {'pretrain.update.final_ratio': 1.0},
   'cosine, temperature 0.07': _COSINE | {'pretrain.temperature': 0.07},
   'token dropout 0.2': {'model.tower.token_dropout': 0.2},
-  'multi-token': {'pretrain.mtl_weight': 0.3, 'pretrain.window': 4, 'pretrain.pairs': 2},
+  'item dropout 0.2': {'pretrain.item_dropout': 0.2},
+  'initial scale 0.1': {'model.tables.init_scale': 0.1},
+  'initial scale 0.02': {'model.tables.init_scale': 0.02},
+  'next token alone': {'pretrain.mtl_weight': 0.0},
+  'half of the multi-token loss': {'pretrain.mtl_weight': 0.5, 'pretrain.window': 4, 'pretrain.pairs': 2},
+  'multi-token': {'pretrain.mtl_weight': 1.0, 'pretrain.window': 6, 'pretrain.pairs': 3},
+  'twice the multi-token loss': {'pretrain.mtl_weight': 2.0, 'pretrain.window': 8, 'pretrain.pairs': 4},
+  'average 0.99': {'pretrain.ema_decay': 0.99},
+  'average 0.998': {'pretrain.ema_decay': 0.998},
   'average 0.999': {'pretrain.ema_decay': 0.999},
 }
 SASREC: Mapping[str, Mapping[str, Any]] = {
-  'dropout 0.3': _dropout(0.3),
-  'dropout 0.5': _dropout(0.5),
-  'dropout 0.1': _dropout(0.1),
+  'dropout 0.3': _dropout(0.3) | {'pretrain.item_dropout': 0.3},
+  'dropout 0.5': _dropout(0.5) | {'pretrain.item_dropout': 0.5},
+  'dropout 0.1': _dropout(0.1) | {'pretrain.item_dropout': 0.1},
   'width 128': _width(128),
   'width 256': _width(256),
   '2 layers': {'model.tower.layers': 2},
   '2 heads': {'model.tower.heads': 2},
   'rate 5e-4': _rate(5e-4),
   'rate 2e-3': _rate(2e-3),
-  '64 negatives': {'pretrain.uniform_negatives': 64},
-  '1,024 negatives': {'pretrain.uniform_negatives': 1024},
-  '2,048 negatives': {'pretrain.uniform_negatives': 2048},
-  '2,048 negatives as 256': {'pretrain.uniform_negatives': 2048, 'pretrain.count_as': 256},
+  '256 negatives': {'pretrain.uniform_negatives': 256, 'pretrain.count_as': 0},
+  '2,048 negatives': {'pretrain.count_as': 0},
+  '2,048 negatives as 1,024': {'pretrain.count_as': 1024},
+  'GPT-2 blocks': {'model.tower.backbone': 'gpt2'},
+  'no item dropout': {'pretrain.item_dropout': 0.0},
+  'item dropout 0.4': {'pretrain.item_dropout': 0.4},
+  'multi-token': {'pretrain.mtl_weight': 1.0, 'pretrain.window': 6, 'pretrain.pairs': 3},
   'wider MLP': {'model.tower.mlp_ratio': 4},
+  'initial scale 0.02': {'model.tables.init_scale': 0.02},
   'initial scale 0.1': {'model.tables.init_scale': 0.1},
   'average 0.99': {'pretrain.ema_decay': 0.99, 'pretrain.ema_tables': True},
+  'average 0.998': {'pretrain.ema_decay': 0.998, 'pretrain.ema_tables': True},
+  'rotary, RMSNorm, SwiGLU': _modern(True),
   'rate falls': {'pretrain.update.final_ratio': 0.1},
 }
 
@@ -95,6 +113,11 @@ def arms(experiment: Experiment) -> tuple[Arm, ...]:
       ours.append(Arm(f'PinFM, {name}', change))
   theirs = [Arm('SASRec+SS', published)]
   theirs += [Arm(f'SASRec+SS, {name}', {**published, **change}) for name, change in SASREC.items()]
+  if len(ours) != len(theirs):
+    raise UserError(
+      f'{len(ours)} arms of our model and {len(theirs)} of SASRec+SS, which are to be as many: changes that the '
+      'settings have already are left out; start from the launch file as it is'
+    )
   return tuple(arm for pair in zip(ours, theirs, strict=True) for arm in pair)
 
 

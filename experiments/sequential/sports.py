@@ -26,10 +26,12 @@ experiment = sequential_experiment(
     options={'category': 'Sports_and_Outdoors'},
   ),
   SequenceData(items=18357, events=225141, length=50, rows=16),
-  epochs=48,
+  epochs=20,
   changes={
-    **{f'model.tower.{kind}': 0.4 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')},
-    'pretrain.uniform_negatives': 4096,
+    'pretrain.mtl_weight': 2.0,
+    'pretrain.window': 8,
+    'pretrain.pairs': 4,
+    'pretrain.ema_decay': 0.999,
     'pretrain.update.final_ratio': 0.4,
   },
 )

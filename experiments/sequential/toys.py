@@ -25,5 +25,5 @@ experiment = sequential_experiment(
     options={'category': 'Toys_and_Games'},
   ),
   SequenceData(items=11924, events=128773, length=50, rows=16),
-  epochs=60,
+  epochs=20,
 )

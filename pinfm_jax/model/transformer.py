@@ -19,8 +19,9 @@ class Block(nn.Module):
   """One decoder block: attention, then an MLP, each with a normalised input and a residual.
 
   As in GPT-2 (LayerNorm, GELU), or with the parts of later decoders: RMSNorm (arXiv:1910.07467), a SwiGLU MLP
-  (arXiv:2002.05202), rotary positions (arXiv:2104.09864). The sasrec backbone (arXiv:1808.09781) normalises
-  queries alone, keys and values are of the events as they are, and attention and MLP add to their normalised input.
+  (arXiv:2002.05202), rotary positions (arXiv:2104.09864). In the sasrec backbone (arXiv:1808.09781)
+  attention reads normalised queries over keys and values of the events as they are, and both residuals start from the
+  normalised input.
   """
 
   config: TowerConfig

@@ -168,7 +168,9 @@ class Run:
 
   def pretrain_settings(self, seed: int) -> dict[str, Any]:
     """Everything that a seed's pretraining depends on."""
-    data = self.experiment.data
+    data, pretrain = self.experiment.data, dataclasses.asdict(self.experiment.pretrain)
+    if not pretrain['item_dropout']:  # as in work that was made when there was none: sweeps find their towers again
+      del pretrain['item_dropout']
     return {
       'data': {
         'checksum': self.dataset.info.checksum,
@@ -178,7 +180,7 @@ class Run:
       | ({} if data.pretrain_overlap_users == 'all' else {'pretrain_overlap_users': data.pretrain_overlap_users})
       | ({} if data.held_out_events == 1 else {'held_out_events': data.held_out_events}),
       'model': dataclasses.asdict(self.model),
-      'pretrain': dataclasses.asdict(self.experiment.pretrain),
+      'pretrain': pretrain,
       'seed': seed,
     } | self._ranking_settings()
 

@@ -4,8 +4,9 @@ Command:   pinfm sweep experiments/globo.py --arms experiments/ablations/cold_st
            pinfm sweep experiments/quickstart.py --arms experiments/ablations/cold_start.py --split test
            (experiments/kuairand.py too, but all its items are 14 to 29 days old, and have no content)
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      globo: 4:10 a ranker, two at a time; all else see experiments/README.md
-Expected:  globo: without the recipe new articles lose, with it they do not (experiments/README.md)
+Time:      globo: 4:10 a ranker, two at a time; quickstart: 8 minutes a seed on one core
+Expected:  globo: without the recipe new articles lose, with it they do not (experiments/README.md);
+           quickstart: dropout by age costs more than it gives
 
 CIR randomises a share of the candidates' ids, IDD drops the module's outputs by the item's age, GSLT adds the content
 and the learnable token to the candidate. Ages and shares are the launch file's (news: hours instead of days); where it

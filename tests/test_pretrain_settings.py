@@ -86,10 +86,8 @@ def test_a_launch_file_and_its_baselines_pass(path):
   for change in run_file(FOLDER / 'search.py', 'file')['OURS'].values():
     tuned = apply_overrides(experiment, change)
     assert apply_overrides(tuned, sasrec(tuned)) == own  # the baseline stays
-  rates = {
-    getattr(apply_overrides(experiment, arms[2].overrides).model.tower, f'{kind}dropout') for kind in ('', 'attention_')
-  }
-  assert rates == {apply_overrides(experiment, arms[2].overrides).pretrain.item_dropout} == {0.1}
+  blocks = apply_overrides(experiment, arms[2].overrides)
+  assert blocks.model.tower.dropout == blocks.model.tower.attention_dropout == blocks.pretrain.item_dropout == 0.1
   larger = apply_overrides(experiment, arms[-1].overrides)
   assert (larger.model.tower.layers, larger.model.tower.width, larger.pretrain.bce_calibration) == (2, 128, 0.75)
 

@@ -62,6 +62,7 @@ class RetrievalTask:
     trained_V: which of the catalogue's items training has seen; None = all, and users with an unseen target are
       left out.
     user_Q: row of each user.
+    end_Q: how many of each user's events come before the predicted ones.
   """
 
   catalogue_V: np.ndarray
@@ -73,6 +74,7 @@ class RetrievalTask:
   seen: list[np.ndarray] | None = None
   trained_V: np.ndarray | None = None
   user_Q: np.ndarray | None = None
+  end_Q: np.ndarray | None = None
 
 
 def retrieval_task(
@@ -97,7 +99,7 @@ def retrieval_task(
   catalogue_V = np.unique(np.concatenate([trained_keys, *later])) if protocol.whole_catalogue else trained_keys
   popularity_V = np.bincount(np.searchsorted(catalogue_V, np.concatenate(positives)), minlength=len(catalogue_V))
   chosen = np.random.default_rng(seed).permutation(len(rows))[:users]
-  examples, targets, earlier, found, unseen = [], [], [], [], 0
+  examples, targets, earlier, found, ends, unseen = [], [], [], [], [], 0
   for row, end, target in (rows[i] for i in np.sort(chosen)):
     history = dataset.history(row)
     new = not _contains(trained_keys, history.item[target])
@@ -108,6 +110,7 @@ def retrieval_task(
     window = slice(window_start(len(events), length, block), len(events))
     examples.append(event_inputs(events, window, length, tokens))
     found.append(row)
+    ends.append(end)
     targets.append(int(np.searchsorted(catalogue_V, history.item[target])))
     if protocol.filter_seen:
       keys = np.unique(history.item[:target])
@@ -125,6 +128,7 @@ def retrieval_task(
     earlier if protocol.filter_seen else None,
     np.isin(catalogue_V, trained_keys) if protocol.whole_catalogue else None,
     np.array(found),
+    np.array(ends),
   )
 
 
@@ -162,7 +166,11 @@ def _predicted(history: History, trained: int, until_ms: int | None, protocol: R
 
 
 class Retrieval:
-  """Measures towers on one task: what does not depend on the weights is made once."""
+  """Measures towers on one task: what does not depend on the weights is made once.
+
+  Attributes:
+    task: what is measured.
+  """
 
   def __init__(
     self,
@@ -181,7 +189,7 @@ class Retrieval:
       chunk: most users at once.
       layout: how the tables lie over the mesh.
     """
-    self._task, self._ks, self._chunk = task, ks, min(chunk, len(task.target_Q))
+    self.task, self._ks, self._chunk = task, ks, min(chunk, len(task.target_Q))
     self._encode, self._represent = _programs(model, layout)
     # Users of similar lengths together, so that short histories are not read as long ones.
     lengths_Q = task.histories['mask'].sum(axis=1)
@@ -201,9 +209,20 @@ class Retrieval:
     With the whole catalogue, 'tower/...' and 'popularity/...' are of the users whose target training has seen, ranked
     among the items that it has seen; 'all/tower/...' and 'all/popularity/...' of all users and items.
     """
-    task = self._task
-    figures = self._figures('tower', self._ranks(self._users(params, rows_GE), self._items(params, rows_GE)))
-    figures |= self._popularity
+    return self._measured(self._users(params, rows_GE), self._items(params, rows_GE))
+
+  def of_vectors(self, user_QO: np.ndarray, item_VO: np.ndarray) -> dict[str, float]:
+    """The same figures of representations that were made elsewhere, by a bundle for instance.
+
+    Args:
+      user_QO: H of the task's users.
+      item_VO: z of its catalogue.
+    """
+    return self._measured((jnp.asarray(user_QO[self._filled(part)]) for part in self._parts), jnp.asarray(item_VO))
+
+  def _measured(self, users: Any, z_VO: Array) -> dict[str, float]:
+    task = self.task
+    figures = self._figures('tower', self._ranks(users, z_VO)) | self._popularity
     users = len(task.target_Q) if task.trained_V is None else int(task.trained_V[task.target_Q].sum())
     catalogue = len(task.catalogue_V) if task.trained_V is None else int(task.trained_V.sum())
     figures |= {'users': float(users), 'catalogue': float(catalogue), 'unseen_share': task.unseen}
@@ -213,24 +232,24 @@ class Retrieval:
 
   @cached_property
   def _popularity(self) -> dict[str, float]:
-    z_V1 = jnp.asarray(self._task.popularity_V, jnp.float32)[:, None]
+    z_V1 = jnp.asarray(self.task.popularity_V, jnp.float32)[:, None]
     ones = (jnp.ones((self._chunk, 1), jnp.float32) for _ in self._parts)
     return self._figures('popularity', self._ranks(ones, z_V1))
 
   def _items(self, params: Any, rows_GE: Array) -> Array:
     """z of the catalogue, [V, O]."""
-    parts = _item_parts(self._task.catalogue_V, self._task.content_VW)
+    parts = _item_parts(self.task.catalogue_V, self.task.content_VW)
     return jnp.concatenate([self._represent(params, rows_GE, part) for part in parts])
 
   def _users(self, params: Any, rows_GE: Array) -> Any:
     """H of the users, [chunk, O] a part."""
     for part, crop in zip(self._parts, self._crops, strict=True):
-      inputs = {name: value[self._filled(part), :crop] for name, value in self._task.histories.items()}
+      inputs = {name: value[self._filled(part), :crop] for name, value in self.task.histories.items()}
       yield self._encode(params, rows_GE, put_examples(inputs))
 
   def _ranks(self, users: Any, z_VO: Array) -> tuple[np.ndarray, np.ndarray]:
     """Each user's rank among all items, and among those that training has seen, in the order of the parts."""
-    task, found = self._task, []
+    task, found = self.task, []
     for part, h_QO, seen_QM in zip(self._parts, users, self._seen(), strict=True):
       ranks = catalogue_ranks(h_QO, z_VO, task.target_Q[self._filled(part)], seen_QM, task.trained_V)
       found.append([np.asarray(rank_Q)[: len(part)] for rank_Q in ranks])
@@ -238,7 +257,7 @@ class Retrieval:
 
   def _seen(self) -> Iterator[np.ndarray | None]:
     """The places of the items that are not ranked, [chunk, M] a part; None where all are."""
-    task = self._task
+    task = self.task
     if task.seen is None:
       yield from (None for _ in self._parts)
       return
@@ -254,7 +273,7 @@ class Retrieval:
     return np.pad(part, (0, self._chunk - len(part)), mode='edge')
 
   def _figures(self, name: str, ranks: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-    task = self._task
+    task = self.task
     if task.trained_V is None:
       return _metrics(name, ranks[0], self._ks)
     kept = task.trained_V[task.target_Q[np.concatenate(self._parts)]]

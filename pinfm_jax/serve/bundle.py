@@ -3,7 +3,7 @@
 manifest.json         what the bundle is (`serve.manifest`)
 parameters.npz        parameters ('params/a/b') and dense-feature constants ('stats/low'), no pickle
 programs/*.bin        `jax.export` programs (`serve.programs`); a ranker without PinFM has crossing.bin alone, and none
-                        of the files below
+                        of the files below; a tower without a ranker has no crossing.bin
 tables.bin            packed rows of the item tables (`serve.quantize`), memory-mapped at serving
 checksums.bin         8 bytes of BLAKE2b for each MiB of tables.bin
 items/*.bin           for a model with content: what the bundle knows of items (`serve.items`), memory-mapped
@@ -67,7 +67,7 @@ class Bundle:
     path: its directory.
     manifest: what it is.
     params: parameters.
-    stats: constants of the dense features.
+    stats: constants of the dense features; empty for a tower alone.
     rows: packed rows of the item tables; None for a ranker without PinFM.
     programs: by name (`serve.programs`).
     items: content of the items; None for a model without content.
@@ -84,7 +84,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class TrainedRanker:
-  """Everything a bundle is made of.
+  """Everything a bundle is made of. A tower alone, without a ranker, has a schema without labels and no stats.
 
   Attributes:
     model_config: the configuration of PinFM, vocabulary sizes filled in.
@@ -94,7 +94,7 @@ class TrainedRanker:
     params: parameters of the ranking model; others beside them are kept and not used.
     rows_GE: the item tables, sub-tables one after another, or their consecutive parts, or these packed; None without
       PinFM.
-    stats: constants of the dense features.
+    stats: constants of the dense features; None for a tower alone.
     actions: names of the actions.
     surfaces: names of the surfaces.
     id_type: how ids are spelled.
@@ -113,7 +113,7 @@ class TrainedRanker:
   spec: 'FeatureSpec'
   params: Any
   rows_GE: np.ndarray | jax.Array | Iterable[np.ndarray] | PackedRows | None
-  stats: 'DenseStats'
+  stats: 'DenseStats | None'
   actions: Sequence[str]
   surfaces: Sequence[str]
   id_type: IdTypes
@@ -189,7 +189,7 @@ def exported_content(ranker: TrainedRanker, storage: str) -> Content:
   layout = table_layout(ranker, storage)
   arrays = {
     'params': plain_arrays(meta.unbox(ranker.params)),
-    'stats': {name: np.asarray(getattr(ranker.stats, name)) for name in STATS},
+    'stats': {name: np.asarray(getattr(ranker.stats, name)) for name in STATS} if ranker.stats else {},
   }
   model = ServingModel(ranker.model_config, ranker.ranker_config, ranker.spec, layout)
   with _no_call_stacks():
@@ -246,7 +246,7 @@ def load_bundle(path: str | Path, whole_below: int = _WHOLE_BELOW, rows: RowSour
     path=path,
     manifest=manifest,
     params=arrays['params'],
-    stats=arrays['stats'],
+    stats=arrays.get('stats', {}),
     rows=rows if manifest.tables else None,
     programs=_programs(path, manifest, arrays),
     items=map_items(path, model) if model is not None and model.content else None,

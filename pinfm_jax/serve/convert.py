@@ -70,7 +70,7 @@ def ranker_of_bundle(path: str | Path) -> TrainedRanker:
     spec=feature_spec(manifest.schema),
     params=arrays['params'],
     rows_GE=PackedRows(TableFile(path / TABLES, tables), tables.storage) if tables else None,
-    stats=DenseStats(**arrays['stats']),
+    stats=DenseStats(**arrays['stats']) if 'stats' in arrays else None,
     actions=manifest.actions,
     surfaces=manifest.surfaces,
     id_type=manifest.id_type,

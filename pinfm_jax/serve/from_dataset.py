@@ -1,4 +1,4 @@
-"""Turns requests of a prepared data set into the JSON that a bundle scores: examples, and the parity check."""
+"""Turns requests and users of a prepared data set into the JSON that a bundle reads: examples, and parity checks."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -27,10 +27,22 @@ def dataset_requests(dataset: PreparedDataset, rows: Iterable[int], history_leng
     yield writer.document(int(row), history_length)
 
 
+def dataset_users(dataset: PreparedDataset, rows: Iterable[int], ends: Iterable[int]) -> Iterator[dict[str, Any]]:
+  """Users of the data set as `pinfm recommend` takes them: all their events before an offset of their histories.
+
+  Args:
+    dataset: any data set.
+    rows: which users.
+    ends: how many of each one's events.
+  """
+  writer = _RequestWriter(dataset)
+  for row, end in zip(rows, ends, strict=True):
+    yield {'request_id': int(row), 'history': writer.events(dataset.history(int(row)), range(end))}
+
+
 class _RequestWriter:
   def __init__(self, dataset: PreparedDataset):
     self._dataset, self._info = dataset, dataset.info
-    self._request_ids = dataset.requests['request_id']
     self._keys = dataset.items['item_key'].to_numpy()
     self._ids = dataset.items['item_id']
     self._content = dataset.items['content'].to_numpy() if dataset.info.content_width else None
@@ -40,12 +52,15 @@ class _RequestWriter:
     history = self._dataset.history(request.user_row)
     first = max(request.history_end - history_length, 0)
     return {
-      'request_id': self._request_ids[row],
+      'request_id': self._dataset.requests['request_id'][row],
       'timestamp': int(request.timestamp.min()),
       'history_events': request.history_end,
-      'history': [self._event(history, i) for i in range(first, request.history_end)],
+      'history': self.events(history, range(first, request.history_end)),
       'candidates': [self._candidate(request, c) for c in range(len(request))],
     }
+
+  def events(self, history: History, places: Iterable[int]) -> list[dict[str, Any]]:
+    return [self._event(history, i) for i in places]
 
   def _event(self, history: History, i: int) -> dict[str, Any]:
     actions = int(history.actions[i])

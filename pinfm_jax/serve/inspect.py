@@ -142,17 +142,14 @@ def _bundle_lines(
   if counts is None:
     lines.append(('parameters', f'{PARAMETERS} cannot be read; --verify says what is damaged'))
   else:
-    dense = f'{counts["pinfm"]:,} of PinFM, {counts["ranker"]:,} of the ranker'
-    lines.append(('parameters', f'{dense}, {counts["tables"]:,} in tables'))
+    ranker = f', {counts["ranker"]:,} of the ranker' if manifest.ranks else ''
+    lines.append(('parameters', f'{counts["pinfm"]:,} of PinFM{ranker}, {counts["tables"]:,} in tables'))
   return lines + _common_lines(manifest)
 
 
 def _common_lines(manifest: Manifest) -> list[tuple[str, str]]:
   """What bundles and other forms share."""
   schema, ids = manifest.schema, manifest.id_type
-  sparse = [f'{f.name} ({f.size})' for f in schema.features.sparse]
-  embedding = [f'{f.name} ({f.width})' for f in schema.features.embedding]
-  content = [f'content ({schema.content_width})'] if schema.content_width else []
   return [
     ('created', manifest.created),
     ('model', _model_text(manifest)),
@@ -162,12 +159,23 @@ def _common_lines(manifest: Manifest) -> list[tuple[str, str]]:
     ('ids', f'users {ids.user}, items {ids.item}'),
     ('actions', _names(manifest.actions)),
     ('surfaces', _names(manifest.surfaces)),
+    *(_ranker_lines(manifest) if manifest.ranks else []),
+    ('run', _names([f'{name} {value}' for name, value in manifest.run.items()])),
+  ]
+
+
+def _ranker_lines(manifest: Manifest) -> list[tuple[str, str]]:
+  """What the ranker reads of candidates and predicts."""
+  schema = manifest.schema
+  sparse = [f'{f.name} ({f.size})' for f in schema.features.sparse]
+  embedding = [f'{f.name} ({f.width})' for f in schema.features.embedding]
+  content = [f'content ({schema.content_width})'] if schema.content_width else []
+  return [
     ('dense', _names(schema.dense_names)),
     ('sparse', _names(sparse)),
     ('embedding', _names(embedding + content)),
     ('labels', _names(schema.labels)),
     ('utility', _names([f'{weight:g} x {label}' for label, weight in manifest.utility.items()])),
-    ('run', _names([f'{name} {value}' for name, value in manifest.run.items()])),
   ]
 
 
@@ -185,7 +193,7 @@ def _model_text(manifest: Manifest) -> str:
       f'{tower.backbone} of {tower.layers} layers, width {tower.width}, {tower.heads} heads, {tower.dtype}',
       f'output {tower.output_width}, {tower.max_positions} positions',
       *options,
-      ranker,
+      ranker if manifest.ranks else 'without a ranker',
     ]
   )
 

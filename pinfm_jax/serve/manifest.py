@@ -83,7 +83,7 @@ class Manifest:
     id_type: how user and item ids are spelled.
     actions: names, bit a of an event's actions is action a.
     surfaces: names, in the order of their codes.
-    schema: the candidates' features, in column order, and the labels.
+    schema: the candidates' features, in column order, and the labels; without labels the bundle is a tower alone.
     history_block: over histories longer than schema.history_length the window slides in blocks of this many events.
     utility: weight of each label in the score that orders a request; may be empty.
     tables: layout of the item tables, None for a ranker without PinFM.
@@ -116,6 +116,11 @@ class Manifest:
   def pinfm(self) -> PinFMConfig | None:
     """The typed configuration of PinFM, defaults where an older bundle lacks a field; None for a ranker without it."""
     return from_dict(PinFMConfig, self.model) if self.tables else None
+
+  @property
+  def ranks(self) -> bool:
+    """Whether it scores candidates; a tower alone recommends and embeds."""
+    return bool(self.schema.labels)
 
   @property
   def ranking(self) -> RankerConfig:

@@ -42,7 +42,7 @@ class ModelFacts:
 
   Attributes:
     name: of the experiment.
-    arm: which ranker of the experiment.
+    arm: which ranker of the experiment; empty = a pretrained tower without one.
     seed: of the training.
     version: of pinfm_jax.
     storage: of the tables; None for a ranker without PinFM.
@@ -67,6 +67,11 @@ class ModelFacts:
   catalogue: int | None = None
   rounding: str = ''
 
+  @property
+  def part(self) -> str:
+    """What of the experiment it is."""
+    return self.arm or 'pretrained tower'
+
 
 def model_card(data: DataFacts, model: ModelFacts, results: str, split: str, seeds: int) -> str:
   """The card as Markdown.
@@ -79,7 +84,7 @@ def model_card(data: DataFacts, model: ModelFacts, results: str, split: str, see
     seeds: over how many they were.
   """
   parts = [
-    f'# Model card: {model.name}, {model.arm}',
+    f'# Model card: {model.name}, {model.part}',
     _about(model),
     '## Data\n\n' + _data(data),
     '## Model\n\n' + _model(model),
@@ -95,6 +100,8 @@ def model_card(data: DataFacts, model: ModelFacts, results: str, split: str, see
 def _about(model: ModelFacts) -> str:
   kind = 'A multi-task ranking model'
   kind += ' with a PinFM tower that reads the user history' if model.storage else ' without a user-sequence module'
+  if not model.arm:
+    kind = 'A PinFM tower that reads the user history, without a ranking model'
   return f'{kind}, exported by pinfm_jax {model.version}; seed {model.seed}. This card is generated from the run.'
 
 
@@ -119,8 +126,9 @@ def _model(model: ModelFacts) -> str:
   if model.storage:
     rounding = f', rounded {model.rounding}' if model.rounding else ''
     lines.append(f'- The tables are stored as {model.storage}, converted after training{rounding}.')
-  weights = ', '.join(f'{label} {weight:+g}' for label, weight in model.utility.items())
-  lines.append(f'- Utility that orders a request: {weights or "none; the labels are predicted side by side"}.')
+  if model.arm:
+    weights = ', '.join(f'{label} {weight:+g}' for label, weight in model.utility.items())
+    lines.append(f'- Utility that orders a request: {weights or "none; the labels are predicted side by side"}.')
   if model.catalogue is not None:
     lines.append(f'- Catalogue for recommendation: {model.catalogue:,} items.')
   return '\n'.join(lines)
@@ -140,7 +148,7 @@ def _results(model: ModelFacts, results: str, split: str, seeds: int) -> str:
   protocol = f'Measured on the {split} split over {seeds} seed{"s" if seeds > 1 else ""}'
   if model.storage and model.storage != 'float32':
     protocol += f', with float32 tables (before they were stored as {model.storage})'
-  return f'{protocol}. The row of this model is *{model.arm}*.\n\n{tables}'
+  return f'{protocol}. The row of this model is *{model.part}*.\n\n{tables}'
 
 
 def _limits(model: ModelFacts, results: str, seeds: int) -> str:
@@ -149,16 +157,19 @@ def _limits(model: ModelFacts, results: str, seeds: int) -> str:
     lines.append('- One training run was measured: intervals are about users, how much another run differs is unknown.')
   if model.storage:
     lines += [
-      '- It tells users apart by their histories alone. A user without events gets the scores of an empty history, '
-      'and no recommendations.',
+      '- It tells users apart by their histories alone. A user without events gets '
+      f'{"the scores of an empty history, and " if model.arm else ""}no recommendations.',
       '- An item that training never saw has an id vector that means nothing; see the table by item age, if there is '
       'one.',
     ]
+  if model.arm:
+    lines.append(
+      '- Labels are what was logged under an earlier ranker: what was never shown has no labels, and the order of '
+      'exposure is not corrected for.'
+    )
   lines += [
-    '- Labels are what was logged under an earlier ranker: what was never shown has no labels, and the order of '
-    'exposure is not corrected for.',
     '- Nothing was measured for groups of people, for safety of content, or for other feeds than the one above.',
-    '- Interests and items change: the figures hold for the days above.',
+    '- Interests and items change: the figures hold for the data above.',
   ]
   return '\n'.join(lines)
 
@@ -171,11 +182,13 @@ def _licence(data: DataFacts) -> str:
 
 
 def _loading(model: ModelFacts) -> str:
-  lines = ['```bash', 'pinfm score BUNDLE requests.jsonl --out scores.jsonl']
+  lines = ['pinfm score BUNDLE requests.jsonl --out scores.jsonl'] if model.arm else []
   if model.catalogue is not None:
     lines.append('pinfm recommend BUNDLE --history requests.jsonl --top 20')
-  python = 'In Python: `pinfm_jax.serve.scorer.Scorer.load(BUNDLE).score(requests)`.'
-  return f'With pinfm_jax {model.version} or a later version installed:\n\n' + '\n'.join([*lines, '```', '', python])
+  call = 'scorer.score(requests)' if model.arm else 'scorer.users([scorer.parse(request)])'
+  python = f'In Python: `scorer = pinfm_jax.serve.scorer.Scorer.load(BUNDLE)`, `{call}`.'
+  commands = '\n'.join(['```bash', *lines, '```', '', python])
+  return f'With pinfm_jax {model.version} or a later version installed:\n\n{commands}'
 
 
 def _list(names: Sequence[str], most: int = 40) -> str:

@@ -18,7 +18,8 @@ packed table rows (`serve.quantize`) and are unpacked inside.
   With TransAct, candidates also have recent_item int32 [M, T] and of each tile's user, newest event first and padded to
     the module's length L, recent_events int32 [M, L], recent_actions uint32 [M, L], and with content recent_content
     float16 [M, L, W]. They come with each call, not from the pool: 8 bytes an event, and appending stays exact.
-  A ranker without PinFM has crossing(params, stats, candidates) alone, whose candidates have no rows.
+  A ranker without PinFM has crossing(params, stats, candidates) alone, whose candidates have no rows; a tower without
+  a ranker, which predicts no labels, has context, extend and items alone.
 
 Slots are padding where their number is P or more: nothing is written for them, and what is read means nothing. The
 pool is meant to be donated (`jax.jit(program.call, donate_argnums=1)`): it is then updated in place.
@@ -133,7 +134,8 @@ def lower_programs(
     platforms: of JAX, to lower for.
 
   Returns:
-    'crossing'; for a ranker with PinFM also 'context', 'pairs' and 'items', and unless it is bidirectional 'extend'.
+    Of a ranker 'crossing' and, with PinFM, 'pairs'; with PinFM also 'context' and 'items', and unless it is
+    bidirectional 'extend'.
   """
 
   def lower(function: Callable, *shapes: Tree) -> export.Exported:
@@ -156,11 +158,12 @@ def lower_programs(
   slots, *shape = export.symbolic_shape('P, U, K', constraints=[f'K <= {history_length}'])
   new = (params, pool(slots), jax.ShapeDtypeStruct(shape[:1], jnp.int32), event_shapes(model, tuple(shape)))
   programs = {} if model.ranker.bidirectional else {'extend': lower(model.extend, *new)}
+  programs |= {'context': lower(model.context, *new), 'items': lower(model.items, params, rows)}
+  if not model.spec.num_labels:  # a tower without a ranker
+    return programs
   return programs | {
-    'context': lower(model.context, *new),
     'crossing': lower(model.crossing, params, stats, kept, slot_M, inputs),
     'pairs': lower(model.pairs, params, kept, slot_M, inputs),
-    'items': lower(model.items, params, rows),
   }
 
 

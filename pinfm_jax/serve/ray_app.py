@@ -75,6 +75,7 @@ class BundleReplica:
   def __init__(self, settings: RaySettings):
     """Opens the bundle and compiles its programs; Ray sends no request before that is done."""
     self._scorer = Scorer.load(settings.bundle, sizes=Sizes(settings.cache_users or None, settings.max_batch))
+    self._scorer.check_ranks()
     self._scorer.warm_up()
     self.results.set_max_batch_size(settings.max_batch)
     self.results.set_batch_wait_timeout_s(settings.max_delay_ms / 1e3)

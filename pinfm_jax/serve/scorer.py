@@ -102,7 +102,12 @@ class Scorer:
     return [result_document(request, names, with_utility(scores_CT, manifest)) for request, scores_CT in scored]
 
   def probabilities(self, requests: Sequence[ScoringRequest]) -> list[np.ndarray]:
-    """Probabilities, float32 [C, labels], of each of any number of requests."""
+    """Probabilities, float32 [C, labels], of each of any number of requests.
+
+    Raises:
+      UserError: the bundle is a tower alone.
+    """
+    self.check_ranks()
     width = len(self.bundle.manifest.schema.labels)
     return self._crossed(requests, 'crossing', (self._params, self._stats), width)
 
@@ -110,12 +115,13 @@ class Scorer:
     """PinFM's output at the candidates' positions, unit-length float32 [C, O], of each request.
 
     Raises:
-      UserError: the ranker has no PinFM.
+      UserError: the ranker has no PinFM, or the bundle is a tower alone.
     """
+    self.check_ranks()
     return self._crossed(requests, 'pairs', (self._params,), self._output_width())
 
   def users(self, requests: Sequence[ScoringRequest]) -> np.ndarray:
-    """H of each request's last event, unit-length float32 [n, O]; zeros for an empty history.
+    """H of each request's last event, float32 [n, O], unit-length but with `dot_product`; zeros for an empty history.
 
     Raises:
       UserError: the ranker has no PinFM.
@@ -134,7 +140,8 @@ class Scorer:
       keys: uint64 item keys [n] (`data.events.id_key`); an item that training never saw is fine.
 
     Returns:
-      target: z, unit-length float32 [n, O], which H is compared with; vector: E, float32 [n, V].
+      target: z, float32 [n, O], which H is compared with, unit-length but with `dot_product`.
+      vector: E, float32 [n, V].
 
     Raises:
       UserError: the ranker has no PinFM.
@@ -150,6 +157,14 @@ class Scorer:
       for name, rows in self._programs['items'](self._params, inputs).items():
         out[name][start : start + len(some)] = np.asarray(rows)[: len(some)]
     return out
+
+  def check_ranks(self) -> None:
+    """Raises UserError if the bundle is a tower alone, which scores no candidates."""
+    if not self.bundle.manifest.ranks:
+      raise UserError(
+        f'{self.bundle.path} is a tower without a ranker: it scores no candidates; `pinfm recommend` and '
+        '`pinfm embed` with --users or --items take it'
+      )
 
   def forget(self) -> None:
     """Forgets all users: the next request of each is computed from its events."""
@@ -172,8 +187,9 @@ class Scorer:
         if name in self._programs:
           calls += [(self._warm_events, name, window, u, k) for u in self._event_rows(name) for k in lengths]
       calls.append((self.users, [empty]))
-    candidates, recent = self._candidates([empty]), self._recent([empty])
-    calls += [(self._warm_crossing, candidates, recent, size) for size in self._sizes.tiles()]
+    if self.bundle.manifest.ranks:
+      candidates, recent = self._candidates([empty]), self._recent([empty])
+      calls += [(self._warm_crossing, candidates, recent, size) for size in self._sizes.tiles()]
     for function, *arguments in calls:
       function(*arguments)
     return len(calls)

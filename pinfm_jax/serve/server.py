@@ -125,7 +125,7 @@ def open_scorer(path: Path, settings: ServerSettings) -> Any:
   """Opens the bundle that is at the path now.
 
   Raises:
-    UserError: there is none, it is damaged, or its row servers do not answer.
+    UserError: there is none, it is damaged or a tower without a ranker, or its row servers do not answer.
   """
   from pinfm_jax.serve.batches import Sizes
   from pinfm_jax.serve.rows.remote import RemoteRows
@@ -134,6 +134,7 @@ def open_scorer(path: Path, settings: ServerSettings) -> Any:
   rows = RemoteRows.connect(path, settings.rows.split(',')) if settings.rows is not None else None
   try:
     scorer = Scorer.load(path, rows, Sizes(cache_users=settings.cache_users, max_users=settings.max_batch))
+    scorer.check_ranks()
   except BaseException:
     if rows is not None:
       rows.close()

@@ -150,7 +150,7 @@ def open_start(
   have = {name: list(getattr(ranker, name)) for name in names} | {'item ids': ranker.id_type.item}
   _check_same(path, have, {name: list(getattr(info, name)) for name in names} | {'item ids': info.id_type.item})
   rows = BundleRows(file, ranker.rows_GE.storage)
-  if schema is None:
+  if schema is None or not ranker.schema.labels:  # or a tower alone, whose ranker starts fresh
     return StoredStart(path, rows, {'pinfm': ranker.params['pinfm']}, {})
   _check_same(path, asdict(ranker.schema), asdict(schema))
   constants = {name: np.asarray(value) for name, value in vars(ranker.stats).items()}

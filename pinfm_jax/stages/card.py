@@ -28,12 +28,12 @@ def run_card(
   clip: bool,
   catalogue: pl.DataFrame | None,
 ) -> str:
-  """The model card of one fine-tuned ranker.
+  """The model card of one fine-tuned ranker, or of a pretrained tower alone.
 
   Args:
     run: the run.
     experiment: of the arm.
-    arm: its name.
+    arm: its name; empty = the pretrained tower alone.
     seed: of the training.
     params: its dense parameters.
     storage: of the tables.
@@ -47,11 +47,11 @@ def run_card(
     seed=seed,
     version=__version__,
     storage=storage if with_pinfm else None,
-    parameters=_parameters(run, params, with_pinfm),
-    sizes=_sizes(run, experiment, with_pinfm),
+    parameters=_parameters(run, params, with_pinfm, bool(arm)),
+    sizes=(_ranker_sizes(experiment) if arm else {}) | (_tower_sizes(run, experiment) if with_pinfm else {}),
     pretraining=_pretraining(experiment),
-    finetuning=_finetuning(experiment),
-    utility=experiment.evaluate.utility,
+    finetuning=_finetuning(experiment) if arm else {},
+    utility=experiment.evaluate.utility if arm else {},
     catalogue=None if catalogue is None else len(catalogue),
     rounding='' if storage == 'float32' else _ROUNDING[clip],
   )
@@ -64,7 +64,7 @@ def _data(run: Run) -> DataFacts:
   counts |= {'impressions': info.counts.impressions.kept, 'requests': info.counts.requests}
   days = {
     'pretrained on the events of': (info.time_range_ms[0], split.pretrain_until)
-    if info.time_known.histories
+    if info.time_known.histories and split.pretrain_until is not None
     else (0, 0),
     'fine-tuned on the requests of': split.finetune,
     'validation requests': split.validation,
@@ -91,28 +91,31 @@ def _features(info: DatasetInfo) -> list[str]:
   return [*features.dense, *(f.name for f in named), *(['content'] if info.content_width else [])]
 
 
-def _parameters(run: Run, params: Any, with_pinfm: bool) -> dict[str, int]:
+def _parameters(run: Run, params: Any, with_pinfm: bool, with_ranker: bool) -> dict[str, int]:
   sizes = {name: sum(math.prod(np.shape(x)) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
   tower = sizes.pop('pinfm', 0)
-  counted = {'ranker': sum(sizes.values())}
+  counted = {'ranker': sum(sizes.values())} if with_ranker else {}
   if with_pinfm:
     tables = run.model.tables
     counted |= {'PinFM tower': tower, 'item tables': tables.sub_tables * tables.rows * tables.width}
   return counted
 
 
-def _sizes(run: Run, experiment: Experiment, with_pinfm: bool) -> dict[str, str]:
-  ranker, tower, tables = experiment.ranker, run.model.tower, run.model.tables
+def _ranker_sizes(experiment: Experiment) -> dict[str, str]:
+  ranker = experiment.ranker
   sizes = {'ranker': f'{describe_interaction(ranker)}, MLP {" x ".join(map(str, ranker.mlp))}'}
   sizes['ranker'] += f', {ranker.item_buckets:,} buckets of item ids' if ranker.item_buckets else ', no item ids'
   if ranker.transact.length:
     transact = ranker.transact
     sizes['TransAct'] = f'the newest {transact.length} events, {transact.layers} layers, width {3 * transact.width}, '
     sizes['TransAct'] += f'{transact.heads} heads, {transact.item_buckets:,} buckets of item ids'
-  if not with_pinfm:
-    return sizes
+  return sizes
+
+
+def _tower_sizes(run: Run, experiment: Experiment) -> dict[str, str]:
+  tower, tables = run.model.tower, run.model.tables
   content = f' and content vectors of {run.model.content_width}' if run.model.content else ''
-  return sizes | {
+  return {
     'tower': f'{tower.backbone}, {tower.layers} layers, width {tower.width}, {tower.heads} heads, '
     f'output {tower.output_width}',
     'item tables': f'{tables.sub_tables} x {tables.rows:,} rows x {tables.width}, hash seed {tables.hash_seed}',

@@ -1,4 +1,4 @@
-"""Stage `export`: a serving bundle, checked against the evaluation, and example scores from it."""
+"""Stage `export`: a serving bundle, checked against the evaluation, and example scores from it. See `export_tower`."""
 
 import json
 import shutil
@@ -23,6 +23,7 @@ from pinfm_jax.serve.portable.export import export_portable
 from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.card import run_card
 from pinfm_jax.stages.context import Run
+from pinfm_jax.stages.export_tower import checked_tower, trained_tower
 from pinfm_jax.train.finetune import feature_spec
 from pinfm_jax.train.stored_tables import StoredState
 from pinfm_jax.workdir import OtherSettingsError, claim, is_done, read_results, write_json, write_text
@@ -34,13 +35,14 @@ def export_stage(run: Run) -> None:
   """Exports the first seed's last PinFM arm, compares its scores with the evaluation's, and scores examples.
 
   The comparison runs the evaluation's requests through the bundle's own JSON interface, once with float32 tables
-  (nothing but rounding may differ) and once as it is served.
+  (nothing but rounding may differ) and once as it is served. A run without rankers exports its tower, and compares its
+  ranking of the catalogue.
   """
-  if not pinfm_arms(run):
+  arms, seed, state = pinfm_arms(run), run.experiment.seeds[0], run.workdir / 'export'
+  if run.experiment.arms and not arms:
     print('no arm has PinFM: nothing to export')
     return
-  arm, seed, state = pinfm_arms(run)[-1], run.experiment.seeds[0], run.workdir / 'export'
-  settings = run.of_arm(arm).finetune_settings(seed)
+  settings = run.of_arm(arms[-1]).finetune_settings(seed) if arms else run.pretrain_settings(seed)
   settings |= {'split': run.experiment.evaluate.split} | run.measured_settings()
   settings |= {**to_dict(run.experiment.serve), 'utility': dict(run.experiment.evaluate.utility)}
   try:
@@ -51,7 +53,9 @@ def export_stage(run: Run) -> None:
   if is_done(state) and (run.workdir / 'bundle').is_dir():
     print(f'{run.workdir / "bundle"}: finished earlier')
   else:
-    write_json(state / 'results.json', _export_and_check(run, arm, seed))
+    for leftover in run.workdir.glob('.check-*'):  # of a run that was killed here
+      shutil.rmtree(leftover)
+    write_json(state / 'results.json', _export_and_check(run, arms[-1], seed) if arms else checked_tower(run, seed))
   earlier = read_results(run.workdir) if is_done(run.workdir) else {}
   write_json(run.workdir / 'results.json', earlier | read_results(state))
 
@@ -60,8 +64,6 @@ def _export_and_check(run: Run, arm: Arm, seed: int) -> dict[str, float]:
   storage = run.experiment.serve.storage
   bundle = export_arm(run, run.workdir / 'bundle', overwrite=True)
   evaluated = RankingPredictions.load(run.measured_directory(seed, arm) / 'predictions.npz')
-  for leftover in run.workdir.glob('.check-*'):  # of a run that was killed here
-    shutil.rmtree(leftover)
   with tempfile.TemporaryDirectory(dir=run.workdir, prefix='.check-') as scratch:
     exact = export_arm(run, Path(scratch) / 'bundle_float32', storage='float32')
     served = {'float32': served_predictions(run, arm, exact), storage: served_predictions(run, arm, bundle)}
@@ -82,8 +84,11 @@ def export_arm(
   base: str | Path | None = None,
   clip: bool | None = None,
   form: str = 'bundle',
+  tower: bool = False,
 ) -> Path:
   """Writes the bundle of a fine-tuned ranker, or what it has and an earlier bundle has not, or another form of it.
+
+  A run without rankers has its pretrained tower to export.
 
   Args:
     run: the run.
@@ -95,19 +100,24 @@ def export_arm(
     base: a bundle; what is written is then a delta against it.
     clip: how table rows are rounded (`serve.clip`); None = as the experiment says.
     form: 'bundle', or 'onnx' or 'savedmodel' (`serve.portable.export`).
+    tower: the pretrained tower alone, without a ranker.
 
   Raises:
-    UserError: no such arm, or it is not fine-tuned.
+    UserError: no such arm, or it is not trained.
   """
-  names = [arm.name for arm in run.experiment.arms]
-  if not names:
-    raise UserError(f'{run.workdir} has no rankers (its experiment has arms=()); there is nothing to export')
+  names, serve = [arm.name for arm in run.experiment.arms], run.experiment.serve
+  if arm_name is not None and tower:
+    raise UserError(f"got arm '{arm_name}' beside --tower: drop one")
   if arm_name is not None and arm_name not in names:
-    raise UserError(f"no arm '{arm_name}'; expected one of: {', '.join(names)}")
-  chosen = [arm for arm in run.experiment.arms if arm.name == arm_name] or pinfm_arms(run) or run.experiment.arms
-  arm, seed = chosen[-1], run.experiment.seeds[0] if seed is None else seed
-  storage = storage or run.experiment.serve.storage
-  ranker = _trained_ranker(run, arm, seed, storage, run.experiment.serve.clip if clip is None else clip)
+    expected = f'expected one of: {", ".join(names)}' if names else 'this run has no rankers: drop --arm for its tower'
+    raise UserError(f"no arm '{arm_name}'; {expected}")
+  seed, storage = run.experiment.seeds[0] if seed is None else seed, storage or serve.storage
+  clip = serve.clip if clip is None else clip
+  if tower or not names:
+    ranker = trained_tower(run, seed, storage, clip)
+  else:
+    chosen = [arm for arm in run.experiment.arms if arm.name == arm_name] or pinfm_arms(run) or run.experiment.arms
+    ranker = _trained_ranker(run, chosen[-1], seed, storage, clip)
   if form != 'bundle':
     return export_portable(out, ranker, form, storage, overwrite)
   if base is None:

@@ -11,9 +11,10 @@ def add_export(commands) -> None:
   """Adds `export` to the `pinfm` command."""
   command = commands.add_parser(
     'export',
-    help='convert a fine-tuned ranker to a serving bundle, or a bundle to another form',
-    description='Writes the bundle of a fine-tuned ranker; an ONNX or TensorFlow form of it (--format); or a bundle '
-    'again, for the JAX that is installed here (--refresh) or with other tables (--storage).',
+    help='convert a fine-tuned ranker or a pretrained tower to a serving bundle, or a bundle to another form',
+    description='Writes the bundle of a fine-tuned ranker, or of the pretrained tower alone (--tower); an ONNX or '
+    'TensorFlow form of it (--format); or a bundle again, for the JAX that is installed here (--refresh) or with other '
+    'tables (--storage).',
   )
   command.add_argument('source', metavar='WORKDIR', help='of a finished run; or a bundle')
   command.add_argument('--out', metavar='DIR', required=True, help='the directory to make')
@@ -21,6 +22,8 @@ def add_export(commands) -> None:
                        help='onnx needs the package onnx, savedmodel TensorFlow (default: bundle)')  # fmt: skip
   command.add_argument('--refresh', action='store_true', help="lower a bundle's programs again for this JAX")
   command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
+  command.add_argument('--tower', action='store_true',
+                       help='the pretrained tower without a ranker (default where a run has no rankers)')  # fmt: skip
   command.add_argument('--seed', type=int, help='of which seed (default: the first)')
   command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
   command.add_argument('--clip', action=argparse.BooleanOptionalAction, default=None,
@@ -45,13 +48,13 @@ def _export(arguments: argparse.Namespace) -> None:
   from pinfm_jax.stages.export import export_arm
 
   run, a = Run(saved_experiment(arguments.source), Path(arguments.source)), arguments
-  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base, a.clip, a.form))
+  print(export_arm(run, a.out, a.arm, a.seed, a.storage, a.overwrite, a.base, a.clip, a.form, a.tower))
 
 
 def _export_bundle(arguments: argparse.Namespace) -> None:
   """Writes a bundle again, in another way."""
-  for name in ('arm', 'seed', 'base'):
-    if getattr(arguments, name) is not None:
+  for name in ('arm', 'tower', 'seed', 'base'):
+    if getattr(arguments, name) not in (None, False):
       raise UserError(f'--{name} belongs to a run, and {arguments.source} is a bundle: drop it, or give a workdir')
   from pinfm_jax.serve.bundle import export_bundle
   from pinfm_jax.serve.convert import ranker_of_bundle, refresh_bundle

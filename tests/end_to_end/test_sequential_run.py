@@ -14,6 +14,8 @@ from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.pretrained import load_pretrained
 from pinfm_jax.run import run as run_experiment
 from pinfm_jax.sequential import SequenceData, sasrec, sequential_experiment
+from pinfm_jax.serve.offline.recommend import recommend_file
+from pinfm_jax.serve.scorer import Scorer
 from pinfm_jax.train.stored_tables import StoredState
 
 ITEMS = 30
@@ -35,6 +37,18 @@ def experiment(tmp_path_factory):
 
 def _results(workdir, split):
   return json.loads((workdir / 'seed0' / 'pretrain' / split / 'results.json').read_text())
+
+
+def _recommends(workdir, hit_rate):
+  """`pinfm recommend` finds the held-out items as often as the evaluation."""
+  log = Path(json.loads((workdir / 'experiment.json').read_text())['data']['path'])
+  lines = [line.split()[1:] for line in log.read_text().splitlines()]
+  users = [{'history': [{'item_id': int(item)} for item in line[:-1]]} for line in lines]
+  (workdir / 'users.jsonl').write_text('\n'.join(map(json.dumps, users)))
+  recommend_file(Scorer.load(workdir / 'bundle'), workdir / 'users.jsonl', 5, None, True, workdir / 'top.jsonl')
+  found = [json.loads(line)['items'] for line in (workdir / 'top.jsonl').read_text().splitlines()]
+  hits = [int(line[-1]) in [item['item_id'] for item in items] for line, items in zip(lines, found, strict=True)]
+  assert sum(hits) / len(hits) == pytest.approx(hit_rate, abs=0.05)
 
 
 def _script(name):
@@ -71,9 +85,12 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
     run_experiment(apply_overrides(experiment, {'evaluate.ks': '7'}), workdir, ('evaluate',))
   with pytest.raises(UserError, match='filter_seen'):
     run_experiment(apply_overrides(experiment, {'evaluate.filter_seen': False}), workdir, ('evaluate',))
-  served = _script('served')['served_figures'](workdir)
-  assert served['float32']['tower/mrr'] == pytest.approx(test['retrieval/tower/mrr'], rel=1e-5)
-  assert served['int4']['tower/mrr'] == pytest.approx(test['retrieval/tower/mrr'], rel=0.1)
+  results = json.loads((workdir / 'results.json').read_text())
+  for name in ('hr@10', 'ndcg@10', 'ndcg@5'):
+    measured = test[f'retrieval/tower/{name}']
+    assert results[f'bundle/float32/tower/{name}'] == pytest.approx(measured, rel=1e-5)
+    assert results[f'bundle/int4/tower/{name}'] == pytest.approx(measured, rel=0.1)
+  _recommends(workdir, test['retrieval/all/tower/hr@5'])
   _script('rival_data')['write_rival_data'](workdir, tmp_path / 'rival')
   read = lambda name: (tmp_path / 'rival' / name).read_text().splitlines()
   lines = [line.split()[1:] for line in Path(experiment.data.path).read_text().splitlines()]

@@ -38,3 +38,23 @@ def test_finetuning_from_a_bundle(tmp_path, capsys):
     scores.append(np.array([[s['click'], s['save'], s['hide']] for r in results for s in r['scores']]))
   assert np.ptp(scores[0], axis=0).min() > 1e-3  # the comparison can fail
   np.testing.assert_allclose(scores[1], scores[0], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_finetuning_from_the_bundle_of_a_tower(tmp_path):
+  launch, first, second = tmp_path / 'launch.py', tmp_path / 'first', tmp_path / 'second'
+  launch.write_text(LAUNCH)
+  assert main(['run', str(launch), '--workdir', str(first), '--stages', 'prepare,pretrain']) == 0
+  tower, ranker = tmp_path / 'tower', tmp_path / 'ranker'
+  assert main(['export', str(first), '--tower', '--out', str(tower), '--storage', 'float32']) == 0
+  settings = [f'finetune.start_from={tower}', *STILL]
+  assert main(['run', str(launch), '--workdir', str(second), *STAGES, '--set', *settings]) == 0
+  assert main(['export', str(second), '--out', str(ranker), '--storage', 'float32']) == 0
+  documents = list(dataset_requests(PreparedDataset.open(first / 'data'), range(20), 8))
+  found = []
+  for path in (tower, ranker):
+    scorer = Scorer(load_bundle(path))
+    plain = [{name: document[name] for name in ('request_id', 'history')} for document in documents]
+    found.append(scorer.users([scorer.parse({**user, 'candidates': []}) for user in plain]))
+  assert np.ptp(found[0], axis=0).min() > 1e-3  # the comparison can fail
+  np.testing.assert_allclose(found[1], found[0], atol=1e-5)

@@ -92,9 +92,13 @@ def test_an_unfinished_run_is_not_exported(fails, tmp_path, toy_run):
   line = fails('export', 'run', '--out', 'bundle')
   assert 'run the finetune stage first' in line
   assert 'expected one of: without PinFM, with PinFM' in fails('export', 'run', '--out', 'bundle', '--arm', 'x')
+  assert 'drop one' in fails('export', 'run', '--out', 'bundle', '--arm', 'with PinFM', '--tower')
   towers = replace(toy_run.experiment, arms=())
   (tmp_path / 'run' / 'experiment.json').write_text(json.dumps(to_dict(towers)))
-  assert 'has no rankers' in fails('export', 'run', '--out', 'bundle')
+  (tmp_path / 'run' / 'data').symlink_to(toy_run.workdir / 'data')
+  assert 'run the pretrain stage first' in fails('export', 'run', '--out', 'bundle')
+  assert not (tmp_path / 'run' / 'seed0').exists()
+  assert 'has no rankers' in fails('export', 'run', '--out', 'bundle', '--arm', 'x')
   line = fails('import-tables', 'v.npy', '--experiment', 'run', '--out', 'tables', '--set', 'model.tables.rows=0')
   assert 'model.tables.rows' in line
   assert 'v.npy' not in line  # the settings are checked before any vector is read

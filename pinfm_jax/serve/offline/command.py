@@ -17,7 +17,7 @@ def add_recommend(commands) -> None:
   command = commands.add_parser(
     'recommend',
     help='rank a whole catalogue for users, with the user representation',
-    description='For each user the items of the catalogue with the highest cosine of user and item representation.',
+    description='For each user the items of the catalogue with the highest product of user and item representation.',
   )
   _add_bundle(command)
   command.add_argument('--history', metavar='FILE', required=True,

@@ -1,8 +1,9 @@
 """Ranks a whole catalogue for users by their representation: H of the last event against z of every item.
 
-The score is <H, z>, the cosine of the two unit vectors that pretraining brings together for a user and the next item
-(PinFM section 3.1). It is a retrieval score, not a probability: `pinfm score` ranks few candidates with all features.
-The catalogue passes through in chunks, so that memory does not grow with it.
+The score is <H, z>, which pretraining makes large for a user and the next item (PinFM section 3.1): the cosine of two
+unit vectors, or a plain inner product (`model.tower.dot_product`). It is a retrieval score, not a probability: `pinfm
+score` ranks few candidates with all features. The catalogue passes through in chunks, so that memory does not grow
+with it.
 """
 
 import json

@@ -98,8 +98,10 @@ def export_portable(
     The directory.
 
   Raises:
-    UserError: the package that writes the form is not installed, or see `export_bundle`.
+    UserError: the package that writes the form is not installed, a tower alone, or see `export_bundle`.
   """
+  if not ranker.schema.labels:
+    raise UserError(f'--format {form} is for rankers, and this is a tower alone: export it as a bundle')
   write_programs = _writer(form)
   # Here, so that reading a manifest loads neither Flax nor the model's source.
   from flax.core import meta

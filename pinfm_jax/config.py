@@ -154,9 +154,10 @@ class PretrainConfig:
   eval_every: int = 0  # steps between measurements on held-out users, who do not train; 0 = all users train
   eval_share: float = 0.02  # of the users, chosen by hash: the same ones in every run
   eval_batches: int = 8  # measured each time, of batch_segments held-out segments
-  # Of a log without impressions: instead of a loss on held-out users, NDCG@10 of every user's validation event is
+  # Of a log without impressions: instead of a loss on held-out users, the rank of every user's validation event is
   # measured (data.held_out_events 2), and all users train.
   eval_ranking: bool = False
+  eval_metric: str = 'ndcg@10'  # by which the best of these measurements is chosen: 'ndcg@10', 'hr@10' or 'mrr'
   patience: int = 0  # measurements without a better one after which training stops; 0 = never
   keep_last: int = 2  # newest checkpoints that stay
   keep_best: int = 0  # besides, so many with the lowest held-out loss

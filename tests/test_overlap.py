@@ -75,7 +75,7 @@ def test_the_choice_is_a_setting_of_the_tower_and_is_checked(toy_run):
   other = Run(replace(toy_run.experiment, data=OVERLAP), toy_run.workdir)
   assert other.pretrain_settings(0)['data']['pretrain_overlap_users'] == 'others'
   assert 'pretrain_overlap_users' not in toy_run.pretrain_settings(0)['data']  # earlier towers stay valid
-  assert 'item_dropout' not in toy_run.pretrain_settings(0)['pretrain']
+  assert not {'item_dropout', 'eval_metric'} & toy_run.pretrain_settings(0)['pretrain'].keys()
   with pytest.raises(UserError, match="pretrain_overlap_users is 'some'; expected one of: all, others"):
     check_experiment(apply_overrides(toy_run.experiment, {'data.pretrain_overlap_users': 'some'}))
   without = split_by_time(toy_run.dataset, replace(OVERLAP, pretrain_overlap=False))

@@ -62,6 +62,8 @@ LAUNCH_FILES = [FOLDER / f'{name}.py' for name in ('beauty', 'ml1m', 'sports', '
     ({'data.held_out_events': 2, 'pretrain.continue_from': 'x'}, 'set data.held_out_events=1'),
     ({'pretrain.eval_ranking': True, 'pretrain.eval_every': 1}, 'only the test event is held out'),
     ({'pretrain.eval_ranking': True, 'data.held_out_events': 2}, 'eval_ranking is True, but nothing'),
+    ({'pretrain.eval_metric': 'hr@5'}, 'expected one of: ndcg@10, hr@10, mrr'),
+    ({'pretrain.eval_metric': 'mrr'}, 'no ranking is measured'),
     ({'pretrain.patience': 2}, 'pretrain.patience is 2, but nothing is measured'),
     ({'model.tables.hash_seed': -2}, 'model.tables.hash_seed is -2'),
   ],

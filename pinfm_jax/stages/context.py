@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pinfm_jax.checks import check_labels
-from pinfm_jax.config import Arm, Experiment, InteractionConfig, PinFMConfig
+from pinfm_jax.config import Arm, Experiment, InteractionConfig, PinFMConfig, PretrainConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.kept_examples import kept_or_made
@@ -169,8 +169,12 @@ class Run:
   def pretrain_settings(self, seed: int) -> dict[str, Any]:
     """Everything that a seed's pretraining depends on."""
     data, pretrain = self.experiment.data, dataclasses.asdict(self.experiment.pretrain)
-    if not pretrain['item_dropout']:  # as in work that was made when there was none: sweeps find their towers again
-      del pretrain['item_dropout']
+    for name in (
+      'item_dropout',
+      'eval_metric',
+    ):  # as in work that was made without these: sweeps find their towers again
+      if pretrain[name] == getattr(PretrainConfig, name):
+        del pretrain[name]
     return {
       'data': {
         'checksum': self.dataset.info.checksum,

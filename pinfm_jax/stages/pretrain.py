@@ -14,6 +14,7 @@ from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.train.distributed import on_first
 from pinfm_jax.train.loop import Evaluate
 from pinfm_jax.train.pretrain import pretrain
+from pinfm_jax.train.pretrain_settings import EVAL_METRICS
 from pinfm_jax.train.step import TrainState, evaluated
 from pinfm_jax.workdir import RESULTS, claim, has_work, is_done, read_results, write_json
 
@@ -112,6 +113,6 @@ def _ranking(run: Run) -> Evaluate | None:
 
   def rank(state: TrainState) -> dict[str, float]:
     figures = measure(state.params['pinfm'], state.tables.rows_GE)
-    return {name: figures[f'tower/{name}'] for name in ('hr@10', 'ndcg@10', 'mrr')}
+    return {name: figures[f'tower/{name}'] for name in EVAL_METRICS}
 
   return rank

@@ -169,7 +169,7 @@ def pretrain(
   With `until_U`, before a time of each user's own, `until_ms` at the latest (see `Split.until_by_user`).
 
   With `config.eval_every`, a share of the users does not train; the losses on their segments are logged as eval/....
-  With `config.eval_ranking` all users train, and `rank` measures instead: 'ndcg@10' tells which checkpoint is best.
+  With `config.eval_ranking` all users train, and `rank` measures instead: `config.eval_metric` tells which is best.
   With `config.continue_from` it starts from what an earlier run has learned (see `train.growth`), else from `start`.
 
   Raises:
@@ -223,7 +223,7 @@ def _loop(
     eval_every=config.eval_every,
     keep=Keep(config.keep_last, config.keep_best),
     use_checkpoint=config.use_checkpoint,
-    best_by='-ndcg@10' if config.eval_ranking else 'loss',
+    best_by=f'-{config.eval_metric}' if config.eval_ranking else 'loss',
     patience=config.patience,
     resume=config.resume,
     profile=profile,

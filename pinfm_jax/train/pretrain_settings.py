@@ -3,6 +3,8 @@
 from pinfm_jax.config import Experiment, PretrainConfig
 from pinfm_jax.errors import UserError
 
+EVAL_METRICS = ('ndcg@10', 'hr@10', 'mrr')  # that `pretrain.eval_ranking` measures, the default first
+
 
 def check_pretraining(experiment: Experiment) -> None:
   """Checks them.
@@ -147,6 +149,12 @@ def _check_measuring(pretrain: PretrainConfig) -> None:
         f'pretrain.{name} is {value}, but nothing is measured (pretrain.eval_every=0); set eval_every to a number of '
         f'steps, or {name} to {type(value)()}'
       )
+  if pretrain.eval_metric not in EVAL_METRICS:
+    raise UserError(f"pretrain.eval_metric is '{pretrain.eval_metric}'; expected one of: {', '.join(EVAL_METRICS)}")
+  if pretrain.eval_metric != EVAL_METRICS[0] and not pretrain.eval_ranking:
+    raise UserError(
+      f"pretrain.eval_metric is '{pretrain.eval_metric}', but no ranking is measured; set pretrain.eval_ranking=true"
+    )
   if pretrain.use_checkpoint == 'best' and not pretrain.keep_best:
     raise UserError(
       "pretrain.use_checkpoint is 'best', but no best checkpoint is kept (pretrain.keep_best=0); set keep_best to 1"

@@ -30,6 +30,7 @@ def experiment(tmp_path_factory):
   data = DataConfig(source='amazon', path=str(path))
   made = sequential_experiment('walks', data, SequenceData(ITEMS, 720, 8, 4), 12, {'model.tower.layers': 1})
   small = {'model.tower.width': 16, 'model.tower.output_width': 16, 'model.tables.width': 16, 'pretrain.ema_decay': 0.9}
+  small['pretrain.eval_metric'] = 'mrr'
   small |= {'pretrain.update.learning_rate': 0.01, 'pretrain.update.table_learning_rate': 0.01}
   small |= {f'model.tower.{kind}': 0.0 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')}
   return replace(apply_overrides(made, small), seeds=(0,))
@@ -62,11 +63,11 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   validation = _results(workdir, 'validation')
   assert not (workdir / 'seed0' / 'pretrain' / 'test').exists()  # nothing of the test split was read
   metrics = [json.loads(line) for line in (workdir / 'seed0' / 'pretrain' / 'metrics.jsonl').read_text().splitlines()]
-  measured = [row['eval/ndcg@10'] for row in metrics if 'eval/ndcg@10' in row]
-  assert validation['retrieval/tower/ndcg@10'] == pytest.approx(max(measured))  # the best checkpoint was taken
+  measured = [row['eval/mrr'] for row in metrics if 'eval/mrr' in row]
+  assert validation['retrieval/tower/mrr'] == pytest.approx(max(measured))  # the best checkpoint was taken
   assert measured[-1] > measured[0]
   checkpoints = workdir / 'seed0' / 'pretrain' / 'checkpoints'
-  equal = [row['step'] for row in metrics if row.get('eval/ndcg@10') == max(measured)]
+  equal = [row['step'] for row in metrics if row.get('eval/mrr') == max(measured)]
   best = StoredState(checkpoints, next(step for step in equal if (checkpoints / str(step)).exists()))
   np.testing.assert_array_equal(load_pretrained(workdir).rows, np.concatenate(list(best.table_rows(ITEMS + 2))))
   steps = max(row['step'] for row in metrics)

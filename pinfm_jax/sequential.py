@@ -113,8 +113,8 @@ def sequential_experiment(
 def sasrec(experiment: Experiment) -> Mapping[str, Any]:
   """SASRec+SS as a configuration of the tower: item vectors in and out, inner products, Adam at a constant rate.
 
-  200 epochs at most, patience 50, the best epoch by HR@10 (their recall@10), as published. What the launch files and `search.py` change is set here again, so that
-  the baseline stays the same.
+  200 epochs at most, patience 50, the best epoch by HR@10 (their recall@10), as published. What the launch files and
+  `search.py` change is set here again, so that the baseline stays the same.
 
   Differences from the published code: GELU; dropout of what attention adds but not inside the MLP; position embeddings
   start small, as residual branches do, and positions count from a segment's start; all segments of a long history train

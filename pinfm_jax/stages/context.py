@@ -169,10 +169,7 @@ class Run:
   def pretrain_settings(self, seed: int) -> dict[str, Any]:
     """Everything that a seed's pretraining depends on."""
     data, pretrain = self.experiment.data, dataclasses.asdict(self.experiment.pretrain)
-    for name in (
-      'item_dropout',
-      'eval_metric',
-    ):  # as in work that was made without these: sweeps find their towers again
+    for name in ('item_dropout', 'eval_metric'):  # as in work that was made without them: its towers are found again
       if pretrain[name] == getattr(PretrainConfig, name):
         del pretrain[name]
     return {

@@ -2,11 +2,12 @@
 
 Command:   PINFM_DATA=DIR pinfm run experiments/ml1m.py      (DIR holds ml1m/; or --set data.path=DIR)
 Hardware:  2 CPU cores, 4 GB of memory
-Time:      not measured yet
-Expected:  HR@10 of the next film above the popularity row; not measured yet
+Time:      8 minutes on one core
+Expected:  HR@10 of the next film .116, popularity .014 (2,000 users; experiments/README.md)
 
 Each user's last film is held out and all films are ranked. The log has an order but no times and no impressions; stars
-stand for actions. It serves experiments/ablations/sequence_length.py: half of the users have 96 films or more.
+stand for actions. It serves experiments/ablations/sequence_length.py: half of the users have 96 films or more. The
+settings are PinFM's, short and not tuned; what a tuned tower reaches is in experiments/sequential/ml1m.py.
 """
 
 import os

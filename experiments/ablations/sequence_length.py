@@ -6,8 +6,8 @@ Command:   pinfm sweep experiments/quickstart.py --arms experiments/ablations/se
            pinfm sweep experiments/globo.py --arms experiments/ablations/sequence_length.py --split test
            (ml1m has no impressions: the rows differ in retrieval alone; histories of kuairand and globo are short)
 Hardware:  2 CPU cores, 6 GB of memory
-Time:      quickstart: 10 minutes a seed on one core (a pretraining for each row and seed); others not measured yet
-Expected:  quickstart: nothing from longer ones, its interests drift (experiments/README.md); others not measured yet
+Time:      on one core: quickstart 10 minutes a seed, ml1m an hour (a pretraining for each row); others not measured
+Expected:  nothing from longer ones on both (experiments/README.md); others not measured
 
 L_d is finetune.history_length and pretrain.downstream_length, the anchor of the future-token loss; L is
 pretrain.segment_length, which grows where it must to leave events behind L_d. A step of pretraining sees as many

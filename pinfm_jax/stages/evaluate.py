@@ -73,7 +73,7 @@ def _predictions(run: Run, seed: int, arm: Arm) -> RankingPredictions:
 
 def _retrieval_figures(run: Run) -> dict[str, float]:
   """Mean over the seeds of the pretrained towers' retrieval figures; of several seeds also '.../std'."""
-  results = [_tower_figures(run, seed) for seed in run.experiment.seeds if is_done(run.tower_results(seed))]
+  results = [tower_figures(run, seed) for seed in run.experiment.seeds if is_done(run.tower_results(seed))]
   if not results:
     return {}
   values = {name: [r[name] for r in results] for name in results[0]}
@@ -82,7 +82,12 @@ def _retrieval_figures(run: Run) -> dict[str, float]:
   return figures | {f'{name}/std': statistics.stdev(each) for name, each in towers.items()}
 
 
-def _tower_figures(run: Run, seed: int) -> dict[str, float]:
+def tower_figures(run: Run, seed: int) -> dict[str, float]:
+  """The retrieval figures of a seed's tower.
+
+  Raises:
+    UserError: it was not measured, or not at all of `evaluate.ks`.
+  """
   claim(run.pretrain_directory(seed), run.pretrain_settings(seed))  # other settings: refused
   figures = read_results(run.tower_results(seed))
   for k in run.experiment.evaluate.ks:

@@ -23,7 +23,7 @@ from pinfm_jax.serve.portable.export import export_portable
 from pinfm_jax.serve.scorer import Scorer, score_file
 from pinfm_jax.stages.card import run_card
 from pinfm_jax.stages.context import Run
-from pinfm_jax.stages.export_tower import checked_tower, trained_tower
+from pinfm_jax.stages.export_tower import checked_tower, export_settings, trained_tower
 from pinfm_jax.train.finetune import feature_spec
 from pinfm_jax.train.stored_tables import StoredState
 from pinfm_jax.workdir import OtherSettingsError, claim, is_done, read_results, write_json, write_text
@@ -42,7 +42,7 @@ def export_stage(run: Run) -> None:
   if run.experiment.arms and not arms:
     print('no arm has PinFM: nothing to export')
     return
-  settings = run.of_arm(arms[-1]).finetune_settings(seed) if arms else run.pretrain_settings(seed)
+  settings = run.of_arm(arms[-1]).finetune_settings(seed) if arms else export_settings(run, seed)
   settings |= {'split': run.experiment.evaluate.split} | run.measured_settings()
   settings |= {**to_dict(run.experiment.serve), 'utility': dict(run.experiment.evaluate.utility)}
   try:

@@ -2,8 +2,8 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 import polars as pl
 
@@ -21,10 +21,11 @@ from pinfm_jax.serve.from_dataset import dataset_users
 from pinfm_jax.serve.scorer import Scorer
 from pinfm_jax.stages.card import run_card
 from pinfm_jax.stages.context import Run
+from pinfm_jax.stages.evaluate import tower_figures
 from pinfm_jax.stages.pretrain import retrieval_of
 from pinfm_jax.train.finetune import feature_spec
 from pinfm_jax.train.restore import stored_state
-from pinfm_jax.workdir import claim, has_work, read_results, write_text
+from pinfm_jax.workdir import claim, has_work, write_text
 
 _USERS = 256
 
@@ -75,18 +76,28 @@ def checked_tower(run: Run, seed: int) -> dict[str, float]:
 
   Returns:
     The figures of the tables (`results.json`).
+
+  Raises:
+    UserError: the tower is not trained or not measured.
   """
-  serve, evaluate = run.experiment.serve, run.experiment.evaluate
+  serve, evaluate, evaluated = run.experiment.serve, run.experiment.evaluate, tower_figures(run, seed)
   measure = retrieval_of(run, evaluate.split, evaluate.ks)
   export_bundle(run.workdir / 'bundle', trained_tower(run, seed, serve.storage, serve.clip), serve.storage, True)
   with tempfile.TemporaryDirectory(dir=run.workdir, prefix='.check-') as scratch:
     exact = export_bundle(Path(scratch) / 'bundle_float32', trained_tower(run, seed, 'float32', False), 'float32')
     served = {'float32': served_retrieval(run, measure, exact)}
   served[serve.storage] = served_retrieval(run, measure, run.workdir / 'bundle')
-  table, figures = _comparison(read_results(run.tower_results(seed)), served, evaluate.ks)
+  table, figures = _comparison(evaluated, served, evaluate.ks)
   print(table.text())
   write_text(run.workdir / 'bundle_check.md', table.markdown())
   return figures
+
+
+def export_settings(run: Run, seed: int) -> dict[str, Any]:
+  """Everything that the bundle of a tower and its check depend on, but for the storage."""
+  evaluate = run.experiment.evaluate
+  settings = {name: getattr(evaluate, name) for name in ('retrieval_users', 'ks', 'filter_seen', 'whole_catalogue')}
+  return run.pretrain_settings(seed) | {'history_block': run.experiment.finetune.history_block, 'evaluate': settings}
 
 
 def served_retrieval(run: Run, measure: Retrieval, bundle: Path) -> dict[str, float]:
@@ -98,8 +109,7 @@ def served_retrieval(run: Run, measure: Retrieval, bundle: Path) -> dict[str, fl
     progress.update(sum(map(len, vectors)))
   progress.close()
   items = scorer.items(task.catalogue_V)['target']
-  with jax.set_mesh(run.mesh):
-    return measure.of_vectors(np.concatenate(vectors), items)
+  return measure.of_vectors(np.concatenate(vectors), items)
 
 
 def _comparison(

@@ -39,8 +39,9 @@ def claim(directory: Path, settings: Mapping[str, Any], started: bool = True) ->
     for name in (*expected, *found):  # a setting that is no longer there differs too
       newer = name not in found and not expected[name]
       if not newer and found.get(name) != expected.get(name):
+        was, now = (repr(values[name]) if name in values else 'its default' for values in (found, expected))
         raise OtherSettingsError(
-          f'{directory} was made with {name}={found.get(name)!r}, now it is {expected.get(name)!r}; '
+          f'{directory} was made with {name}={was}, now it is {now}; '
           f'use another --workdir, the old setting, or delete {directory}'
         )
   directory.mkdir(parents=True, exist_ok=True)

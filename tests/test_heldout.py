@@ -16,6 +16,7 @@ from pinfm_jax.train import heldout, loop
 from pinfm_jax.train.exchange import read_vectors
 from pinfm_jax.train.heldout import held_out_loss, held_out_users, split_segments
 from pinfm_jax.train.pretrain import PretrainTask, for_measuring, pretrain
+from pinfm_jax.train.restore import stored_state
 from pinfm_jax.train.sharding import put_batch
 
 
@@ -115,3 +116,16 @@ def test_settings_that_cannot_work_are_refused(toy_run, settings, words):
     check_experiment(replace(experiment, pretrain=replace(experiment.pretrain, **settings)))
   good = replace(experiment.pretrain, eval_every=5, keep_best=1, use_checkpoint='best')
   check_experiment(replace(experiment, pretrain=good))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('metric', 'best'), [('ndcg@10', 2), ('hr@10', 4)])
+def test_the_chosen_metric_of_the_ranking_decides(toy_run, tmp_path, config, metric, best):
+  measured = iter([{'ndcg@10': 0.3, 'hr@10': 0.1, 'mrr': 0.2}, {'ndcg@10': 0.2, 'hr@10': 0.4, 'mrr': 0.2}])
+  ranked = {'eval_ranking': True, 'eval_metric': metric, 'checkpoint_every': 2}
+  config = replace(config, **ranked, keep_last=1, keep_best=1, use_checkpoint='best')
+  arguments = (toy_run.dataset, toy_run.split.pretrain_until, toy_run.model, config, toy_run.mesh, tmp_path / 'run')
+  state = pretrain(*arguments, seed=0, rank=lambda _: next(measured))
+  assert int(state.step) == best
+  rows_GE = stored_state(tmp_path / 'run', 'best').table(toy_run.model.tables)
+  np.testing.assert_array_equal(rows_GE, np.asarray(state.tables.rows_GE)[: len(rows_GE)])

@@ -51,7 +51,7 @@ def test_an_option_that_is_newer_than_the_run_and_off_is_no_difference(tmp_path)
   claim(tmp_path, {**SETTINGS, 'start_from': '', 'data': {**SETTINGS['data'], 'flag': False, 'count': 0}})
   with pytest.raises(UserError, match="start_from='', now it is 'a'"):
     claim(tmp_path, {**SETTINGS, 'start_from': 'a', 'data': {**SETTINGS['data'], 'flag': False, 'count': 0}})
-  with pytest.raises(UserError, match='data.count=0, now it is None'):  # an option that was there is missing
+  with pytest.raises(UserError, match='data.count=0, now it is its default'):  # an option that was there is missing
     claim(tmp_path, {**SETTINGS, 'start_from': '', 'data': {**SETTINGS['data'], 'flag': False}})
 
 

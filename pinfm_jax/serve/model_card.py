@@ -86,7 +86,7 @@ def model_card(data: DataFacts, model: ModelFacts, results: str, split: str, see
   parts = [
     f'# Model card: {model.name}, {model.part}',
     _about(model),
-    '## Data\n\n' + _data(data),
+    '## Data\n\n' + _data(data, bool(model.arm)),
     '## Model\n\n' + _model(model),
     '## Training\n\n' + _training(model),
     '## Results\n\n' + _results(model, results, split, seeds),
@@ -105,15 +105,16 @@ def _about(model: ModelFacts) -> str:
   return f'{kind}, exported by pinfm_jax {model.version}; seed {model.seed}. This card is generated from the run.'
 
 
-def _data(data: DataFacts) -> str:
+def _data(data: DataFacts, with_ranker: bool) -> str:
+  labels = f' Labels: {_list(data.labels)}.' if with_ranker else ''
   days = [(name, _days(first, last)) for name, (first, last) in data.days.items() if last > first]
   lines = [
     f'- Source: {data.source}.' + (f' {data.notes}' if data.notes else ''),
     f'- Terms: {data.licence or "none stated"}.',
     '- Counts: ' + ', '.join(f'{number:,} {name}' for name, number in data.counts.items()) + '.',
     *(f'- {name[0].upper()}{name[1:]}: {words} (UTC).' for name, words in days),
-    f'- Actions: {_list(data.actions)}. Surfaces: {_list(data.surfaces)}. Labels: {_list(data.labels)}.',
-    f'- Features of the ranker: {_list(data.features)}.',
+    f'- Actions: {_list(data.actions)}. Surfaces: {_list(data.surfaces)}.{labels}',
+    *([f'- Features of the ranker: {_list(data.features)}.'] if with_ranker else []),
     f'- Checksum of the prepared data set: `{data.checksum}`.',
   ]
   return '\n'.join(lines)
@@ -184,8 +185,9 @@ def _licence(data: DataFacts) -> str:
 def _loading(model: ModelFacts) -> str:
   lines = ['pinfm score BUNDLE requests.jsonl --out scores.jsonl'] if model.arm else []
   if model.catalogue is not None:
-    lines.append('pinfm recommend BUNDLE --history requests.jsonl --top 20')
-  call = 'scorer.score(requests)' if model.arm else 'scorer.users([scorer.parse(request)])'
+    lines.append(f'pinfm recommend BUNDLE --history {"requests" if model.arm else "users"}.jsonl --top 20')
+  user = '{"request_id": 1, "history": [..], "candidates": []}'
+  call = 'scorer.score(requests)' if model.arm else f'scorer.users([scorer.parse({user})])'
   python = f'In Python: `scorer = pinfm_jax.serve.scorer.Scorer.load(BUNDLE)`, `{call}`.'
   commands = '\n'.join(['```bash', *lines, '```', '', python])
   return f'With pinfm_jax {model.version} or a later version installed:\n\n{commands}'

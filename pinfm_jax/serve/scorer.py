@@ -366,6 +366,7 @@ def score_file(bundle: str | Path, requests: str | Path, out: str | Path, rows: 
     raise UserError(f'{requests}: no such file; expected ranking requests, one JSON object a line')
   with complete_file(out, requests) as partial, open(partial, 'w', encoding='utf-8') as file:
     scorer, count = Scorer.load(bundle, rows), 0
+    scorer.check_ranks()
     progress = Progress('score', count_documents(requests), 'requests')
     for count, result in enumerate(scorer._score(read_documents(requests)), 1):
       file.write(json.dumps(result) + '\n')

@@ -1,6 +1,7 @@
 """The facts of a run that its bundle's model card states."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pinfm_jax.model.interaction.settings import describe_interaction
 from pinfm_jax.serve.model_card import DataFacts, ModelFacts, model_card
 from pinfm_jax.stages.context import Run, needs_pretraining
 
+_PRETRAINED = 'pretrained on the events of'
 _ROUNDING = {True: 'with the least squared error of a row', False: 'between the minimum and the maximum of a row'}
 
 
@@ -28,12 +30,12 @@ def run_card(
   clip: bool,
   catalogue: pl.DataFrame | None,
 ) -> str:
-  """The model card of one fine-tuned ranker, or of a pretrained tower alone.
+  """The model card of one fine-tuned ranker.
 
   Args:
     run: the run.
     experiment: of the arm.
-    arm: its name; empty = the pretrained tower alone.
+    arm: its name.
     seed: of the training.
     params: its dense parameters.
     storage: of the tables.
@@ -47,15 +49,37 @@ def run_card(
     seed=seed,
     version=__version__,
     storage=storage if with_pinfm else None,
-    parameters=_parameters(run, params, with_pinfm, bool(arm)),
-    sizes=(_ranker_sizes(experiment) if arm else {}) | (_tower_sizes(run, experiment) if with_pinfm else {}),
-    pretraining=_pretraining(experiment),
-    finetuning=_finetuning(experiment) if arm else {},
-    utility=experiment.evaluate.utility if arm else {},
+    parameters={'ranker': _count(params, but='pinfm')} | (_tower_parameters(run, params) if with_pinfm else {}),
+    sizes=_ranker_sizes(experiment)
+    | (_tower_sizes(run, experiment.finetune.history_length, experiment) if with_pinfm else {}),
+    pretraining=_pretraining(experiment) if needs_pretraining(experiment) else {},
+    finetuning=_finetuning(experiment),
+    utility=experiment.evaluate.utility,
     catalogue=None if catalogue is None else len(catalogue),
     rounding='' if storage == 'float32' else _ROUNDING[clip],
   )
   return model_card(_data(run), model, _results(run.workdir), experiment.evaluate.split, len(experiment.seeds))
+
+
+def tower_card(run: Run, seed: int, params: Any, storage: str, clip: bool, catalogue: pl.DataFrame) -> str:
+  """The model card of a pretrained tower alone; see `run_card`."""
+  experiment, data = run.experiment, _data(run)
+  model = ModelFacts(
+    name=experiment.name,
+    arm='',
+    seed=seed,
+    version=__version__,
+    storage=storage,
+    parameters=_tower_parameters(run, params),
+    sizes=_tower_sizes(run, experiment.pretrain.downstream_length, experiment),
+    pretraining=_pretraining(experiment),
+    finetuning={},
+    catalogue=len(catalogue),
+    rounding='' if storage == 'float32' else _ROUNDING[clip],
+  )
+  pretrained = {name: days for name, days in data.days.items() if name == _PRETRAINED}
+  data, results = replace(data, days=pretrained), _results(run.workdir, '### Whole-catalogue')
+  return model_card(data, model, results, experiment.evaluate.split, len(experiment.seeds))
 
 
 def _data(run: Run) -> DataFacts:
@@ -63,7 +87,7 @@ def _data(run: Run) -> DataFacts:
   counts = {'users': info.counts.users, 'items': info.counts.items, 'events': info.counts.events.kept}
   counts |= {'impressions': info.counts.impressions.kept, 'requests': info.counts.requests}
   days = {
-    'pretrained on the events of': (info.time_range_ms[0], split.pretrain_until)
+    _PRETRAINED: (info.time_range_ms[0], split.pretrain_until)
     if info.time_known.histories and split.pretrain_until is not None
     else (0, 0),
     'fine-tuned on the requests of': split.finetune,
@@ -91,14 +115,13 @@ def _features(info: DatasetInfo) -> list[str]:
   return [*features.dense, *(f.name for f in named), *(['content'] if info.content_width else [])]
 
 
-def _parameters(run: Run, params: Any, with_pinfm: bool, with_ranker: bool) -> dict[str, int]:
-  sizes = {name: sum(math.prod(np.shape(x)) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
-  tower = sizes.pop('pinfm', 0)
-  counted = {'ranker': sum(sizes.values())} if with_ranker else {}
-  if with_pinfm:
-    tables = run.model.tables
-    counted |= {'PinFM tower': tower, 'item tables': tables.sub_tables * tables.rows * tables.width}
-  return counted
+def _count(params: Any, but: str = '') -> int:
+  return sum(math.prod(np.shape(x)) for name, tree in params.items() if name != but for x in jax.tree.leaves(tree))
+
+
+def _tower_parameters(run: Run, params: Any) -> dict[str, int]:
+  tables = run.model.tables
+  return {'PinFM tower': _count(params['pinfm']), 'item tables': tables.sub_tables * tables.rows * tables.width}
 
 
 def _ranker_sizes(experiment: Experiment) -> dict[str, str]:
@@ -112,22 +135,19 @@ def _ranker_sizes(experiment: Experiment) -> dict[str, str]:
   return sizes
 
 
-def _tower_sizes(run: Run, experiment: Experiment) -> dict[str, str]:
+def _tower_sizes(run: Run, window: int, experiment: Experiment) -> dict[str, str]:
   tower, tables = run.model.tower, run.model.tables
   content = f' and content vectors of {run.model.content_width}' if run.model.content else ''
   return {
     'tower': f'{tower.backbone}, {tower.layers} layers, width {tower.width}, {tower.heads} heads, '
     f'output {tower.output_width}',
     'item tables': f'{tables.sub_tables} x {tables.rows:,} rows x {tables.width}, hash seed {tables.hash_seed}',
-    'window': f'the newest {experiment.finetune.history_length} events, moving in blocks of '
-    f'{experiment.finetune.history_block}',
+    'window': f'the newest {window} events, moving in blocks of {experiment.finetune.history_block}',
     'items are read': f'by id{content}',
   }
 
 
 def _pretraining(experiment: Experiment) -> dict[str, Any]:
-  if not needs_pretraining(experiment):
-    return {}
   pretrain = experiment.pretrain
   names = ('steps', 'batch_segments', 'segment_length', 'ntl_weight', 'mtl_weight', 'ftl_weight', 'max_columns')
   return {name: getattr(pretrain, name) for name in names} | {
@@ -153,8 +173,8 @@ def _finetuning(experiment: Experiment) -> dict[str, Any]:
   }
 
 
-def _results(workdir: Path) -> str:
-  """The tables of `results.md`; empty if the run was not evaluated."""
+def _results(workdir: Path, first: str = '### ') -> str:
+  """The tables of `results.md` from one on, by the start of its heading; empty if the run was not evaluated."""
   path = workdir / 'results.md'
   text = path.read_text(encoding='utf-8') if path.is_file() else ''
-  return text[text.index('### ') :] if '### ' in text else ''
+  return text[text.index(first) :] if first in text else ''

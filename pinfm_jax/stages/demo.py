@@ -31,6 +31,8 @@ def make_demo(run: Run, out: Path) -> Path:
   bundle, experiment = run.workdir / 'bundle', run.experiment
   if not (bundle / MANIFEST).is_file():
     raise UserError(f'{run.workdir} has no bundle yet; run all stages first (pinfm run experiments/demo.py)')
+  if not experiment.arms:
+    raise UserError(f'{run.workdir} has no rankers (arms=()), and a demo scores requests; use `pinfm recommend`')
   length = Manifest.read(bundle).schema.most_events
   rows = _chosen(run, _REQUESTS)
   documents = list(dataset_requests(run.dataset, rows, length))

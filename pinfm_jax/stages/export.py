@@ -57,6 +57,7 @@ def export_stage(run: Run) -> None:
       shutil.rmtree(leftover)
     write_json(state / 'results.json', _export_and_check(run, arms[-1], seed) if arms else checked_tower(run, seed))
   earlier = read_results(run.workdir) if is_done(run.workdir) else {}
+  earlier = {name: value for name, value in earlier.items() if not name.startswith('bundle/')}  # of another storage
   write_json(run.workdir / 'results.json', earlier | read_results(state))
 
 
@@ -100,23 +101,22 @@ def export_arm(
     base: a bundle; what is written is then a delta against it.
     clip: how table rows are rounded (`serve.clip`); None = as the experiment says.
     form: 'bundle', or 'onnx' or 'savedmodel' (`serve.portable.export`).
-    tower: the pretrained tower alone, without a ranker.
+    tower: the pretrained tower alone, without a ranker: the launch file's, or that which the arm starts from.
 
   Raises:
     UserError: no such arm, or it is not trained.
   """
   names, serve = [arm.name for arm in run.experiment.arms], run.experiment.serve
-  if arm_name is not None and tower:
-    raise UserError(f"got arm '{arm_name}' beside --tower: drop one")
   if arm_name is not None and arm_name not in names:
     expected = f'expected one of: {", ".join(names)}' if names else 'this run has no rankers: drop --arm for its tower'
     raise UserError(f"no arm '{arm_name}'; {expected}")
   seed, storage = run.experiment.seeds[0] if seed is None else seed, storage or serve.storage
   clip = serve.clip if clip is None else clip
+  named = [arm for arm in run.experiment.arms if arm.name == arm_name]
   if tower or not names:
-    ranker = trained_tower(run, seed, storage, clip)
+    ranker = trained_tower(run.of_arm(named[0]) if named else run, seed, storage, clip)
   else:
-    chosen = [arm for arm in run.experiment.arms if arm.name == arm_name] or pinfm_arms(run) or run.experiment.arms
+    chosen = named or pinfm_arms(run) or run.experiment.arms
     ranker = _trained_ranker(run, chosen[-1], seed, storage, clip)
   if form != 'bundle':
     return export_portable(out, ranker, form, storage, overwrite)

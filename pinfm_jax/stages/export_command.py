@@ -23,7 +23,7 @@ def add_export(commands) -> None:
   command.add_argument('--refresh', action='store_true', help="lower a bundle's programs again for this JAX")
   command.add_argument('--arm', metavar='NAME', help='which ranker (default: the last one with PinFM)')
   command.add_argument('--tower', action='store_true',
-                       help='the pretrained tower without a ranker (default where a run has no rankers)')  # fmt: skip
+                       help='the pretrained tower without a ranker, with --arm the one it starts from')  # fmt: skip
   command.add_argument('--seed', type=int, help='of which seed (default: the first)')
   command.add_argument('--storage', choices=('int4', 'int8', 'float32'), help='of the tables')
   command.add_argument('--clip', action=argparse.BooleanOptionalAction, default=None,

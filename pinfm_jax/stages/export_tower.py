@@ -1,6 +1,7 @@
 """Exports a pretrained tower without a ranker, and checks what a run without rankers serves."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,42 @@ from pinfm_jax.serve.bundle import TrainedRanker, export_bundle
 from pinfm_jax.serve.documents import in_batches
 from pinfm_jax.serve.from_dataset import dataset_users
 from pinfm_jax.serve.scorer import Scorer
-from pinfm_jax.stages.card import run_card
+from pinfm_jax.stages.card import tower_card
 from pinfm_jax.stages.context import Run
 from pinfm_jax.stages.evaluate import tower_figures
 from pinfm_jax.stages.pretrain import retrieval_of
 from pinfm_jax.train.finetune import feature_spec
 from pinfm_jax.train.restore import stored_state
-from pinfm_jax.workdir import claim, has_work, write_text
+from pinfm_jax.workdir import claim, is_done, write_text
 
 _USERS = 256
+_EXACT_BYTES = 4 << 30  # of float32 tables that are written once more for the check
 
 
 def trained_tower(run: Run, seed: int, storage: str, clip: bool) -> TrainedRanker:
-  """What a seed's pretrained tower (the launch file's) and the run know of it.
+  """What a seed's pretrained tower and the run know of it.
+
+  Args:
+    run: of the launch file, or of the arm that starts from the tower.
+    seed: of the pretraining.
+    storage: of the tables.
+    clip: how their rows are rounded.
 
   Raises:
-    UserError: it is not pretrained, or was with other settings.
+    UserError: it is not pretrained to its end, or was with other settings.
   """
   directory, experiment, info = run.pretrain_directory(seed), run.experiment, run.dataset.info
-  if not has_work(directory):
-    raise UserError(f'{directory} is not pretrained; run the pretrain stage first (pinfm run FILE)')
+  if not any(is_done(directory / part) for part in ('', 'validation', 'test')):  # measured in the end, on some split
+    arms = '; if just arms pretrain, name one: --arm NAME --tower' if experiment.arms and run.base is None else ''
+    raise UserError(f'{directory} is not pretrained to its end; run the pretrain stage first (pinfm run FILE){arms}')
   claim(directory, run.pretrain_settings(seed))  # other settings would make another model of the arrays
   stored = stored_state(directory, experiment.pretrain.use_checkpoint)
   tables, items = run.model.tables, run.dataset.items
   params = {'pinfm': stored.parts('params')['params']['pinfm']}
-  if not run.model.id_mask:  # else the model learned to read new items by their content
+  content = TokenInputs.of(run.model, run.dataset).items
+  if run.model.id_mask:  # the model learned to read new items by their content
+    content = replace(content, known_V=np.isin(content.keys_V, run.pretrained_items))
+  else:
     items = items.filter(pl.col('item_key').is_in(pl.Series(run.pretrained_items).implode()))
   # The window that the tower reads; no features and no labels.
   length, surfaces = experiment.pretrain.downstream_length, len(info.surfaces)
@@ -61,9 +73,9 @@ def trained_tower(run: Run, seed: int, storage: str, clip: bool) -> TrainedRanke
     id_type=info.id_type,
     history_block=experiment.finetune.history_block,
     run={'experiment': experiment.name, 'seed': seed, 'data': info.checksum, 'source': info.source},
-    items=TokenInputs.of(run.model, run.dataset, run.split.pretrain_until).items,
+    items=content,
     catalogue=items,
-    card=run_card(run, experiment, '', seed, params, storage, clip, items),
+    card=tower_card(run, seed, params, storage, clip, items),
     clip=clip,
   )
 
@@ -71,8 +83,8 @@ def trained_tower(run: Run, seed: int, storage: str, clip: bool) -> TrainedRanke
 def checked_tower(run: Run, seed: int) -> dict[str, float]:
   """Exports a seed's tower as the run's bundle, and measures the run's ranking of the catalogue through it.
 
-  Its users pass through the bundle's JSON interface, once with float32 tables (nothing but rounding may differ) and
-  once as they are served. The first figure is the evaluation's.
+  Its users pass through the bundle's JSON interface, once with float32 tables (nothing but rounding may differ; left
+  out where these are large) and once as they are served. The first figure is the evaluation's.
 
   Returns:
     The figures of the tables (`results.json`).
@@ -81,11 +93,18 @@ def checked_tower(run: Run, seed: int) -> dict[str, float]:
     UserError: the tower is not trained or not measured.
   """
   serve, evaluate, evaluated = run.experiment.serve, run.experiment.evaluate, tower_figures(run, seed)
-  measure = retrieval_of(run, evaluate.split, evaluate.ks)
+  measure, served = retrieval_of(run, evaluate.split, evaluate.ks), {}
+  users, tables = len(measure.task.user_Q), run.model.tables
+  if users != evaluated.get('retrieval/all/users', evaluated['retrieval/users']):
+    raise UserError(
+      f'{run.tower_results(seed)} was measured on other users than evaluate.retrieval_users={evaluate.retrieval_users} '
+      'gives; delete it and run the pretrain stage again, which trains nothing'
+    )
   export_bundle(run.workdir / 'bundle', trained_tower(run, seed, serve.storage, serve.clip), serve.storage, True)
-  with tempfile.TemporaryDirectory(dir=run.workdir, prefix='.check-') as scratch:
-    exact = export_bundle(Path(scratch) / 'bundle_float32', trained_tower(run, seed, 'float32', False), 'float32')
-    served = {'float32': served_retrieval(run, measure, exact)}
+  if 4 * tables.sub_tables * tables.rows * tables.width <= _EXACT_BYTES:
+    with tempfile.TemporaryDirectory(dir=run.workdir, prefix='.check-') as scratch:
+      exact = export_bundle(Path(scratch) / 'bundle_float32', trained_tower(run, seed, 'float32', False), 'float32')
+      served['float32'] = served_retrieval(run, measure, exact)
   served[serve.storage] = served_retrieval(run, measure, run.workdir / 'bundle')
   table, figures = _comparison(evaluated, served, evaluate.ks)
   print(table.text())

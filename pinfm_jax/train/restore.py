@@ -1,7 +1,7 @@
 """Where a training run starts: its own checkpoint, another run's, a pretrained model, or nothing."""
 
+import json
 from collections.abc import Callable, Container
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from pinfm_jax.config import MeshConfig
 from pinfm_jax.errors import UserError
-from pinfm_jax.train.checkpoint import Checkpoints, abstract_state, described, plain, rebuilt
+from pinfm_jax.train.checkpoint import SELECTED, Checkpoints, abstract_state, described, plain, rebuilt
 from pinfm_jax.train.step import Task, TrainState, init_state, state_shardings
 from pinfm_jax.train.stored_tables import StoredState
 
@@ -143,15 +143,21 @@ def stored_state(directory: Path, use: str = 'newest') -> StoredState:
   Raises:
     UserError: there is none.
   """
-  step = None
-  if use == 'best':
-    with closing(_open(directory)) as source:
-      step = _chosen(source, directory, use)
-  return StoredState(directory / 'checkpoints', step)
+  return StoredState(directory / 'checkpoints', _best_step(directory) if use == 'best' else None)
+
+
+def _best_step(directory: Path) -> int:
+  """As `Checkpoints.best_step`, from the files: opening the checkpoints would wait for other processes."""
+  files = (directory / 'checkpoints').glob('[0-9]*/metrics/metrics')
+  measured = [(json.loads(file.read_text())[SELECTED], int(file.parts[-3])) for file in files]
+  return _measured(min(measured)[1] if measured else None, directory)
 
 
 def _chosen(source: Checkpoints, directory: Path, use: str) -> int:
-  step = source.best_step if use == 'best' else source.latest_step
+  return _measured(source.best_step if use == 'best' else source.latest_step, directory)
+
+
+def _measured(step: int | None, directory: Path) -> int:
   if step is None:
     raise UserError(
       f'no checkpoint of {directory} has a held-out loss; set pretrain.use_checkpoint=newest, '

@@ -160,7 +160,7 @@ class PretrainConfig:
   eval_metric: str = 'ndcg@10'  # by which the best of these measurements is chosen: 'ndcg@10', 'hr@10' or 'mrr'
   patience: int = 0  # measurements without a better one after which training stops; 0 = never
   keep_last: int = 2  # newest checkpoints that stay
-  keep_best: int = 0  # besides, so many with the lowest held-out loss
+  keep_best: int = 0  # besides, so many with the lowest held-out loss, or the best eval_metric
   use_checkpoint: str = 'newest'  # 'newest' or 'best': which one retrieval and fine-tuning use
   ema_decay: float = 0.0  # a step, of the running average of the tower's weights, which all that follows uses; 0 = off
   ema_tables: bool = False  # the tables are averaged too, all rows in every step: for small tables
@@ -271,7 +271,7 @@ class FinetuneConfig:
   checkpoint_every: int = 500
   log_every: int = 20
   resume: str = ''  # directory of another fine-tuning run (same shapes and data) that a fresh run goes on from
-  start_from: str = ''  # instead of `init`, for rankers with PinFM: a bundle (all of it), or imported table rows
+  start_from: str = ''  # instead of `init`, for rankers with PinFM: a bundle, or imported table rows
   update: UpdateConfig = UpdateConfig(pretrained_ratio=0.1, table_learning_rate=0.05)
 
 

@@ -298,9 +298,9 @@ def test_a_run_to_resume_that_is_not_there_is_named(mesh, tmp_path):
   with pytest.raises(UserError, match=r'nowhere/checkpoints has no checkpoints'):
     train(TASK, mesh, tmp_path / 'a', replace(CONFIG, resume=str(tmp_path / 'nowhere')), batches)
   train(TASK, mesh, tmp_path / 's', CONFIG, batches)
-  with pytest.raises(UserError, match='no checkpoint of .* has a held-out loss.*use_checkpoint=newest'):
+  with pytest.raises(UserError, match='no checkpoint of .* was measured.*use_checkpoint=newest'):
     train(TASK, mesh, tmp_path / 'b', CONFIG, batches, warm_start=WarmStart(tmp_path / 's', 'best'))
-  with pytest.raises(UserError, match='no checkpoint of .* has a held-out loss'):
+  with pytest.raises(UserError, match='no checkpoint of .* was measured'):
     stored_state(tmp_path / 's', 'best')
 
 

@@ -16,7 +16,7 @@ from pinfm_jax.pretrained import load_pretrained
 from pinfm_jax.serve.bundle import load_bundle
 from pinfm_jax.serve.convert import refresh_bundle
 from pinfm_jax.serve.delta import apply_delta, export_delta
-from pinfm_jax.serve.from_dataset import dataset_users
+from pinfm_jax.serve.from_dataset import dataset_requests, dataset_users
 from pinfm_jax.serve.inspect import inspect
 from pinfm_jax.serve.scorer import Scorer
 from pinfm_jax.serve.server import ServerSettings, open_scorer
@@ -83,6 +83,20 @@ def test_it_recommends_and_says_what_it_is(bundle, users, tmp_path, capsys):
   assert 'labels' not in titles
   pretrained = load_pretrained(bundle)
   assert pretrained.params.keys() == load_bundle(bundle).params['pinfm'].keys()
+
+
+def test_whole_requests_are_users_too_and_kinds_do_not_mix(bundle, tower, toy, tmp_path, capsys):
+  requests = list(dataset_requests(toy_bundle.ToyDataset(LENGTHS), range(5), toy_bundle.LENGTH))
+  (tmp_path / 'requests.jsonl').write_text('\n'.join(map(json.dumps, requests)))
+  arguments = [str(bundle), '--out', str(tmp_path / 'out.parquet')]
+  assert main(['embed', *arguments, '--users', str(tmp_path / 'requests.jsonl')]) == 0
+  assert main(['embed', *arguments, '--pairs', str(tmp_path / 'requests.jsonl')]) == 2
+  assert 'tower without a ranker' in capsys.readouterr().err
+  ranker = toy.export(tmp_path / 'ranker')
+  with pytest.raises(UserError, match='is a ranker, and this is a tower without one'):
+    export_delta(tmp_path / 'delta', ranker, tower, 'int4')
+  with pytest.raises(UserError, match='is a tower without a ranker, and this is a ranker'):
+    export_delta(tmp_path / 'delta', bundle, toy.trained(), 'int4')
 
 
 def test_candidates_are_refused(bundle, users, tmp_path, capsys):

@@ -133,6 +133,9 @@ def export_delta(
       f'{base} has tables of {_words(earlier.tables)}, the ranker {_words(layout)}: a delta needs the same; '
       'export the whole bundle without --base'
     )
+  if earlier.ranks != bool(ranker.schema.labels):
+    kinds = ('a ranker', 'a tower without one') if earlier.ranks else ('a tower without a ranker', 'a ranker')
+    raise UserError(f'{base} is {kinds[0]}, and this is {kinds[1]}: export the whole bundle without --base')
   with complete_directory(Path(out), overwrite, DELTA, 'delta') as directory:
     content = exported_content(ranker, storage)
     names = write_content(directory, content)

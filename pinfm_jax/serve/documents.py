@@ -57,6 +57,8 @@ def user_requests(scorer: Any, path: Path) -> Iterator[ScoringRequest]:
   for number, (where, document) in enumerate(read_documents(path), 1):
     if isinstance(document, dict):
       document = {'request_id': number, 'candidates': [], **document}
+      if not scorer.bundle.manifest.ranks:  # a tower alone knows no features of candidates
+        document['candidates'] = []
     try:
       request = scorer.parse(document)
     except UserError as error:

@@ -160,8 +160,8 @@ def _limits(model: ModelFacts, results: str, seeds: int) -> str:
     lines += [
       '- It tells users apart by their histories alone. A user without events gets '
       f'{"the scores of an empty history, and " if model.arm else ""}no recommendations.',
-      '- An item that training never saw has an id vector that means nothing; see the table by item age, if there is '
-      'one.',
+      '- An item that training never saw has an id vector that means nothing'
+      f'{"; see the table by item age, if there is one" if model.arm else ""}.',
     ]
   if model.arm:
     lines.append(

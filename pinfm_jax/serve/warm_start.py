@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from pinfm_jax.config import TableConfig
+from pinfm_jax.config import TableConfig, TowerConfig
 from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.info import DatasetInfo
 from pinfm_jax.errors import UserError
@@ -119,7 +119,12 @@ class StoredStart:
 
 
 def open_start(
-  path: str | Path, setting: str, tables: TableConfig, info: DatasetInfo, schema: FeatureSchema | None = None
+  path: str | Path,
+  setting: str,
+  tables: TableConfig,
+  info: DatasetInfo,
+  schema: FeatureSchema | None = None,
+  tower: TowerConfig | None = None,
 ) -> StoredStart:
   """What `pretrain.start_from` or `finetune.start_from` names.
 
@@ -129,6 +134,7 @@ def open_start(
     tables: of the model that starts.
     info: of the data set it trains on.
     schema: inputs of the ranker that starts; None = just the tower and the tables are taken.
+    tower: of the model that starts; None = not compared with a bundle's.
 
   Raises:
     UserError: neither is there, or it does not fit the model or the data.
@@ -149,6 +155,8 @@ def open_start(
   names = ('actions', 'surfaces')
   have = {name: list(getattr(ranker, name)) for name in names} | {'item ids': ranker.id_type.item}
   _check_same(path, have, {name: list(getattr(info, name)) for name in names} | {'item ids': info.id_type.item})
+  if tower is not None:  # what shapes do not tell
+    _check_same(path, _meaning(ranker.model_config.tower), _meaning(tower))
   rows = BundleRows(file, ranker.rows_GE.storage)
   if schema is None or not ranker.schema.labels:  # or a tower alone, whose ranker starts fresh
     return StoredStart(path, rows, {'pinfm': ranker.params['pinfm']}, {})
@@ -188,6 +196,10 @@ def filled_rows(table: list[jax.Array], rows: StoredRows) -> jax.Array:
 def _placed(values: Any, like: Any) -> Any:
   """Host arrays where the arrays of `like` are."""
   return jax.tree.map(lambda value, leaf: put_whole({'x': np.asarray(value)}, leaf.sharding)['x'], values, like)
+
+
+def _meaning(tower: TowerConfig) -> dict[str, Any]:
+  return {f'model.tower.{name}': getattr(tower, name) for name in ('backbone', 'heads', 'rotary', 'dot_product')}
 
 
 def _layout(tables: TableConfig) -> dict[str, int]:

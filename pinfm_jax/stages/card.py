@@ -15,6 +15,8 @@ from pinfm_jax.data.info import DatasetInfo
 from pinfm_jax.model.interaction.settings import describe_interaction
 from pinfm_jax.serve.model_card import DataFacts, ModelFacts, model_card
 from pinfm_jax.stages.context import Run, needs_pretraining
+from pinfm_jax.stages.evaluate import retrieval_table
+from pinfm_jax.workdir import is_done, read_results
 
 _PRETRAINED = 'pretrained on the events of'
 _ROUNDING = {True: 'with the least squared error of a row', False: 'between the minimum and the maximum of a row'}
@@ -78,8 +80,8 @@ def tower_card(run: Run, seed: int, params: Any, storage: str, clip: bool, catal
     rounding='' if storage == 'float32' else _ROUNDING[clip],
   )
   pretrained = {name: days for name, days in data.days.items() if name == _PRETRAINED}
-  data, results = replace(data, days=pretrained), _results(run.workdir, '### Whole-catalogue')
-  return model_card(data, model, results, experiment.evaluate.split, len(experiment.seeds))
+  data, results = replace(data, days=pretrained), _own_results(run, seed)
+  return model_card(data, model, results, experiment.evaluate.split, seeds=1)
 
 
 def _data(run: Run) -> DataFacts:
@@ -173,8 +175,18 @@ def _finetuning(experiment: Experiment) -> dict[str, Any]:
   }
 
 
-def _results(workdir: Path, first: str = '### ') -> str:
-  """The tables of `results.md` from one on, by the start of its heading; empty if the run was not evaluated."""
+def _results(workdir: Path) -> str:
+  """The tables of `results.md`; empty if the run was not evaluated."""
   path = workdir / 'results.md'
   text = path.read_text(encoding='utf-8') if path.is_file() else ''
-  return text[text.index(first) :] if first in text else ''
+  return text[text.index('### ') :] if '### ' in text else ''
+
+
+def _own_results(run: Run, seed: int) -> str:
+  """The table of a tower's own figures; empty if it was not measured on the evaluation split."""
+  measured = run.tower_results(seed)
+  if not is_done(measured):
+    return ''
+  figures = read_results(measured)
+  ks = tuple(k for k in run.experiment.evaluate.ks if f'retrieval/tower/hr@{k}' in figures)
+  return retrieval_table(figures, ks).markdown()

@@ -26,7 +26,7 @@ def evaluate_stage(run: Run) -> None:
   arms = {arm.name: [_predictions(run, seed, arm) for seed in experiment.seeds] for arm in experiment.arms}
   evaluate, comparison = experiment.evaluate, compare_arms(experiment, arms)
   retrieval = _retrieval_figures(run)
-  tables = [_retrieval_table(retrieval, evaluate.ks)] if retrieval else []
+  tables = [retrieval_table(retrieval, evaluate.ks)] if retrieval else []
   about = _about(run)
   markdown = [f'# {experiment.name}', about, comparison.markdown(), *(table.markdown() for table in tables)]
   curves = {name: reliability(runs, evaluate.main_label) for name, runs in arms.items()}
@@ -56,7 +56,7 @@ def _retrieval_alone(run: Run) -> None:
   retrieval = _retrieval_figures(run)
   if not retrieval:
     raise UserError(f'{run.workdir} has no pretrained tower yet; run the pretrain stage first (pinfm run FILE)')
-  table = _retrieval_table(retrieval, run.experiment.evaluate.ks)
+  table = retrieval_table(retrieval, run.experiment.evaluate.ks)
   write_json(run.workdir / 'results.json', retrieval)
   write_text(run.workdir / 'results.md', f'# {run.experiment.name}\n\n{_about(run)}\n\n{table.markdown()}')
   print(f'{_about(run)}\n\n{table.text()}')
@@ -99,7 +99,8 @@ def tower_figures(run: Run, seed: int) -> dict[str, float]:
   return figures
 
 
-def _retrieval_table(figures: Mapping[str, float], ks: tuple[int, ...]) -> Table:
+def retrieval_table(figures: Mapping[str, float], ks: tuple[int, ...]) -> Table:
+  """The table of retrieval figures, by their names in results.json."""
   names = [f'{metric}@{k}' for k in ks for metric in ('hr', 'ndcg')] + ['mrr']
   labels = {'tower': 'pretrained tower', 'popularity': 'popularity'}
   note = ''

@@ -72,7 +72,13 @@ def trained_tower(run: Run, seed: int, storage: str, clip: bool) -> TrainedRanke
     surfaces=info.surfaces,
     id_type=info.id_type,
     history_block=experiment.finetune.history_block,
-    run={'experiment': experiment.name, 'seed': seed, 'data': info.checksum, 'source': info.source},
+    run={
+      'experiment': experiment.name,
+      'tower': directory.name,
+      'seed': seed,
+      'data': info.checksum,
+      'source': info.source,
+    },
     items=content,
     catalogue=items,
     card=tower_card(run, seed, params, storage, clip, items),
@@ -83,8 +89,9 @@ def trained_tower(run: Run, seed: int, storage: str, clip: bool) -> TrainedRanke
 def checked_tower(run: Run, seed: int) -> dict[str, float]:
   """Exports a seed's tower as the run's bundle, and measures the run's ranking of the catalogue through it.
 
-  Its users pass through the bundle's JSON interface, once with float32 tables (nothing but rounding may differ; left
-  out where these are large) and once as they are served. The first figure is the evaluation's.
+  Its users pass through the bundle's JSON interface, once with float32 tables (left out where these are large) and once
+  as they are served. With float32 nothing but rounding may differ from the evaluation; in a model with hidden ids also
+  items that pretraining never saw, whose ids the bundle hides.
 
   Returns:
     The figures of the tables (`results.json`).

@@ -42,7 +42,9 @@ def _finetune(run: Run, seed: int, arm: Arm) -> None:
     pretrained = WarmStart(own.pretrain_directory(seed), experiment.pretrain.use_checkpoint)
   elif experiment.finetune.start_from and task.tables:
     setting, info = 'finetune.start_from', run.dataset.info
-    pretrained = open_start(experiment.finetune.start_from, setting, own.model.tables, info, task.schema)
+    pretrained = open_start(
+      experiment.finetune.start_from, setting, own.model.tables, info, task.schema, own.model.tower
+    )
   state = finetune(task, requests, run.mesh, directory, seed, pretrained, experiment.mesh, run.profile)
   with jax.set_mesh(run.mesh):
     rows_GE = state.tables.rows_GE if state.tables else None

@@ -62,7 +62,9 @@ def _pretrain(run: Run, seed: int) -> None:
   config, split, evaluate = run.experiment.pretrain, run.split, run.experiment.evaluate
   start = None
   if config.start_from:
-    start = open_start(config.start_from, 'pretrain.start_from', run.model.tables, run.dataset.info)
+    start = open_start(
+      config.start_from, 'pretrain.start_from', run.model.tables, run.dataset.info, tower=run.model.tower
+    )
   state = pretrain(
     run.dataset, split.pretrain_until, run.model, config, run.mesh, run.pretrain_directory(seed), seed,
     run.experiment.mesh, run.profile, start, split.until_by_user(run.dataset.num_users), split.held_out, _ranking(run),

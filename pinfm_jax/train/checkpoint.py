@@ -23,7 +23,7 @@ SELECTED = 'selected'  # the one figure of a checkpoint by which the best are ke
 
 @dataclass(frozen=True)
 class Keep:
-  """Which checkpoints stay: the newest `last`, and the `best` by their held-out loss."""
+  """Which checkpoints stay: the newest `last`, and the `best` by what was measured."""
 
   last: int = 2
   best: int = 0
@@ -67,7 +67,7 @@ class Checkpoints:
 
   @property
   def best_step(self) -> int | None:
-    """Step of the checkpoint with the lowest held-out loss, the earlier of equals; None if none was measured."""
+    """Step of the checkpoint that was measured best, the earlier of equals; None if none was measured."""
     measured = [(c.metrics[SELECTED], c.step) for c in self._checkpointer.checkpoints if c.metrics]
     return min(measured)[1] if measured else None
 

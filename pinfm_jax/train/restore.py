@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from pinfm_jax.config import MeshConfig
 from pinfm_jax.errors import UserError
+from pinfm_jax.train.alone import newest
 from pinfm_jax.train.checkpoint import SELECTED, Checkpoints, abstract_state, described, plain, rebuilt
 from pinfm_jax.train.step import Task, TrainState, init_state, state_shardings
 from pinfm_jax.train.stored_tables import StoredState
@@ -31,7 +32,7 @@ class WarmStart:
 
   Attributes:
     directory: of the run (it holds checkpoints/).
-    use: 'newest' or 'best', by the held-out loss.
+    use: 'newest' or 'best', by what was measured.
     groups: the top-level parameter groups that are taken.
   """
 
@@ -138,7 +139,7 @@ def stored_state(directory: Path, use: str = 'newest') -> StoredState:
 
   Args:
     directory: of the run (it holds checkpoints/).
-    use: 'newest' or 'best', by the held-out loss.
+    use: 'newest' or 'best', by what was measured.
 
   Raises:
     UserError: there is none.
@@ -148,8 +149,10 @@ def stored_state(directory: Path, use: str = 'newest') -> StoredState:
 
 def _best_step(directory: Path) -> int:
   """As `Checkpoints.best_step`, from the files: opening the checkpoints would wait for other processes."""
-  files = (directory / 'checkpoints').glob('[0-9]*/metrics/metrics')
-  measured = [(json.loads(file.read_text())[SELECTED], int(file.parts[-3])) for file in files]
+  files = newest(directory / 'checkpoints').parent.glob('[0-9]*/metrics/metrics')
+  measured = [
+    (json.loads(file.read_text())[SELECTED], int(file.parts[-3])) for file in files if file.parts[-3].isdigit()
+  ]
   return _measured(min(measured)[1] if measured else None, directory)
 
 
@@ -160,7 +163,7 @@ def _chosen(source: Checkpoints, directory: Path, use: str) -> int:
 def _measured(step: int | None, directory: Path) -> int:
   if step is None:
     raise UserError(
-      f'no checkpoint of {directory} has a held-out loss; set pretrain.use_checkpoint=newest, '
+      f'no checkpoint of {directory} was measured; set pretrain.use_checkpoint=newest, '
       'or pretrain with pretrain.eval_every and pretrain.keep_best'
     )
   return step

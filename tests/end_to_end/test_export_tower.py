@@ -52,6 +52,8 @@ def test_the_tower_of_an_arm_and_its_card(tmp_path):
   assert load_bundle(tmp_path / 'bundle').manifest.schema.history_length == length != 6
   for fact in (f'Window: the newest {length} events', 'Pretraining: steps 4,', 'PinFM tower ', 'stored as int4'):
     assert fact in card, fact
+  own = read_results(run.of_arm(arms[1]).tower_results(0))
+  assert f'| pretrained tower | {own["retrieval/tower/hr@5"]:.4f} |' in card
   for other in ('Fine-tuned on', 'Features of the ranker', 'Utility', 'pinfm score', 'requests.jsonl'):
     assert other not in card, other
   (run.of_arm(arms[1]).pretrain_directory(0) / 'results.json').unlink()  # as if it still trained

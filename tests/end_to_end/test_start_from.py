@@ -41,7 +41,7 @@ def test_finetuning_from_a_bundle(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_finetuning_from_the_bundle_of_a_tower(tmp_path):
+def test_finetuning_from_the_bundle_of_a_tower(tmp_path, capsys):
   launch, first, second = tmp_path / 'launch.py', tmp_path / 'first', tmp_path / 'second'
   launch.write_text(LAUNCH)
   assert main(['run', str(launch), '--workdir', str(first), '--stages', 'prepare,pretrain']) == 0
@@ -50,6 +50,9 @@ def test_finetuning_from_the_bundle_of_a_tower(tmp_path):
   settings = [f'finetune.start_from={tower}', *STILL]
   assert main(['run', str(launch), '--workdir', str(second), *STAGES, '--set', *settings]) == 0
   assert main(['export', str(second), '--out', str(ranker), '--storage', 'float32']) == 0
+  heads = [*settings, 'model.tower.heads=4']
+  assert main(['run', str(launch), '--workdir', str(tmp_path / 'third'), *STAGES, '--set', *heads]) == 2
+  assert 'was made for model.tower.heads 2, this run has 4' in capsys.readouterr().err
   documents = list(dataset_requests(PreparedDataset.open(first / 'data'), range(20), 8))
   found = []
   for path in (tower, ranker):

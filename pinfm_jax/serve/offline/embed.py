@@ -51,9 +51,10 @@ def embed_users(scorer: Any, file: Path, out: Path) -> int:
 def embed_pairs(scorer: Any, file: Path, out: Path) -> int:
   """Writes request_id, item_id, vector: the output at each candidate's position behind the user's history.
 
-  Args, returns and raises as `embed_users`; requests without candidates have no rows.
+  Args, returns and raises as `embed_users`; requests without candidates have no rows. A tower alone is refused.
   """
   _check(scorer)
+  scorer.check_ranks()
 
   def frames() -> Iterator[pl.DataFrame]:
     for part in in_batches(user_requests(scorer, file), _PAIRS):

@@ -49,7 +49,7 @@ def bundle(tower, tmp_path_factory):
 @pytest.fixture
 def users():
   """Users of every length, as a file has them."""
-  return [{**user, 'candidates': []} for user in dataset_users(toy_bundle.ToyDataset(LENGTHS), range(5), LENGTHS)]
+  return list(dataset_users(toy_bundle.ToyDataset(LENGTHS), range(5), LENGTHS))
 
 
 def test_its_vectors_are_those_of_the_ranker_it_is_in(bundle, toy, users, tmp_path):
@@ -76,6 +76,8 @@ def test_it_recommends_and_says_what_it_is(bundle, users, tmp_path, capsys):
   found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [len(user['items']) for user in found] == [0, 3, 3, 3, 3]
   facts = inspect(bundle)
+  assert facts.facts['ranker'] is None
+  assert facts.facts['parameters'].keys() == {'pinfm', 'tables'}
   assert set(load_bundle(bundle).programs) == {'context', 'extend', 'items'}
   titles = dict(facts.lines)
   assert 'without a ranker' in titles['model']

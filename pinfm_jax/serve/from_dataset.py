@@ -37,7 +37,8 @@ def dataset_users(dataset: PreparedDataset, rows: Iterable[int], ends: Iterable[
   """
   writer = _RequestWriter(dataset)
   for row, end in zip(rows, ends, strict=True):
-    yield {'request_id': int(row), 'history': writer.events(dataset.history(int(row)), range(end))}
+    history = writer.events(dataset.history(int(row)), range(end))
+    yield {'request_id': int(row), 'history': history, 'candidates': []}
 
 
 class _RequestWriter:

@@ -68,6 +68,7 @@ def inspect(path: str | Path) -> Inspected:
   counts = count_parameters(path, manifest)
   here = runs_here(manifest.jax)
   facts = {'kind': 'bundle', **asdict(manifest), 'parameters': counts, 'runs_on_this_jax': here}
+  facts |= {} if manifest.ranks else {'ranker': None}
   return Inspected('bundle', facts, _bundle_lines(path, manifest, counts, here), manifest.files)
 
 
@@ -104,7 +105,7 @@ def damaged_files(path: str | Path, files: Sequence[FileEntry]) -> dict[str, str
 
 def count_parameters(path: Path, manifest: Manifest) -> dict[str, int] | None:
   """Numbers of parameters: of PinFM, of the rest of the ranker, of the tables; None if the file cannot be read."""
-  counts = {'pinfm': 0, 'ranker': 0}
+  counts = {'pinfm': 0, 'ranker': 0} if manifest.ranks else {'pinfm': 0}
   try:
     with np.load(path / PARAMETERS, allow_pickle=False) as archive:
       for name in archive.files:

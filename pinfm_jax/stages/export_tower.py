@@ -131,7 +131,7 @@ def served_retrieval(run: Run, measure: Retrieval, bundle: Path) -> dict[str, fl
   task, scorer = measure.task, Scorer.load(bundle)
   progress, vectors = Progress(f'users through {bundle.name}', len(task.user_Q), 'users'), []
   for documents in in_batches(dataset_users(run.dataset, task.user_Q, task.end_Q), _USERS):
-    vectors.append(scorer.users([scorer.parse({**document, 'candidates': []}) for document in documents]))
+    vectors.append(scorer.users([scorer.parse(document) for document in documents]))
     progress.update(sum(map(len, vectors)))
   progress.close()
   items = scorer.items(task.catalogue_V)['target']

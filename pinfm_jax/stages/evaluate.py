@@ -76,7 +76,8 @@ def _retrieval_figures(run: Run) -> dict[str, float]:
   results = [tower_figures(run, seed) for seed in run.experiment.seeds if is_done(run.tower_results(seed))]
   if not results:
     return {}
-  values = {name: [r[name] for r in results] for name in results[0]}
+  names = [name for name in results[0] if all(name in each for each in results)]
+  values = {name: [each[name] for each in results] for name in names}
   figures = {name: sum(each) / len(each) for name, each in values.items()}
   towers = {name: each for name, each in values.items() if '/tower/' in name and len(each) > 1}
   return figures | {f'{name}/std': statistics.stdev(each) for name, each in towers.items()}

@@ -73,6 +73,7 @@ def _pretrain(run: Run, seed: int) -> None:
   with jax.set_mesh(run.mesh):
     figures = measure(state.params['pinfm'], state.tables.rows_GE)
   results = {f'retrieval/{name}': value for name, value in figures.items()}
+  results['retrieval/history_block'] = run.experiment.finetune.history_block
   on_first('pretrain: results', partial(_write, run.tower_results(seed), results))
 
 

@@ -12,6 +12,7 @@ from pinfm_jax import __version__
 from pinfm_jax.bench.command import add_bench
 from pinfm_jax.clicks.command import add_clicks
 from pinfm_jax.errors import ERROR, UserError
+from pinfm_jax.huge_pages import with_huge_pages
 from pinfm_jax.serve.import_command import add_import_tables
 from pinfm_jax.serve.inspect_command import add_inspect
 from pinfm_jax.serve.offline.command import add_demo, add_embed, add_recommend
@@ -21,7 +22,15 @@ from pinfm_jax.stages.export_command import add_export
 from pinfm_jax.study.command import add_study
 from pinfm_jax.sweep.command import add_sweep
 
-_RESUMED = ('run', 'download', 'sweep', 'study', 'clicks')
+_TRAINING = ('run', 'sweep', 'study', 'clicks')
+_RESUMED = (*_TRAINING, 'download')
+
+
+def command() -> int:
+  """The installed command `pinfm`: `main`, and of what trains in memory with huge pages."""
+  if sys.argv[1:2] and sys.argv[1] in _TRAINING:
+    with_huge_pages()
+  return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,7 +55,7 @@ def test_the_licence_is_apache_in_full(setup_cfg):
 
 def test_the_console_script_points_at_a_function(setup_cfg):
   target = setup_cfg['options.entry_points']['console_scripts'].strip()
-  assert target == 'pinfm = pinfm_jax.cli:main'
+  assert target == 'pinfm = pinfm_jax.cli:command'
   pytest.importorskip('pinfm_jax.cli')
   from pinfm_jax.cli import main
 

@@ -62,7 +62,7 @@ _CHOICES = {
   'ranker.block.expert_gate': ('softmax', 'sigmoid'),
   'serve.storage': ('int4', 'int8', 'float32'),
   'model.tower.attention': ('auto', 'xla', 'flash'),
-  'model.tower.backbone': ('gpt2', 'sasrec', 'hstu'),
+  'model.tower.backbone': ('gpt2', 'sasrec', 'padded_sasrec', 'hstu'),
   'model.tower.dtype': ('float32', 'bfloat16'),
   'model.tower.remat': ('none', 'full', 'dots'),
 }
@@ -98,6 +98,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_values(each)
     _check_model(each.model)
     _check_tower(each.model)
+    _check_padded(each, ranks=bool(experiment.arms) and experiment.data.held_out_events < 2)  # else the arms are towers
     _check_ranker(each.ranker, each.model)
     check_interaction(each.ranker)
     _check_mesh(each.mesh)
@@ -213,6 +214,25 @@ def _check_tower(model: PinFMConfig) -> None:
     raise UserError(
       f'model.tower.bare_targets compares outputs of model.tower.width {tower.width} with item vectors of {item_width} '
       f'(model.tables.sub_tables x width), as model.tower.output_width {tower.output_width}; make the three equal'
+    )
+
+
+def _check_padded(experiment: Experiment, ranks: bool) -> None:
+  tower = experiment.model.tower
+  if tower.backbone != 'padded_sasrec':
+    return
+  for name, other in (('rotary', 'false'), ('rms_norm', 'false'), ('swiglu', 'false'), ('attention', 'auto')):
+    if getattr(tower, name) not in (False, 'auto', 'xla'):
+      raise UserError(
+        f"model.tower.{name} is {getattr(tower, name)}, which model.tower.backbone 'padded_sasrec' has not; set it to "
+        f'{other}, or the backbone to sasrec'
+      )
+  if not experiment.pretrain.pack:
+    raise UserError("model.tower.backbone 'padded_sasrec' trains on packed rows; set pretrain.pack=true")
+  if ranks and experiment.ranker.sequence == 'pinfm':
+    raise UserError(
+      "model.tower.backbone 'padded_sasrec' has no pass for candidates, as a ranker needs it; set it to sasrec, or "
+      'ranker.sequence=none'
     )
 
 

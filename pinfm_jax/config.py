@@ -57,7 +57,8 @@ class TowerConfig:
   """The decoder of PinFM and its pointwise MLPs."""
 
   # 'gpt2' (pre-LN); 'sasrec': queries are normalised, keys and values are not, and residuals start from what is
-  # normalised; or 'hstu', which has no MLP: mlp_ratio is unused
+  # normalised; 'padded_sasrec': as its published codes train it, on padded windows, for next-item towers alone; or
+  # 'hstu', which has no MLP: mlp_ratio is unused
   backbone: str = 'gpt2'
   layers: int = 12
   width: int = 512

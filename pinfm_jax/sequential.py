@@ -116,16 +116,15 @@ def sasrec(experiment: Experiment) -> Mapping[str, Any]:
   200 epochs at most, patience 50, the best epoch by HR@10 (their recall@10), as published. What the launch files and
   `search.py` change is set here again, so that the baseline stays the same.
 
-  Differences from the published code: GELU; dropout of what attention adds but not inside the MLP; position embeddings
-  start small, as residual branches do, and positions count from a segment's start; all segments of a long history train
-  (not its newest events alone), in packed rows; and the positions of a step share 2,048 negatives that weigh as 256
-  (there each has 256 of its own).
+  Differences from the published code: all segments of a long history train (not its newest events alone), in packed
+  rows; the positions of a step share 2,048 negatives that weigh as 256 (there each has 256 of its own); a window has a
+  place more; and the dropout of attention's weights spares that of the padding.
   """
   rows, segments = experiment.model.tables.rows, experiment.pretrain.batch_segments
   return {
     **{f'model.{name}': 64 for name in ('tower.width', 'tower.output_width', 'tables.width')},
     'model.tables.init_scale': round((2 / (rows + 64)) ** 0.5, 4),  # Xavier
-    'model.tower.backbone': 'sasrec',
+    'model.tower.backbone': 'padded_sasrec',
     **{f'model.tower.{name}': False for name in ('rotary', 'rms_norm', 'swiglu')},
     'model.tower.token_dropout': 0.0,
     'pretrain.mtl_weight': 0.0,

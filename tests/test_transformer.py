@@ -132,7 +132,7 @@ def test_flash_on_this_machine_is_refused():
 @pytest.mark.parametrize(
   ('tower', 'message'),
   [
-    (TowerConfig(backbone='gpt3'), 'expected one of: gpt2, sasrec, hstu'),
+    (TowerConfig(backbone='gpt3'), 'expected one of: gpt2, sasrec, padded_sasrec, hstu'),
     (TowerConfig(remat='some'), 'expected one of: none, full, dots'),
     (TowerConfig(attention='fast'), 'expected one of: auto, xla, flash'),
     (TowerConfig(backbone='hstu', attention='flash'), "'hstu' has none"),

@@ -90,6 +90,7 @@ SASREC: Mapping[str, Mapping[str, Any]] = {
   '256 negatives': {'pretrain.uniform_negatives': 256, 'pretrain.count_as': 0},
   '2,048 negatives': {'pretrain.count_as': 0},
   '2,048 negatives as 1,024': {'pretrain.count_as': 1024},
+  'SASRec blocks without padding': {'model.tower.backbone': 'sasrec'},
   'GPT-2 blocks': {'model.tower.backbone': 'gpt2'},
   'no item dropout': {'pretrain.item_dropout': 0.0},
   'item dropout 0.4': {'pretrain.item_dropout': 0.4},
@@ -99,8 +100,7 @@ SASREC: Mapping[str, Mapping[str, Any]] = {
   'initial scale 0.1': {'model.tables.init_scale': 0.1},
   'average 0.99': {'pretrain.ema_decay': 0.99, 'pretrain.ema_tables': True},
   'average 0.998': {'pretrain.ema_decay': 0.998, 'pretrain.ema_tables': True},
-  'rotary, RMSNorm, SwiGLU': _modern(True),
-  'rate falls': {'pretrain.update.final_ratio': 0.1},
+  'rotary, RMSNorm, SwiGLU': {'model.tower.backbone': 'sasrec'} | _modern(True),
 }
 
 

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pinfm_jax.config import PinFMConfig
+from pinfm_jax.config import PinFMConfig, TowerConfig
 from pinfm_jax.model.dcat import LayerKV, Layout, View
+from pinfm_jax.model.padded_sasrec import places_from_end
 from pinfm_jax.model.transformer import Decoder, dense, last_event
 
 Array = jax.Array
@@ -85,7 +86,9 @@ class PinFM(nn.Module):
     # and those that pretraining hides to be predicted. So pretraining with hidden actions trains the candidate's mark.
     self.action_embedding = self.param('action_embedding', normal, (self.config.num_actions + 1, item_width))
     if not tower.rotary:
-      self.position_embedding = self.param('position_embedding', normal, (tower.max_positions, tower.width))
+      self.position_embedding = self.param(
+        'position_embedding', _positions_init(tower), (tower.max_positions, tower.width)
+      )
     if tower.time_gap_buckets:
       self.gap_embedding = self.param('gap_embedding', normal, (tower.time_gap_buckets, item_width))
     if self.config.content:  # no bias: an item without content is its id alone
@@ -291,10 +294,15 @@ class PinFM(nn.Module):
     return 0.0 if self.config.tower.rotary else self.position_embedding[place]
 
   def _positions(self, events: EventBatch) -> Array:
-    """Position embeddings of the events, counted from the start of each segment: [L, D], or [U, L, D] if packed."""
-    if events.segment_UL is None:
-      return self.position_embedding[: events.mask_UL.shape[1]]
-    return self.position_embedding[segment_places(events.segment_UL)]
+    """Position embeddings of the events, counted from the start of each segment: [L, D], or [U, L, D] if packed.
+
+    In the backbone of padded windows from the window's end: [U, L, D].
+    """
+    mask_UL, segment_UL = events.mask_UL, events.segment_UL
+    place = jnp.arange(mask_UL.shape[1]) if segment_UL is None else segment_places(segment_UL)
+    if self.config.tower.backbone == 'padded_sasrec':
+      place = places_from_end(mask_UL, segment_UL, place)
+    return self.position_embedding[place]
 
   def targets(self, vectors: Array) -> Array:
     """z = psi(E) of items (see `items`), of unit length but with `dot_product`: [..., V] -> [..., O]."""
@@ -313,6 +321,12 @@ class PinFM(nn.Module):
     if gap is None:
       raise ValueError('the model reads time gaps, but the batch has none')
     return self.gap_embedding[gap]
+
+
+def _positions_init(tower: TowerConfig) -> nn.initializers.Initializer:
+  """Of the position embeddings: small; in the backbone of padded windows Xavier, as in the published codes."""
+  padded = tower.backbone == 'padded_sasrec'
+  return nn.initializers.normal((2 / (tower.max_positions + tower.width)) ** 0.5 if padded else 0.02)
 
 
 def insert(x_UXD: Array, token_UD: Array, place_U: Array) -> Array:

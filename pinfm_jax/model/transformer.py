@@ -11,6 +11,7 @@ from pinfm_jax.model.attention import causal_attention
 from pinfm_jax.model.dcat import LayerKV, View, attend_bidirectional, attend_causal, attend_context, attend_rows
 from pinfm_jax.model.hstu import HSTUBlock
 from pinfm_jax.model.layers import dense, rotate
+from pinfm_jax.model.padded_sasrec import PaddedSASRecBlock
 
 Array = jax.Array
 
@@ -113,7 +114,7 @@ def block_class(config: TowerConfig, scanned: bool) -> type[nn.Module]:
   'full' keeps a block's input alone and computes the rest again in the backward pass. 'dots' also keeps the outputs of
   the projections and of the MLP's matmuls, and computes again what is cheap for its size: scores, softmax, GELU, norms.
   """
-  block = HSTUBlock if config.backbone == 'hstu' else Block
+  block = {'hstu': HSTUBlock, 'padded_sasrec': PaddedSASRecBlock}.get(config.backbone, Block)
   if config.remat == 'none':
     return block
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
@@ -176,6 +177,9 @@ class Decoder(nn.Module):
       x_ULD, stacked = self.blocks(x_ULD, None, view, train)
     if output_at_U is None:
       x_ULD, last = self.last(x_ULD, None, view, train)
+    elif self.config.backbone == 'padded_sasrec':  # it has no form for one position
+      x_ULD, last = self.last(x_ULD, None, view, train)
+      x_ULD = jnp.take_along_axis(x_ULD, output_at_U[:, None, None], axis=1)
     else:
       last = self.last.keys_values(x_ULD, view)
       x_ULD = self._at(x_ULD, last, view, output_at_U, train)

@@ -4,10 +4,11 @@ There a history stands at the end of a window of `max_positions` places. The pla
 attention is not kept from reading: to every event they are one more key and value, the projections' biases, as often as
 there are such places, so that an event may look at nothing. And positions count from the window's end. Both make an
 event's output depend on how many events follow it, so this backbone is for towers that are asked for a history's last
-event (next-item recommenders, a baseline), not for candidates behind kept keys and values, nor for appended events.
+event (next-item recommenders, a baseline), not for candidates or new events behind kept keys and values.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -61,7 +62,13 @@ class PaddedSASRecBlock(nn.Module):
 
 
 def attend_padded(
-  query_ULHK: Array, kv: LayerKV, padding: LayerKV, mask_UL: Array, segment_UL: Array | None, window: int, drop=None
+  query_ULHK: Array,
+  kv: LayerKV,
+  padding: LayerKV,
+  mask_UL: Array,
+  segment_UL: Array | None,
+  window: int,
+  drop: Callable[[Array], Array],
 ) -> Array:
   """Causal self-attention of histories that padding precedes in a window; softmax in float32.
 
@@ -72,7 +79,7 @@ def attend_padded(
     mask_UL: True on real events.
     segment_UL: int32, equal inside a segment of a packed row, each of which has a window; None = one a row.
     window: places of a window.
-    drop: dropout of the weights of events (that of many equal places nearly cancels out); None = none.
+    drop: dropout of the weights of events; that of the padding, a sum over many places, is left alone.
 
   Returns:
     [U, L, H, K]; a place without an event has a finite and meaningless output.
@@ -86,10 +93,8 @@ def attend_padded(
   scores_UHLM = jnp.where(visible_keys(mask_UL, segment_UL), scores_UHLM, MASKED)
   weights = jax.nn.softmax(jnp.concatenate([scores_UHLM, nothing_UHL[..., None]], axis=-1), axis=-1)
   weights = weights.astype(kv.value.dtype)
-  events_UHLM, nothing_UHL = weights[..., :-1], weights[..., -1]
-  events_UHLM = events_UHLM if drop is None else drop(events_UHLM)
-  attended = jnp.einsum('uhlm,umhk->ulhk', events_UHLM, kv.value)
-  return attended + nothing_UHL.swapaxes(1, 2)[..., None] * padding.value
+  attended = jnp.einsum('uhlm,umhk->ulhk', drop(weights[..., :-1]), kv.value)
+  return attended + weights[..., -1].swapaxes(1, 2)[..., None] * padding.value
 
 
 def inputs(mask_UL: Array, segment_UL: Array | None) -> Array:

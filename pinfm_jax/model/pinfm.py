@@ -299,10 +299,12 @@ class PinFM(nn.Module):
     In the backbone of padded windows from the window's end: [U, L, D].
     """
     mask_UL, segment_UL = events.mask_UL, events.segment_UL
-    place = jnp.arange(mask_UL.shape[1]) if segment_UL is None else segment_places(segment_UL)
     if self.config.tower.backbone == 'padded_sasrec':
-      place = places_from_end(mask_UL, segment_UL, place)
-    return self.position_embedding[place]
+      place = jnp.arange(mask_UL.shape[1]) if segment_UL is None else segment_places(segment_UL)
+      return self.position_embedding[places_from_end(mask_UL, segment_UL, place)]
+    if segment_UL is None:
+      return self.position_embedding[: mask_UL.shape[1]]
+    return self.position_embedding[segment_places(segment_UL)]
 
   def targets(self, vectors: Array) -> Array:
     """z = psi(E) of items (see `items`), of unit length but with `dot_product`: [..., V] -> [..., O]."""

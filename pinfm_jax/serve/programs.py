@@ -6,7 +6,7 @@ packed table rows (`serve.quantize`) and are unpacked inside.
 
   context(params, pool, slot_U, events [U, K]) -> pool: the context pass of whole windows, written to the slots
   extend(params, pool, slot_U, events [U, K]) -> pool: events (real ones first) that follow what the slots hold; not of
-    a bidirectional model, whose earlier events see the new ones
+    a bidirectional model, whose earlier events see the new ones, nor of padded windows, where places move
   crossing(params, stats, pool, slot_M, candidates [M, T]) -> probabilities float32 [M, T, labels]
   pairs(params, pool, slot_M, candidates [M, T]) -> unit-length output at the candidate's position, float32 [M, T, O]
   items(params, {'rows'}) -> {'target': z [n, O], 'vector': E [n, V]}
@@ -135,7 +135,7 @@ def lower_programs(
 
   Returns:
     Of a ranker 'crossing' and, with PinFM, 'pairs'; with PinFM also 'context' and 'items', and unless it is
-    bidirectional 'extend'.
+    bidirectional or has padded windows 'extend'.
   """
 
   def lower(function: Callable, *shapes: Tree) -> export.Exported:
@@ -157,7 +157,8 @@ def lower_programs(
   # Sizes of their own: a constraint holds for all sizes that are made with it, used or not.
   slots, *shape = export.symbolic_shape('P, U, K', constraints=[f'K <= {history_length}'])
   new = (params, pool(slots), jax.ShapeDtypeStruct(shape[:1], jnp.int32), event_shapes(model, tuple(shape)))
-  programs = {} if model.ranker.bidirectional else {'extend': lower(model.extend, *new)}
+  whole = model.ranker.bidirectional or model.model.tower.backbone == 'padded_sasrec'  # a new event changes all others
+  programs = {} if whole else {'extend': lower(model.extend, *new)}
   programs |= {'context': lower(model.context, *new), 'items': lower(model.items, params, rows)}
   if not model.spec.num_labels:  # a tower without a ranker
     return programs

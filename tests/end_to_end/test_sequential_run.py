@@ -105,3 +105,14 @@ def test_too_few_rows_for_exact_ids_are_refused(experiment, tmp_path):
   few = apply_overrides(experiment, {**sasrec(experiment), 'model.tables.rows': ITEMS + 1})
   with pytest.raises(UserError, match=rf'rows is {ITEMS + 1}, .* ids up to {ITEMS} need at least {ITEMS + 2}'):
     run_experiment(few, tmp_path / 'few')
+
+
+@pytest.mark.slow
+def test_a_tower_of_padded_windows_is_served_as_it_was_measured(experiment, tmp_path):
+  workdir = tmp_path / 'run'
+  run_experiment(apply_overrides(experiment, {'model.tower.backbone': 'padded_sasrec'}), workdir)
+  test, results = _results(workdir, 'test'), json.loads((workdir / 'results.json').read_text())
+  assert test['retrieval/tower/hr@10'] > 2 * test['retrieval/popularity/hr@10']
+  for name in ('hr@10', 'ndcg@10', 'ndcg@5'):
+    assert results[f'bundle/float32/tower/{name}'] == pytest.approx(test[f'retrieval/tower/{name}'], rel=1e-5)
+  _recommends(workdir, test['retrieval/all/tower/hr@5'])

@@ -24,7 +24,8 @@ _KERNEL = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 def _child(kernel, **tunables):
   environment = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'} | tunables
   command = [sys.executable, '-c', _CODE, str(kernel), 'one word', '--two']
-  return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.rstrip('\n')
+  ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+  return ended.stdout.rstrip('\n')
 
 
 def test_the_same_command_runs_with_huge_pages():

@@ -66,6 +66,10 @@ _CHOICES = {
   'model.tower.dtype': ('float32', 'bfloat16'),
   'model.tower.remat': ('none', 'full', 'dots'),
 }
+_LACKS = {  # options that a backbone has not
+  'hstu': ('rotary', 'rms_norm', 'swiglu', 'attention_dropout'),
+  'padded_sasrec': ('rotary', 'rms_norm', 'swiglu'),
+}
 
 
 def check_experiment(experiment: Experiment) -> None:
@@ -158,10 +162,10 @@ def _check_model(model: PinFMConfig) -> None:
   tower, tables = model.tower, model.tables
   if tower.width % tower.heads:
     raise UserError(f'model.tower.width {tower.width} is not a multiple of model.tower.heads {tower.heads}')
-  if tower.backbone == 'hstu' and tower.attention == 'flash':
+  if tower.backbone in _LACKS and tower.attention == 'flash':
     raise UserError(
-      "model.tower.attention is 'flash', but flash kernels compute a softmax and model.tower.backbone 'hstu' has none; "
-      'set model.tower.attention=auto'
+      "model.tower.attention is 'flash', but flash kernels compute a plain softmax over events and "
+      f"model.tower.backbone '{tower.backbone}' has none; set model.tower.attention=auto"
     )
   if tables.sub_tables * tables.rows >= 2**31 - 2**28:
     raise UserError(
@@ -190,10 +194,11 @@ def _check_tower(model: PinFMConfig) -> None:
     rate = getattr(tower, name)
     if rate >= 1:
       raise UserError(f'model.tower.{name} is {rate}; expected a share below 1')
-  for name in ('rotary', 'rms_norm', 'swiglu', 'attention_dropout'):
-    if tower.backbone == 'hstu' and getattr(tower, name):
+  for name in _LACKS.get(tower.backbone, ()):
+    if getattr(tower, name):
       raise UserError(
-        f"model.tower.{name} is {getattr(tower, name)}, but model.tower.backbone 'hstu' has none; set one of both"
+        f"model.tower.{name} is {getattr(tower, name)}, but model.tower.backbone '{tower.backbone}' has none; set one "
+        'of both'
       )
   if tower.attention_dropout and tower.attention == 'flash':
     raise UserError(
@@ -221,12 +226,6 @@ def _check_padded(experiment: Experiment, ranks: bool) -> None:
   tower = experiment.model.tower
   if tower.backbone != 'padded_sasrec':
     return
-  for name, other in (('rotary', 'false'), ('rms_norm', 'false'), ('swiglu', 'false'), ('attention', 'auto')):
-    if getattr(tower, name) not in (False, 'auto', 'xla'):
-      raise UserError(
-        f"model.tower.{name} is {getattr(tower, name)}, which model.tower.backbone 'padded_sasrec' has not; set it to "
-        f'{other}, or the backbone to sasrec'
-      )
   if not experiment.pretrain.pack:
     raise UserError("model.tower.backbone 'padded_sasrec' trains on packed rows; set pretrain.pack=true")
   if ranks and experiment.ranker.sequence == 'pinfm':

@@ -108,8 +108,8 @@ def test_candidates_and_appended_events_are_refused():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'model.tower.rotary': True}, 'model.tower.rotary is True, which model.tower.backbone'),
-    ({'model.tower.attention': 'flash'}, 'model.tower.attention is flash'),
+    ({'model.tower.rotary': True}, "rotary is True, but model.tower.backbone 'padded_sasrec' has none"),
+    ({'model.tower.attention': 'flash'}, "model.tower.attention is 'flash', but flash kernels"),
     ({'pretrain.pack': False}, 'trains on packed rows; set pretrain.pack=true'),
     ({'ranker.sequence': 'pinfm'}, 'has no pass for candidates'),
   ],

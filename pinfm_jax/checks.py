@@ -72,8 +72,12 @@ _LACKS = {  # options that a backbone has not
 }
 
 
-def check_experiment(experiment: Experiment) -> None:
+def check_experiment(experiment: Experiment, towers_alone: bool = False) -> None:
   """Checks every arm's settings.
+
+  Args:
+    experiment: with its arms.
+    towers_alone: its arms, if any, are towers: those of a sweep over a launch file that trains no rankers.
 
   Raises:
     UserError: names the first setting that cannot work, its value, and what is expected.
@@ -102,7 +106,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_values(each)
     _check_model(each.model)
     _check_tower(each.model)
-    _check_padded(each, ranks=bool(experiment.arms) and experiment.data.held_out_events < 2)  # else the arms are towers
+    _check_padded(each, ranks=bool(experiment.arms) and not towers_alone)
     _check_ranker(each.ranker, each.model)
     check_interaction(each.ranker)
     _check_mesh(each.mesh)

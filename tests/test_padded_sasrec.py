@@ -120,3 +120,11 @@ def test_settings_that_it_has_not(changes, message):
   check_experiment(apply_overrides(experiment, right))
   with pytest.raises(UserError, match=message):
     check_experiment(apply_overrides(experiment, right | changes))
+
+
+def test_the_arms_of_a_launch_file_without_rankers_may_be_such_towers():
+  arm = Arm('padded', {'model.tower.backbone': 'padded_sasrec', 'pretrain.pack': True})
+  experiment = replace(Experiment('one'), arms=(arm,), baseline='padded', challenger='')
+  check_experiment(experiment, towers_alone=True)
+  with pytest.raises(UserError, match='has no pass for candidates'):
+    check_experiment(experiment)

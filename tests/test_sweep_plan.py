@@ -124,6 +124,9 @@ def test_without_rankers_the_arms_are_towers(run):
   assert {name: len(runs) for name, runs in plan.of('tower').items()} == {'all': 2, 'half': 2}
   assert plan.of('ranker') == {}
   assert all(job.towers_alone and job.stage == 'pretrain' for job in plan.jobs())
+  padded = Arm('padded', {'model.tower.backbone': 'padded_sasrec', 'pretrain.pack': True})  # no ranker can have it
+  experiment = replace(run.experiment, arms=(padded,), baseline='padded')
+  assert len(_plan(replace(run, experiment=experiment), launch_arms=()).jobs()) == 2
 
 
 def test_the_name_of_a_towers_folder_does_not_depend_on_how_numbers_are_spelled(run):

@@ -83,8 +83,9 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
     UserError: an arm that cannot work, or a directory made with other settings.
   """
   experiment = run.experiment
-  check_experiment(experiment)
-  homes, towers_alone = _homes(experiment, launch_arms), not launch_arms
+  towers_alone = not launch_arms
+  check_experiment(experiment, towers_alone)
+  homes = _homes(experiment, launch_arms)
   base = replace(run, experiment=replace(experiment, arms=())) if towers_alone else run
   towers: dict[Path, Trained] = {}
   rankers = []

@@ -158,6 +158,10 @@ def _check_lists(experiment: Experiment) -> None:
   for key, values in (('evaluate.ks', experiment.evaluate.ks), ('ranker.mlp', experiment.ranker.mlp)):
     if any(value < 1 for value in values):
       raise UserError(f'{key} is {values}; expected numbers of at least 1')
+  if not experiment.evaluate.ks:
+    raise UserError(
+      'evaluate.ks is empty; expected the places that HR@k and NDCG@k count, for example evaluate.ks=10,5'
+    )
   if experiment.ranker.dropout >= 1:
     raise UserError(f'ranker.dropout is {experiment.ranker.dropout}; expected a share below 1')
 
@@ -289,6 +293,7 @@ def _check_lengths(experiment: Experiment) -> None:
   behind = 1 + int(experiment.ranker.learnable_token)  # the candidate, and maybe a token before it
   for key, length, positions in (
     ('pretrain.segment_length', pretrain.segment_length, pretrain.segment_length),
+    ('pretrain.downstream_length', pretrain.downstream_length, pretrain.downstream_length),  # read at the retrieval
     ('finetune.history_length', finetune.history_length, finetune.history_length + behind),
   ):
     if positions > tower.max_positions:

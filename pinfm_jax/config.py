@@ -57,7 +57,7 @@ class TowerConfig:
   """The decoder of PinFM and its pointwise MLPs."""
 
   # 'gpt2' (pre-LN); 'sasrec': queries are normalised, keys and values are not, and residuals start from what is
-  # normalised; 'padded_sasrec': as its published codes train it, on padded windows, for next-item towers alone; or
+  # normalised; 'padded_sasrec': as RecTools trains it, on padded windows, for next-item towers alone; or
   # 'hstu', which has no MLP: mlp_ratio is unused
   backbone: str = 'gpt2'
   layers: int = 12
@@ -70,9 +70,9 @@ class TowerConfig:
   embedding_dropout: float = 0.0  # of elements of the tokens that enter the first block
   token_dropout: float = 0.0  # of whole tokens there
   attention_dropout: float = 0.0  # of the attention weights in the context pass (not hstu)
-  rotary: bool = False  # rotary positions of queries and keys instead of learned ones (not hstu)
-  rms_norm: bool = False  # RMSNorm instead of LayerNorm (not hstu)
-  swiglu: bool = False  # SiLU-gated MLP instead of GELU (not hstu)
+  rotary: bool = False  # rotary positions of queries and keys instead of learned ones (not hstu, padded_sasrec)
+  rms_norm: bool = False  # RMSNorm instead of LayerNorm (not hstu, padded_sasrec)
+  swiglu: bool = False  # SiLU-gated MLP instead of GELU (not hstu, padded_sasrec)
   bare_tokens: bool = False  # tokens are E + V + A themselves, without phi_in; width is then the item vectors'
   bare_targets: bool = False  # z is E itself and H the decoder's output, without psi and phi_out (tied weights)
   dot_product: bool = False  # H and z keep their length: scores are inner products, not cosines

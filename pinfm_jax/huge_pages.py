@@ -26,5 +26,7 @@ def with_huge_pages(kernel: Path = _KERNEL) -> None:
     return
   if _TUNABLE in tunables or '[madvise]' not in given:
     return
+  if not sys.executable or '-' in sys.orig_argv[1:2]:  # nobody knows what runs this, or its code was read from a pipe
+    return
   asked = ':'.join(filter(None, (tunables, f'{_TUNABLE}=1')))
   os.execve(sys.executable, sys.orig_argv, os.environ | {'GLIBC_TUNABLES': asked})

@@ -117,8 +117,9 @@ def sasrec(experiment: Experiment) -> Mapping[str, Any]:
   `search.py` change is set here again, so that the baseline stays the same.
 
   Differences from the published code: all segments of a long history train (not its newest events alone), in packed
-  rows; the positions of a step share 2,048 negatives that weigh as 256 (there each has 256 of its own); a window has a
-  place more; and the dropout of attention's weights spares that of the padding.
+  rows, of up to `length` events the last of which is a target alone (there `length + 1`), in windows with a place more;
+  the positions of a step share 2,048 negatives that weigh as 256 (there each has 256 of its own); and the dropout of
+  attention's weights spares that of the padding.
   """
   rows, segments = experiment.model.tables.rows, experiment.pretrain.batch_segments
   return {
@@ -178,6 +179,7 @@ def baselines(experiment: Experiment) -> tuple[Arm, ...]:
   larger = shared | {'model.tower.layers': 2, 'pretrain.update.beta2': 0.999, 'pretrain.item_dropout': 0.0}
   segments = experiment.pretrain.batch_segments
   larger |= {'pretrain.count_as': 0, 'pretrain.uniform_negatives': 256 // segments * segments}
+  larger |= {'model.tower.backbone': 'sasrec'}  # their code keeps attention from reading the padding
   larger |= {'model.tables.init_scale': 0.02, 'pretrain.eval_metric': 'ndcg@10'}
   larger |= {f'model.{name}': 128 for name in ('tower.width', 'tower.output_width', 'tables.width')}
   larger |= {f'model.tower.{kind}': 0.5 for kind in ('dropout', 'embedding_dropout', 'attention_dropout')}

@@ -17,6 +17,7 @@ def test_the_toy_experiment_passes():
 @pytest.mark.parametrize(
   'setting',
   [
+    'evaluate.ks=', 'pretrain.downstream_length=99',
     'baseline=nobody', 'seeds=1,1', 'seeds=-1', 'evaluate.ks=0,5', 'ranker.mlp=0', 'model.tower.dropout=1.5',
     'ranker.dropout=1', 'data.simulator.seed=-1', 'data.test_days=0', 'data.test_days=-1', 'evaluate.split=tst',
     'data.finetune_days=0.0', 'evaluate.resample=rows', 'challenger=nobody',

@@ -37,6 +37,16 @@ def test_the_same_command_runs_with_huge_pages():
   assert _child(_KERNEL, GLIBC_TUNABLES=other) == f'{other}:glibc.malloc.hugetlb=1 True one word --two'
 
 
+@pytest.mark.parametrize(('name', 'value'), [('executable', ''), ('orig_argv', ['python', '-', 'run'])])
+def test_what_cannot_be_started_anew_is_left_alone(tmp_path, monkeypatch, name, value):
+  kernel = tmp_path / 'enabled'
+  kernel.write_text('always [madvise] never')
+  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+  monkeypatch.setattr(os, 'execve', lambda *_: pytest.fail('started anew'))
+  monkeypatch.setattr(sys, name, value)
+  with_huge_pages(kernel)
+
+
 @pytest.mark.parametrize('says', ['[always] madvise never', 'always madvise [never]', None])
 def test_nothing_starts_anew_where_the_kernel_gives_none_or_all(tmp_path, monkeypatch, says):
   kernel = tmp_path / 'enabled'

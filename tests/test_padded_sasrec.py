@@ -34,7 +34,7 @@ def _parameters():
 
 
 def _window_oracle(params, vectors_LV):
-  """The last event's output of one history, in float64 on the padded window, as the published codes compute it."""
+  """The last event's output of one history, in float64 on the padded window, as RecTools computes it."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.tree.map(lambda x: x, params['params']))
   count = len(vectors_LV)
   x_PD = np.zeros((WINDOW, WIDTH))

@@ -190,6 +190,7 @@ def test_the_baseline_is_one_of_the_arms(tmp_path):
     (['--grid', 'ranker.mlp=8', '--seeds', '0'], '--seeds is 0'),
     (['--grid', 'ranker.mlp=8', '--jobs', '0'], '--jobs is 0'),
     (['--grid', 'ranker.mlp=8', '--set', 'ranker.mlp=8'], 'given by --set and by --grid'),
+    (['--grid', 'ranker.mlp=8', '--set', 'evaluate.split=test'], 'a sweep has an option for it: --split'),
     (['--grid', 'ranker.mlp=8', '--name', 'a/b'], "--name got 'a/b'"),
     (['--grid', 'ranker.ml=8'], "nearest is 'mlp'"),
   ],

@@ -18,7 +18,7 @@ from pinfm_jax.sweep import sweep as sweep_module
 from pinfm_jax.sweep.jobs import FAILED, Outcome
 from pinfm_jax.sweep.plan import make_plan
 from pinfm_jax.sweep.results import Rows, findings
-from pinfm_jax.sweep.sweep import Sweep, _check_name, run_sweep
+from pinfm_jax.sweep.sweep import Sweep, _check_name, _unreached, run_sweep
 from pinfm_jax.workdir import claim, write_json
 
 NONE, HALF = Arm('none', {'ranker.sequence': 'none'}), {'pretrain.steps': 3}
@@ -116,6 +116,12 @@ def test_work_of_other_settings_is_refused_before_anything_runs(run):
   write_json(tower / 'results.json', {})
   with pytest.raises(UserError, match=r'seed1/pretrain was made with pretrain\.steps=99, now it is 6'):
     _plan(run)
+
+
+def test_settings_that_do_not_reach_an_arm_are_named():
+  assert _unreached(('pretrain.steps', 'model.tower.layers'), ARMS) == [
+    "note: these arms have a pretrain.steps of their own: 'half', 'half, no tie'"
+  ]
 
 
 def test_without_rankers_the_arms_are_towers(run):

@@ -18,6 +18,7 @@ from pinfm_jax.data.pipeline import Segments
 from pinfm_jax.data.tokens import (
   ItemContent,
   TokenInputs,
+  check_hidden_actions,
   check_tokens,
   event_gaps,
   gap_bucket,
@@ -177,6 +178,14 @@ def test_data_without_what_the_model_reads_is_refused(toy_run, model, info, mess
     check_tokens(model, changed)
   assert '\n' not in str(error.value)
   check_tokens(PinFMConfig(), changed)
+
+
+def test_actions_that_nobody_has_taken_cannot_be_hidden(toy_run):
+  check_hidden_actions(0.2, toy_run.dataset.info)
+  none = replace(toy_run.dataset.info, actions=())
+  check_hidden_actions(0.0, none)
+  with pytest.raises(UserError, match='action_mask is 0.2, but the events of this data set have no actions'):
+    check_hidden_actions(0.2, none)
 
 
 @pytest.mark.parametrize(

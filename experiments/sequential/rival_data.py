@@ -23,20 +23,24 @@ def write_rival_data(workdir: Path, target: Path) -> None:
   """Writes the files.
 
   Raises:
-    UserError: nothing is prepared there, or the item ids are not the numbers 1 to the number of items.
+    UserError: nothing is prepared there, the item ids are not the numbers 1 to the number of items, or the target
+      cannot be written.
   """
   dataset = PreparedDataset.open(workdir / 'data')
   users = [history.item.tolist() for history in dataset.histories()]
   items = {item for user in users for item in user}
   if items != set(range(1, len(items) + 1)):
     raise UserError(f'{workdir} has {len(items)} items with other ids than 1 to {len(items)}; the rival counts so')
-  for part, back in (('train', 2), ('val', 2), ('test', 1)):
-    kept = [user for user in users if len(user) > back]
-    _lines(target / part / 'input.txt', [' '.join(map(str, user[:-back])) for user in kept])
-    if part != 'train':
-      _lines(target / part / 'output.txt', [str(user[-back]) for user in kept])
-  stats = {'num_users': len(users), 'num_items': len(items), 'num_interactions': sum(map(len, users))}
-  (target / 'dataset_stats.json').write_text(json.dumps(stats))
+  try:
+    for part, back in (('train', 2), ('val', 2), ('test', 1)):
+      kept = [user for user in users if len(user) > back]
+      _lines(target / part / 'input.txt', [' '.join(map(str, user[:-back])) for user in kept])
+      if part != 'train':
+        _lines(target / part / 'output.txt', [str(user[-back]) for user in kept])
+    stats = {'num_users': len(users), 'num_items': len(items), 'num_interactions': sum(map(len, users))}
+    (target / 'dataset_stats.json').write_text(json.dumps(stats))
+  except OSError as error:
+    raise UserError(f'{error.filename} cannot be written ({error.strerror}); give a folder that can be') from None
 
 
 def _lines(path: Path, lines: list[str]) -> None:

@@ -54,7 +54,10 @@ def run_clicks(clicks: ClickExperiment, workdir: Path, split: str) -> tuple[ArmR
     UserError: files that are not what they should be, a workdir of other settings or in use.
   """
   if not clicks.data.path:
-    raise UserError(f'data.path is empty; give the folder of {clicks.data.source}: --set data.path=DIR')
+    raise UserError(
+      f'data.path is empty; give the folder of {clicks.data.source}: --set data.path=DIR, or, for the launch files of '
+      'experiments/, the environment variable PINFM_DATA with the folder of all data sets'
+    )
   with ExitStack() as lock:
     hold_workdir(workdir, lock)
     keep_compiled_programs(workdir / 'compiled')

@@ -138,6 +138,14 @@ def check_exact_rows(tables: TableConfig, dataset: 'PreparedDataset') -> None:
     )
 
 
+def check_hidden_actions(share: float, info: DatasetInfo) -> None:
+  """Raises UserError if pretraining is to hide and predict actions (`pretrain.action_mask`) that nobody has taken."""
+  if share and not info.actions:
+    raise UserError(
+      f'pretrain.action_mask is {share}, but the events of this data set have no actions to predict; set it to 0'
+    )
+
+
 def check_tokens(model: PinFMConfig, info: DatasetInfo) -> None:
   """Checks that a data set has what the model's options need.
 

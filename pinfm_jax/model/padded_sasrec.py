@@ -1,4 +1,4 @@
-"""SASRec's blocks as its published codes train them, on histories that padding fills up to a window (backbone).
+"""SASRec's blocks as RecTools trains them, on histories that padding fills up to a window (backbone).
 
 There a history stands at the end of a window of `max_positions` places. The places before it are zero vectors that
 attention is not kept from reading: to every event they are one more key and value, the projections' biases, as often as

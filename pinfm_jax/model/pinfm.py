@@ -326,7 +326,7 @@ class PinFM(nn.Module):
 
 
 def _positions_init(tower: TowerConfig) -> nn.initializers.Initializer:
-  """Of the position embeddings: small; in the backbone of padded windows Xavier, as in the published codes."""
+  """Of the position embeddings: small; in the backbone of padded windows Xavier, as in RecTools."""
   padded = tower.backbone == 'padded_sasrec'
   return nn.initializers.normal((2 / (tower.max_positions + tower.width)) ** 0.5 if padded else 0.02)
 

@@ -18,7 +18,7 @@ from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.kept_examples import kept_or_made
 from pinfm_jax.data.pipeline import Requests, action_bits
 from pinfm_jax.data.splits import Split, pretrained_items, split_by_time
-from pinfm_jax.data.tokens import PLAIN, TokenInputs, check_tokens
+from pinfm_jax.data.tokens import PLAIN, TokenInputs, check_hidden_actions, check_tokens
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.train.finetune import FinetuneTask
@@ -68,6 +68,7 @@ class Run:
     else:
       dataset = PreparedDataset.open(self.data_directory)
     check_tokens(self.experiment.model, dataset.info)
+    check_hidden_actions(self.experiment.pretrain.action_mask, dataset.info)
     if self.experiment.arms:
       check_labels(self.experiment, dataset.info.labels)
     return dataset

@@ -48,5 +48,8 @@ def _make(run: Run) -> None:
     prepare(simulated_prepare_config(feed, run.data_directory))
     return
   if not data.path:
-    raise UserError(f'data.path is empty; set it to the folder of the {data.source} files (--set data.path=DIR)')
+    raise UserError(
+      f'data.path is empty; set it to the folder of the {data.source} files: --set data.path=DIR, or, for the launch '
+      'files of experiments/, the environment variable PINFM_DATA to the folder of all data sets'
+    )
   prepare_source(data.source, data.path, run.data_directory, **data.options)

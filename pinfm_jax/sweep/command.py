@@ -31,7 +31,7 @@ def add_sweep(commands) -> None:
   command.add_argument('--name', metavar='NAME', help="of the results' folder (default: by the arms or the grid)")
   command.add_argument('--workdir', metavar='DIR', help='where everything is written (default: runs/NAME of LAUNCH)')
   command.add_argument('--set', metavar='KEY=VALUE', nargs='+', action='extend', default=[], dest='assignments',
-                       help='change settings of the experiment, for all arms')  # fmt: skip
+                       help='change settings of the experiment; what an arm sets itself stays')  # fmt: skip
   command.set_defaults(function=_sweep)
 
 
@@ -47,6 +47,10 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
   jax.config.update('jax_platforms', 'cpu')  # of this process alone: accelerators and their memory are for the runs
   settings = parse_assignments(arguments.assignments)
+  if 'evaluate.split' in settings:
+    raise UserError(
+      'evaluate.split is given by --set; a sweep has an option for it: --split validation or --split test'
+    )
   experiment = load_experiment(arguments.file, settings)
   if arguments.seeds is not None:
     experiment = replace(experiment, seeds=first_seeds(arguments.seeds))
@@ -63,7 +67,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     arguments.split if experiment.arms or experiment.data.held_out_events > 1 else 'test',
   )
   file = load_arms(arguments.arms) if arguments.arms else None
-  sweep = Sweep(experiment, folder_name(name), file, axes, tuple(arguments.only), arguments.jobs)
+  sweep = Sweep(experiment, folder_name(name), file, axes, tuple(arguments.only), arguments.jobs, tuple(settings))
   if not run_sweep(sweep, Path(arguments.workdir or Path('runs') / experiment.name)):
     raise SystemExit(1)
 

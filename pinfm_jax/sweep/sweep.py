@@ -31,6 +31,7 @@ class Sweep:
     axes: of the grid.
     only: names of arms to run, besides the baseline; empty = all.
     at_once: runs at a time.
+    changed: settings of the experiment that the command changed.
   """
 
   experiment: Experiment
@@ -39,6 +40,7 @@ class Sweep:
   axes: tuple[Axis, ...] = ()
   only: tuple[str, ...] = ()
   at_once: int = 1
+  changed: tuple[str, ...] = ()
 
 
 def run_sweep(sweep: Sweep, workdir: Path) -> bool:
@@ -66,7 +68,7 @@ def run_sweep(sweep: Sweep, workdir: Path) -> bool:
     rows = Rows(plan, directory / 'runs.csv')
     rows.write()
     jobs = plan.jobs()
-    print(_size(plan, jobs), flush=True)
+    print('\n'.join([*_unreached(sweep.changed, plan.run.experiment.arms), _size(plan, jobs)]), flush=True)
     run_jobs(jobs, workdir, sweep.at_once, lambda job, outcome: rows.ended(job.directory, outcome))
     found = findings(plan, rows, f'{sweep.experiment.name}: {sweep.name}', sweep.file.about if sweep.file else '')
     found.write(directory)
@@ -155,6 +157,12 @@ def prepare_data(experiment: Experiment, workdir: Path, logs: Path) -> None:
   outcome = run_jobs([job], workdir)[job.directory]
   if outcome.status != FINISHED:
     raise UserError(f'the data could not be prepared: {outcome.message.splitlines()[-1]} (log: {job.log})')
+
+
+def _unreached(changed: Sequence[str], arms: Sequence[Arm]) -> list[str]:
+  """A line for each changed setting that some arms set themselves: it is not what these are run with."""
+  own = {key: [f"'{arm.name}'" for arm in arms if key in arm.overrides] for key in changed}
+  return [f'note: these arms have a {key} of their own: {", ".join(names)}' for key, names in own.items() if names]
 
 
 def _size(plan: Plan, jobs: Sequence[Job]) -> str:

@@ -92,7 +92,10 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
     assert results[f'bundle/float32/tower/{name}'] == pytest.approx(measured, rel=1e-5)
     assert results[f'bundle/int4/tower/{name}'] == pytest.approx(measured, rel=0.1)
   _recommends(workdir, test['retrieval/all/tower/hr@5'])
-  _script('rival_data')['write_rival_data'](workdir, tmp_path / 'rival')
+  write = _script('rival_data')['write_rival_data']
+  with pytest.raises(UserError, match=r'results.json.* cannot be written'):
+    write(workdir, workdir / 'results.json')  # a file
+  write(workdir, tmp_path / 'rival')
   read = lambda name: (tmp_path / 'rival' / name).read_text().splitlines()
   lines = [line.split()[1:] for line in Path(experiment.data.path).read_text().splitlines()]
   assert sorted(read('train/input.txt')) == sorted(' '.join(line[:-2]) for line in lines)

@@ -92,6 +92,7 @@ def test_a_launch_file_and_its_baselines_pass(path):
   assert blocks.model.tower.dropout == blocks.model.tower.attention_dropout == blocks.pretrain.item_dropout == 0.1
   larger = apply_overrides(experiment, arms[-1].overrides)
   assert (larger.model.tower.layers, larger.model.tower.width, larger.pretrain.bce_calibration) == (2, 128, 0.75)
+  assert (blocks.model.tower.backbone, larger.model.tower.backbone) == ('padded_sasrec', 'sasrec')
 
 
 @pytest.mark.parametrize('path', LAUNCH_FILES, ids=lambda path: path.stem)

@@ -17,7 +17,7 @@ def test_the_toy_experiment_passes():
 @pytest.mark.parametrize(
   'setting',
   [
-    'evaluate.ks=', 'pretrain.downstream_length=99',
+    'evaluate.ks=',
     'baseline=nobody', 'seeds=1,1', 'seeds=-1', 'evaluate.ks=0,5', 'ranker.mlp=0', 'model.tower.dropout=1.5',
     'ranker.dropout=1', 'data.simulator.seed=-1', 'data.test_days=0', 'data.test_days=-1', 'evaluate.split=tst',
     'data.finetune_days=0.0', 'evaluate.resample=rows', 'challenger=nobody',
@@ -112,6 +112,14 @@ def test_impression_negatives_need_a_positive_set_and_the_next_token_loss(other)
   key, value = other.split('=')
   with pytest.raises(UserError, match=key.split('.')[-1]):
     check_experiment(apply_overrides(toy.EXPERIMENT, {'pretrain.impression_negatives': '2', key: value}))
+
+
+def test_windows_have_positions_to_stand_at():
+  longer = {'pretrain.ftl_weight': 0.0, 'pretrain.downstream_length': toy.EXPERIMENT.model.tower.max_positions}
+  check_experiment(apply_overrides(toy.EXPERIMENT, longer))
+  longer['pretrain.downstream_length'] += 1
+  with pytest.raises(UserError, match=r'downstream_length is \d+: model.tower.max_positions \d+ must be at least'):
+    check_experiment(apply_overrides(toy.EXPERIMENT, longer))
 
 
 def test_a_loss_has_to_be_left():

@@ -56,6 +56,11 @@ def _script(name):
   return run_file(Path(__file__).resolve().parents[2] / 'experiments' / 'sequential' / f'{name}.py', 'script')
 
 
+def test_actions_that_the_log_has_not_are_not_predicted(experiment, tmp_path):
+  with pytest.raises(UserError, match=r'action_mask is 0\.2, but the events of this data set have no actions'):
+    run_experiment(apply_overrides(experiment, {'pretrain.action_mask': 0.2}), tmp_path / 'hidden')
+
+
 @pytest.mark.slow
 def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   workdir = tmp_path / 'run'

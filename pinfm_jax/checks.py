@@ -231,8 +231,7 @@ def _check_tower(model: PinFMConfig) -> None:
 
 
 def _check_padded(experiment: Experiment, ranks: bool) -> None:
-  tower = experiment.model.tower
-  if tower.backbone != 'padded_sasrec':
+  if not experiment.model.tower.padded:
     return
   if not experiment.pretrain.pack:
     raise UserError("model.tower.backbone 'padded_sasrec' trains on packed rows; set pretrain.pack=true")

@@ -81,6 +81,11 @@ class TowerConfig:
   remat: str = 'none'  # what the backward pass computes again, to save memory: 'full', or 'dots' (all but the matmuls)
   attention: str = 'auto'  # 'xla' (plain), 'flash', or 'auto': flash where the device has a kernel for the sizes
 
+  @property
+  def padded(self) -> bool:
+    """Whether histories end padded windows, so that an event's output depends on how many events follow it."""
+    return self.backbone == 'padded_sasrec'
+
 
 @dataclass(frozen=True)
 class PinFMConfig:

@@ -299,7 +299,7 @@ class PinFM(nn.Module):
     In the backbone of padded windows from the window's end: [U, L, D].
     """
     mask_UL, segment_UL = events.mask_UL, events.segment_UL
-    if self.config.tower.backbone == 'padded_sasrec':
+    if self.config.tower.padded:
       place = jnp.arange(mask_UL.shape[1]) if segment_UL is None else segment_places(segment_UL)
       return self.position_embedding[places_from_end(mask_UL, segment_UL, place)]
     if segment_UL is None:
@@ -327,8 +327,7 @@ class PinFM(nn.Module):
 
 def _positions_init(tower: TowerConfig) -> nn.initializers.Initializer:
   """Of the position embeddings: small; in the backbone of padded windows Xavier, as in RecTools."""
-  padded = tower.backbone == 'padded_sasrec'
-  return nn.initializers.normal((2 / (tower.max_positions + tower.width)) ** 0.5 if padded else 0.02)
+  return nn.initializers.normal((2 / (tower.max_positions + tower.width)) ** 0.5 if tower.padded else 0.02)
 
 
 def insert(x_UXD: Array, token_UD: Array, place_U: Array) -> Array:

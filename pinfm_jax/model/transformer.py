@@ -177,7 +177,7 @@ class Decoder(nn.Module):
       x_ULD, stacked = self.blocks(x_ULD, None, view, train)
     if output_at_U is None:
       x_ULD, last = self.last(x_ULD, None, view, train)
-    elif self.config.backbone == 'padded_sasrec':  # it has no form for one position
+    elif self.config.padded:  # it has no form for one position
       x_ULD, last = self.last(x_ULD, None, view, train)
       x_ULD = jnp.take_along_axis(x_ULD, output_at_U[:, None, None], axis=1)
     else:

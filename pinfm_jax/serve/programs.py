@@ -157,7 +157,7 @@ def lower_programs(
   # Sizes of their own: a constraint holds for all sizes that are made with it, used or not.
   slots, *shape = export.symbolic_shape('P, U, K', constraints=[f'K <= {history_length}'])
   new = (params, pool(slots), jax.ShapeDtypeStruct(shape[:1], jnp.int32), event_shapes(model, tuple(shape)))
-  whole = model.ranker.bidirectional or model.model.tower.backbone == 'padded_sasrec'  # a new event changes all others
+  whole = model.ranker.bidirectional or model.model.tower.padded  # a new event changes all others
   programs = {} if whole else {'extend': lower(model.extend, *new)}
   programs |= {'context': lower(model.context, *new), 'items': lower(model.items, params, rows)}
   if not model.spec.num_labels:  # a tower without a ranker

@@ -345,10 +345,10 @@ def _check_training(experiment: Experiment) -> None:
       f"finetune.init is 'scratch', and finetune.update.frozen is {','.join(finetune.update.frozen)}: that would never "
       'learn; set one of both'
     )
-  if pretrain.continue_from and experiment.data.pretrain_overlap_users == 'others' and experiment.data.pretrain_overlap:
+  if (finetune.ntl_weight or finetune.mtl_weight) and not finetune.ntl_columns:
     raise UserError(
-      "data.pretrain_overlap_users is 'others' and pretrain.continue_from is set: what the other users did in the "
-      'fine-tuning days would count as read by all; set data.pretrain_overlap_users=all'
+      'finetune.ntl_columns is 0: the losses of finetune.ntl_weight and mtl_weight have no negatives; set it, or both '
+      'weights to 0'
     )
   if pretrain.start_from and pretrain.continue_from:
     raise UserError('pretrain.start_from and pretrain.continue_from are both set: a run starts from one of them')

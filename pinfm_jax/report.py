@@ -16,11 +16,19 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.comparison_tables import bucket_text
 from pinfm_jax.evaluate.tables import percent_interval
 from pinfm_jax.progress import duration
-from pinfm_jax.workdir import write_text
+from pinfm_jax.workdir import is_trained, write_text
 
 _AGE_LIFT = re.compile(r'(?P<arm>.+?)/lift/(?P<label>[^/]+)/(?P<bucket>age[^/]+|seen|unseen)/(?P<metric>auc|hit@3)')
 _LIFT = re.compile(r'(?P<arm>.+?)/lift/(?P<label>[^/]+)/(?P<metric>auc|hit@3)')
 _METRICS = {'hit@3': 'HIT@3', 'auc': 'AUC'}
+_CURVES = {  # figure of metrics.jsonl -> label
+  'loss': 'loss',
+  'eval/loss': 'held-out loss',
+  'eval/ndcg@10': 'validation NDCG@10',
+  'eval/hr@10': 'validation HR@10',
+  'eval/mrr': 'validation MRR',
+  'examples_per_s': 'examples / s',
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def _training(path: Path, missing: list[str]) -> Training:
       broken += 1
   directory = path.parent
   name = f'{directory.parent.name}/{directory.name}'
-  finished = (directory / 'results.json').exists()
+  finished = is_trained(directory)
   if broken:
     missing.append(f'{name}/metrics.jsonl: {broken} unreadable line{"s" if broken > 1 else ""} left out')
   if not finished:
@@ -243,7 +251,7 @@ def _calibration(run: RunFiles) -> str:
 def _curves(run: RunFiles) -> str:
   figures = []
   for stage in dict.fromkeys(training.stage for training in run.trainings):
-    for name, label in (('loss', 'loss'), ('eval/loss', 'held-out loss'), ('examples_per_s', 'examples / s')):
+    for name, label in _CURVES.items():
       series = {t.seed: t.series(name) for t in run.trainings if t.stage == stage}
       series = {seed: points for seed, points in series.items() if points[0]}
       if series:

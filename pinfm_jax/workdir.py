@@ -12,6 +12,7 @@ from pinfm_jax.errors import UserError
 
 RESULTS = 'results.json'
 SETTINGS = 'settings.json'
+_FREE = {'simulator', 'options', 'label_weights'}  # mappings in which a missing key is a default and not 'off'
 
 
 class OtherSettingsError(UserError):
@@ -27,7 +28,7 @@ def claim(directory: Path, settings: Mapping[str, Any], started: bool = True) ->
     started: whether anything made with the settings found there may stand; if not, they are replaced.
 
   An option that is off ('', 0, false, none) and that the settings found there do not name is not a difference: it is
-  newer than they are.
+  newer than they are. Keys of mappings that a launch file fills as it likes are no options.
 
   Raises:
     OtherSettingsError: it was made with other settings; the first differing one is named.
@@ -37,7 +38,7 @@ def claim(directory: Path, settings: Mapping[str, Any], started: bool = True) ->
   if started and path.exists():
     found, expected = _flat(read_json(path)), _flat(settings)
     for name in (*expected, *found):  # a setting that is no longer there differs too
-      newer = name not in found and not expected[name]
+      newer = name not in found and not expected[name] and _FREE.isdisjoint(name.split('.')[:-1])
       if not newer and found.get(name) != expected.get(name):
         was, now = (repr(values[name]) if name in values else 'its default' for values in (found, expected))
         raise OtherSettingsError(
@@ -51,6 +52,11 @@ def claim(directory: Path, settings: Mapping[str, Any], started: bool = True) ->
 def is_done(directory: Path) -> bool:
   """Whether the stage in this directory has finished."""
   return (directory / RESULTS).exists()
+
+
+def is_trained(directory: Path) -> bool:
+  """Whether a training stage has finished: its results stand in its directory or, measured on a split, below it."""
+  return any(is_done(directory / split) for split in ('', 'validation', 'test'))
 
 
 def has_work(directory: Path) -> bool:

@@ -32,6 +32,7 @@ def test_the_toy_experiment_passes():
     'finetune.cold_start.randomise=1.5', 'pretrain.log_q=count', 'pretrain.uniform_negatives=12',
     'pretrain.impression_negatives=5', 'pretrain.sketch_decay=0', 'pretrain.sketch_decay=1.1',
     'pretrain.sketch_width=0', 'pretrain.sketch_width=600000000', 'ranker.transact.length=5', 'ranker.transact.width=3',
+    'finetune.ntl_columns=0',
   ],
 )  # fmt: skip
 def test_a_value_that_cannot_work_is_named(setting):

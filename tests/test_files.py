@@ -1,12 +1,13 @@
 """Files that appear whole: what stands at the name beforehand is replaced as a user expects, or not at all."""
 
+import fcntl
 import os
 import threading
 
 import pytest
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.files import complete_directory, complete_file
+from pinfm_jax.files import complete_directory, complete_file
 
 
 def write(out, source):
@@ -79,6 +80,29 @@ def test_a_link_to_a_bundle_leads_to_the_new_one(tmp_path):
   assert os.listdir(tmp_path / 'old') == ['manifest.json']
 
 
+def test_what_a_killed_process_left_is_put_right(tmp_path):
+  out = tmp_path / 'a bundle [1]'
+  make(out)
+  for name in ('0123abcd', '4567abcd'):  # the second one is still at work
+    (tmp_path / f'{out.name}.partial-{name}').mkdir()
+  lock = os.open(tmp_path / f'{out.name}.partial-4567abcd', os.O_RDONLY)
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  out.rename(tmp_path / f'{out.name}.partial-89ababcd.old')  # killed between its two renames
+  with pytest.raises(UserError, match='exists already'):
+    make(out, overwrite=False)
+  os.close(lock)
+  assert sorted(os.listdir(tmp_path)) == [out.name, f'{out.name}.partial-4567abcd']
+  make(out)
+  assert os.listdir(tmp_path) == [out.name]
+
+
+def test_what_comes_meanwhile_is_not_replaced(tmp_path):
+  out = tmp_path / 'bundle'
+  with pytest.raises(UserError, match='exists already'), complete_directory(out, overwrite=False):
+    make(out)
+  assert os.listdir(tmp_path) == ['bundle']
+
+
 def test_what_cannot_be_replaced_stays(tmp_path, monkeypatch):
   out = tmp_path / 'bundle'
   make(out)
@@ -86,7 +110,7 @@ def test_what_cannot_be_replaced_stays(tmp_path, monkeypatch):
   rename = os.rename
 
   def broken(source, target):
-    if '.partial-' in str(source):
+    if '.partial-' in str(source) and not str(source).endswith('.old'):
       raise OSError('no')
     rename(source, target)
 

@@ -9,12 +9,14 @@ import pytest
 import toy
 from flax.core import meta
 
-from pinfm_jax.config import ColdStartConfig, FinetuneConfig
+from pinfm_jax.config import Arm, ColdStartConfig, FinetuneConfig
 from pinfm_jax.data.pipeline import evaluation_batches, training_batches
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.predict import predict, predictions_of
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.ranker import DenseStats
+from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.stages.context import Run
 from pinfm_jax.train import restore
 from pinfm_jax.train.checkpoint import described, plain
 from pinfm_jax.train.exchange import Exchange, read_vectors
@@ -373,6 +375,19 @@ def test_a_history_that_leaves_no_place_for_the_candidate_is_refused(toy_run, re
   task = FinetuneTask(model, toy_run.experiment.ranker, toy_run.experiment.finetune, requests.schema, 2)
   with pytest.raises(UserError, match='make it at least 9'):
     finetune(task, requests, toy_run.mesh, tmp_path, 0, None)
+
+
+def test_the_temperature_is_that_of_pretraining(toy_run, task):
+  assert np.exp(task.init(jax.random.key(0))['log_temperature']) == pytest.approx(0.05)
+  fixed = {'pretrain.temperature': 1.0, 'pretrain.fixed_temperature': True}
+  arm = Arm('scratch', {'ranker.sequence': 'pinfm', 'finetune.init': 'scratch'})
+  run = Run(apply_overrides(toy_run.experiment, fixed), toy_run.workdir).of_arm(arm)
+  warm = run.task(2)
+  assert np.exp(warm.init(jax.random.key(0))['log_temperature']) == pytest.approx(1)
+  assert warm.pretrained.fixed_temperature
+  assert run.finetune_settings(0)['pretrain'].items() >= {'temperature': 1.0, 'fixed_temperature': True}.items()
+  plain = toy_run.of_arm(arm).finetune_settings(0)
+  assert plain['pretrain'].keys() == {'positive_actions'}  # work from before goes on
 
 
 def test_without_randomness_turns_every_technique_off(task):

@@ -1,6 +1,7 @@
 """Continued pretraining: what is learned goes on in grown vocabularies, on the new events."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -175,6 +176,18 @@ def test_nothing_new_is_refused(data):
   segments = Segments.before(data.grown, SPLIT, 16)
   with pytest.raises(UserError, match='no event before the pretraining split that the earlier run has not read'):
     new_segments(segments, 1, SPLIT)
+
+
+def test_what_is_new_to_a_run_that_spared_users_is_not_guessed(data, first, tmp_path):
+  spared = tmp_path / 'spared'
+  shutil.copytree(first, spared)
+  path = spared / 'seed0' / 'pretrain' / 'settings.json'
+  settings = json.loads(path.read_text())
+  settings['data'] |= {'pretrain_overlap': True, 'pretrain_overlap_users': 'others'}
+  path.write_text(json.dumps(settings))
+  with pytest.raises(UserError, match='pretrain_overlap_users=others.*set pretrain.continue_on=all'):
+    _pretrain(data.folder / 'grown', tmp_path / 'new', continue_from=str(spared), **STAY)
+  _pretrain(data.folder / 'grown', tmp_path / 'all', continue_from=str(spared), continue_on='all', **STAY)
 
 
 def test_the_earlier_run_must_be_of_an_earlier_state_of_the_data(data, first):

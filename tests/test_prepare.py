@@ -439,6 +439,6 @@ def test_existing_directory(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['log.csv', 'out']
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'file').write_text('x')
-  with pytest.raises(UserError, match='not a prepared data set'):
+  with pytest.raises(UserError, match='is no prepared data set, so it is not replaced'):
     _prepare(log, tmp_path / 'mine', overwrite=True)
   assert (tmp_path / 'mine' / 'file').exists()

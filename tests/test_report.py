@@ -100,6 +100,20 @@ def test_a_finished_run_has_every_part_and_loads_nothing(tmp_path):
   assert 'prefers-color-scheme: dark' in text
 
 
+def test_a_tower_that_is_measured_on_two_splits_has_finished_and_shows_its_ranking(tmp_path):
+  workdir = made_run(tmp_path / 'run')
+  for seed in (0, 1):
+    directory = workdir / f'seed{seed}' / 'pretrain'
+    (directory / 'test').mkdir()
+    (directory / 'results.json').rename(directory / 'test' / 'results.json')
+    with (directory / 'metrics.jsonl').open('a') as log:
+      log.writelines(json.dumps({'step': s, 'eval/ndcg@10': s / 1e4}) + '\n' for s in (100, 200))
+  text, page = read(workdir)
+  assert 'Not there yet' not in text
+  assert '(running)' not in text
+  assert 'validation NDCG@10' in page.text
+
+
 def test_text_of_the_run_is_escaped(tmp_path):
   text, page = read(made_run(tmp_path / 'run'))
   assert 'a <b>&' in page.text

@@ -184,6 +184,17 @@ def test_targets_that_were_never_seen_are_left_out_and_counted():
   assert task.histories['mask'].sum(axis=1).tolist() == [1, 1]
 
 
+def test_what_a_spared_user_did_later_is_not_trained():
+  """Items and popularity are of the events before a time of each user's own; what is predicted stays the same."""
+  dataset = _Histories([(1, 10, 1), (4, 12, 1), (9, 10, 1)], [(1, 11, 1), (4, 11, 1), (9, 10, 1)])
+  plain = retrieval_task(dataset, 5, 4, 2, 0, 100)
+  spared = retrieval_task(dataset, 5, 4, 2, 0, 100, until_U=np.array([3, 5]))
+  assert plain.catalogue_V.tolist() == [10, 11, 12]
+  assert spared.catalogue_V.tolist() == [10, 11]
+  assert spared.popularity_V.tolist() == [1, 2]
+  assert spared.end_Q.tolist() == plain.end_Q.tolist() == [2, 2]
+
+
 def test_pretrained_items_are_those_of_events_before_the_split():
   histories = _Histories([(1, 7, 1), (4, 3, 1), (5, 9, 1)], [(2, 3, 0), (8, 8, 1)], [(6, 6, 1)])
   assert pretrained_items(histories, 5).tolist() == [3, 7]  # whatever their actions

@@ -127,7 +127,14 @@ def test_settings_that_do_not_reach_an_arm_are_named():
 def test_without_rankers_the_arms_are_towers(run):
   plan = _plan(run, launch_arms=())
   assert plan.towers_alone
-  assert {name: len(runs) for name, runs in plan.of('tower').items()} == {'all': 2, 'half': 2}
+  assert {name: len(runs) for name, runs in plan.of('tower').items()} == {'all': 2, 'half': 2, 'half, no tie': 2}
+  assert len(plan.jobs()) == 4  # of two arms the tower is the same
+  for one in plan.trained:
+    names = [f'{row}/{figure}' for row in ('tower', 'popularity') for figure in ('hr@5', 'ndcg@5', 'mrr')]
+    one.directory.mkdir(parents=True, exist_ok=True)
+    write_json(one.directory / 'results.json', {f'retrieval/{name}': 0.5 for name in (*names, 'users', 'catalogue')})
+  text = _found(plan)[1].text()
+  assert 'One tower: half; half, no tie.' in text
   assert plan.of('ranker') == {}
   assert all(job.towers_alone and job.stage == 'pretrain' for job in plan.jobs())
   padded = Arm('padded', {'model.tower.backbone': 'padded_sasrec', 'pretrain.pack': True})  # no ranker can have it

@@ -55,6 +55,16 @@ def test_an_option_that_is_newer_than_the_run_and_off_is_no_difference(tmp_path)
     claim(tmp_path, {**SETTINGS, 'start_from': '', 'data': {**SETTINGS['data'], 'flag': False}})
 
 
+def test_a_key_of_a_free_mapping_is_no_newer_option(tmp_path):
+  """A label that is not named weighs 1, so 0 is another weight; a simulator's 0 is not its default either."""
+  settings = {'finetune': {'label_weights': {'click': 2.0}}, 'data': {'simulator': {'users': 10}}}
+  claim(tmp_path, settings)
+  with pytest.raises(UserError, match='label_weights.hide=its default, now it is 0.0'):
+    claim(tmp_path, {**settings, 'finetune': {'label_weights': {'click': 2.0, 'hide': 0.0}}})
+  with pytest.raises(UserError, match='simulator.walk=its default, now it is 0.0'):
+    claim(tmp_path, {**settings, 'data': {'simulator': {'users': 10, 'walk': 0.0}}})
+
+
 def test_the_first_difference_is_the_one_that_is_named(tmp_path):
   claim(tmp_path, {'a': 1, 'b': 2, 'c': 3})
   with pytest.raises(UserError, match='b=2, now it is 5'):

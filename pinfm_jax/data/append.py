@@ -24,9 +24,9 @@ from pinfm_jax.data.preparation.columns import source_column
 from pinfm_jax.data.preparation.config import PrepareConfig
 from pinfm_jax.data.preparation.reading import column_names
 from pinfm_jax.data.preparation.stored import Stored
-from pinfm_jax.data.preparation.writing import atomic_directory
 from pinfm_jax.data.prepare import Made, build, check_mappings, describe_partition, files_checksum
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_directory
 from pinfm_jax.workdir import only_one
 
 _DESCRIPTION = 'dataset.json'
@@ -57,7 +57,7 @@ def append(dataset: str | Path, logs: str | Path | Sequence[str | Path], **setti
     config = _config(stored, logs, settings)
     name = f'partition-{len(stored.info.partitions):05}'
     shutil.rmtree(path / name, ignore_errors=True)  # of an append that was killed before dataset.json named it
-    with atomic_directory(path / name, overwrite=False) as folder:
+    with complete_directory(path / name, overwrite=False) as folder:
       made = build(config, folder, path.with_name(f'{path.name}.rejected.jsonl'), stored)
       _check_content(stored, config, made)
     info = _grown(stored, made, name)

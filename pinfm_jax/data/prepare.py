@@ -30,8 +30,8 @@ from pinfm_jax.data.preparation.reading import column_names
 from pinfm_jax.data.preparation.rejects import RejectLog
 from pinfm_jax.data.preparation.spool import Spool
 from pinfm_jax.data.preparation.stored import Stored
-from pinfm_jax.data.preparation.writing import atomic_directory
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_directory
 
 __all__ = ['PrepareConfig', 'prepare']
 
@@ -56,7 +56,7 @@ def prepare(config: PrepareConfig) -> DatasetInfo:
   config.check()
   check_mappings(config)
   out = Path(config.out)
-  with atomic_directory(out, config.overwrite) as folder:
+  with complete_directory(out, config.overwrite, 'dataset.json', 'prepared data set') as folder:
     made = build(config, folder, out.with_name(f'{out.name}.rejected.jsonl'))
     info = describe_dataset(made)
     info.write(folder / 'dataset.json')

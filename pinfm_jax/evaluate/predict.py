@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pinfm_jax.config import HOUR_MS, MeshConfig
+from pinfm_jax.config import MeshConfig
+from pinfm_jax.data.featurize import item_age_hours
 from pinfm_jax.data.pipeline import Requests, evaluation_batches
 from pinfm_jax.evaluate.ranking import RankingPredictions
 from pinfm_jax.progress import Progress
@@ -81,7 +82,7 @@ def predictions_of(requests: Requests, scores_MT: np.ndarray, seen: np.ndarray |
     request = requests.dataset.request(int(row))
     rows = slice(int(first), int(first) + requests.config.candidates)
     item = request.item[rows]
-    age = np.where(request.created_at < 0, np.nan, np.maximum(request.timestamp - request.created_at, 0) / HOUR_MS)
+    age = item_age_hours(request.timestamp, request.created_at)
     reference = np.zeros((len(item), 0)) if request.reference is None else request.reference[rows]
     user = np.full(len(item), request.user_row)
     parts.append((np.full(len(item), row), user, item, age[rows], request.labels[rows], reference))
@@ -90,7 +91,7 @@ def predictions_of(requests: Requests, scores_MT: np.ndarray, seen: np.ndarray |
     request_M=request_M.astype(np.int64),
     user_M=user_M.astype(np.int64),
     item_key_M=item_M,
-    age_hours_M=age_M.astype(np.float32),
+    age_hours_M=age_M,
     labels_MT=labels_MT.astype(np.uint8),
     scores_MT=scores_MT.astype(np.float32),
     reference_MT=reference_MT.astype(np.float32) if reference_MT.shape[1] else None,

@@ -13,7 +13,7 @@ from pinfm_jax.config import MeshConfig, PinFMConfig
 from pinfm_jax.data.dataset import PreparedDataset
 from pinfm_jax.data.featurize import event_inputs, window_start
 from pinfm_jax.data.records import History, HistoryChange
-from pinfm_jax.data.splits import usable_events
+from pinfm_jax.data.splits import usable_events, usable_histories
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.catalogue_ranks import catalogue_ranks
@@ -88,13 +88,16 @@ def retrieval_task(
   tokens: TokenInputs = PLAIN,
   protocol: RetrievalProtocol = RetrievalProtocol(),
   change: HistoryChange | None = None,
+  until_U: np.ndarray | None = None,
 ) -> RetrievalTask:
   """Collects the task over at most `users` users, drawn by seed; the model reads what `change` makes of their events.
+
+  With `until_U` training has read each user's events before a time of the user's own alone (`Split.until_by_user`).
 
   Raises:
     UserError: no user has events on both sides of the time, or none whose next item training has seen.
   """
-  seen, positives, later, rows = _parts(dataset, until_ms, action_bits, protocol)
+  seen, positives, later, rows = _parts(dataset, until_ms, action_bits, protocol, until_U)
   trained_keys = np.unique(np.concatenate(seen))
   catalogue_V = np.unique(np.concatenate([trained_keys, *later])) if protocol.whole_catalogue else trained_keys
   popularity_V = np.bincount(np.searchsorted(catalogue_V, np.concatenate(positives)), minlength=len(catalogue_V))
@@ -133,7 +136,11 @@ def retrieval_task(
 
 
 def _parts(
-  dataset: PreparedDataset, until_ms: int | None, action_bits: int, protocol: RetrievalProtocol
+  dataset: PreparedDataset,
+  until_ms: int | None,
+  action_bits: int,
+  protocol: RetrievalProtocol,
+  until_U: np.ndarray | None,
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[tuple[int, int, int]]]:
   """Of each user the items that training has seen, the positive ones of them, and later ones; and of each user with
   something to predict (row, where the predicted events begin, the predicted one).
@@ -142,13 +149,12 @@ def _parts(
     UserError: there is no such user.
   """
   seen, positives, later, rows = [], [], [], []
-  for row, history in enumerate(dataset.histories()):
-    trained = usable_events(history, until_ms, protocol.held_out)
+  for row, (history, trained) in enumerate(usable_histories(dataset, until_ms, until_U, protocol.held_out)):
     positive = _positive(history.actions, action_bits)
     seen.append(history.item[:trained])
     positives.append(history.item[:trained][positive[:trained]])
     later.append(history.item[trained:])
-    end, last = _predicted(history, trained, until_ms, protocol)
+    end, last = _predicted(history, until_ms, protocol)
     if end and positive[end:last].any():
       rows.append((row, end, end + int(np.argmax(positive[end:last]))))
   if not rows:
@@ -157,10 +163,10 @@ def _parts(
   return seen, positives, later, rows
 
 
-def _predicted(history: History, trained: int, until_ms: int | None, protocol: RetrievalProtocol) -> tuple[int, int]:
+def _predicted(history: History, until_ms: int | None, protocol: RetrievalProtocol) -> tuple[int, int]:
   """The first of the events among which the predicted one is sought, and the one behind the last of them."""
   if until_ms is not None:
-    return trained, len(history)
+    return usable_events(history, until_ms), len(history)
   place = len(history) - protocol.events_back
   return max(place, 0), place + 1
 

@@ -93,10 +93,9 @@ def next_item_subject(run: Run, arm: Arm, seed: int, bank: int, users: int = 0) 
   model, experiment, tokens = own.model, own.experiment, TokenInputs.of(own.model, run.dataset)
   window = (experiment.pretrain.downstream_length, experiment.finetune.history_block)
   bits = action_bits(run.experiment.pretrain, run.dataset.info.actions)
-  until_ms = run.split.pretrain_until
-  collect = partial(
-    retrieval_task, run.dataset, until_ms, *window, bits, users or experiment.evaluate.retrieval_users, 0, tokens
-  )
+  until_ms, until_U = run.split.pretrain_until, run.split.until_by_user(run.dataset.num_users)
+  users = users or experiment.evaluate.retrieval_users
+  collect = partial(retrieval_task, run.dataset, until_ms, *window, bits, users, 0, tokens, until_U=until_U)
   subject = NextItemSubject(model, experiment.pretrain, collect, until_ms, run.dataset, tokens, window, bits)
   params = stored.parts('params')['params']
   rows_GE, clean = jnp.asarray(stored.table(model.tables)), subject.clean

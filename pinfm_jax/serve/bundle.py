@@ -28,11 +28,11 @@ from pinfm_jax.data.featurize import FeatureSchema
 from pinfm_jax.data.info import IdTypes
 from pinfm_jax.data.tokens import ItemContent
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_directory
 from pinfm_jax.overrides import from_dict, to_dict
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import load_arrays, plain_arrays, save_arrays
 from pinfm_jax.serve.catalogue import CATALOGUE, read_catalogue, write_catalogue
-from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.items import CONTENT, map_items, write_items
 from pinfm_jax.serve.jax_range import check_jax, exported_range
 from pinfm_jax.serve.manifest import (

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pinfm_jax.config import PinFMConfig, RankerConfig
+from pinfm_jax.files import complete_directory
 from pinfm_jax.model.ranker import DenseStats
 from pinfm_jax.overrides import from_dict
 from pinfm_jax.serve import checksums
@@ -24,7 +25,6 @@ from pinfm_jax.serve.bundle import (
   manifest_of,
   write_content,
 )
-from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.items import map_items
 from pinfm_jax.serve.manifest import Manifest, TableLayout
 from pinfm_jax.serve.quantize import PackedRows

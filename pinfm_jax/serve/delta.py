@@ -24,6 +24,7 @@ import numpy as np
 
 from pinfm_jax.data.info import file_sha256
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_directory
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.bundle import (
   CHECKSUMS,
@@ -36,7 +37,6 @@ from pinfm_jax.serve.bundle import (
   write_content,
 )
 from pinfm_jax.serve.catalogue import CATALOGUE
-from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.manifest import MANIFEST, FileEntry, Manifest, TableLayout, document_checksum
 
 DELTA = 'delta.json'

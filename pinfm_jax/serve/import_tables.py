@@ -27,9 +27,9 @@ import numpy as np
 from pinfm_jax.config import TableConfig
 from pinfm_jax.data.item_vectors import ItemVectors
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_directory
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.progress import Progress
-from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.manifest import document_checksum
 
 IMPORTED, NUMBERS, ROWS, PROJECTION = 'imported.json', 'row_numbers.bin', 'rows.bin', 'projection.npy'

@@ -11,6 +11,7 @@ import numpy as np
 from pinfm_jax.data.featurize import joined_candidates
 from pinfm_jax.data.tokens import PLAIN, TokenInputs
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_file
 from pinfm_jax.model.hashing import key_words
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve import batches
@@ -19,7 +20,6 @@ from pinfm_jax.serve.bundle import Bundle, load_bundle
 from pinfm_jax.serve.cache import Arrays, SlotCache, Window
 from pinfm_jax.serve.documents import count_documents, read_documents
 from pinfm_jax.serve.fields import show
-from pinfm_jax.serve.files import complete_file
 from pinfm_jax.serve.pool import Pool, empty_pool, slot_bytes
 from pinfm_jax.serve.requests import RequestParser, ScoringRequest
 from pinfm_jax.serve.results import result_document, score_names, with_utility

@@ -164,8 +164,11 @@ class Run:
   def task(self, steps: int) -> FinetuneTask:
     """The fine-tuning task."""
     experiment = self.experiment
-    bits = action_bits(experiment.pretrain, self.dataset.info.actions)
-    return FinetuneTask(self.model, experiment.ranker, experiment.finetune, self.schema, steps, bits)
+    pretrain = experiment.pretrain
+    bits = action_bits(pretrain, self.dataset.info.actions)
+    return FinetuneTask(
+      self.model, experiment.ranker, experiment.finetune, self.schema, steps, bits, pretrained=pretrain
+    )
 
   def pretrain_settings(self, seed: int) -> dict[str, Any]:
     """Everything that a seed's pretraining depends on."""
@@ -198,7 +201,11 @@ class Run:
     """Everything that fine-tuning depends on."""
     experiment, settings = self.experiment, self.pretrain_settings(seed)
     if not needs_pretraining(experiment):
-      settings['pretrain'] = {'positive_actions': experiment.pretrain.positive_actions}  # of the next-token loss
+      pretrain, plain = experiment.pretrain, PretrainConfig()
+      settings['pretrain'] = {'positive_actions': pretrain.positive_actions}  # of the next-token loss
+      for name in ('temperature', 'fixed_temperature'):  # of that loss too
+        if getattr(pretrain, name) != getattr(plain, name):
+          settings['pretrain'][name] = getattr(pretrain, name)
     settings.pop('ranking', None)
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
     settings |= {k: dataclasses.asdict(v) for k, v in own.items()}

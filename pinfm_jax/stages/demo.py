@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pinfm_jax.errors import UserError
-from pinfm_jax.serve.files import complete_directory
+from pinfm_jax.files import complete_directory
 from pinfm_jax.serve.from_dataset import dataset_requests
 from pinfm_jax.serve.manifest import MANIFEST, Manifest
 from pinfm_jax.serve.offline.demo import BUNDLE, REQUESTS, TRUTH

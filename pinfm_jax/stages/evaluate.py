@@ -53,9 +53,12 @@ def compare_arms(experiment: Experiment, arms: Arms) -> RankingComparison:
 
 def _retrieval_alone(run: Run) -> None:
   """The results of an experiment that trains no ranker: a log without impressions."""
+  for seed in run.experiment.seeds:
+    if not is_done(run.tower_results(seed)):
+      raise UserError(
+        f'{run.workdir} has no pretrained tower of seed {seed} yet; run the pretrain stage first (pinfm run FILE)'
+      )
   retrieval = _retrieval_figures(run)
-  if not retrieval:
-    raise UserError(f'{run.workdir} has no pretrained tower yet; run the pretrain stage first (pinfm run FILE)')
   table = retrieval_table(retrieval, run.experiment.evaluate.ks)
   write_json(run.workdir / 'results.json', retrieval)
   write_text(run.workdir / 'results.md', f'# {run.experiment.name}\n\n{_about(run)}\n\n{table.markdown()}')
@@ -87,17 +90,33 @@ def tower_figures(run: Run, seed: int) -> dict[str, float]:
   """The retrieval figures of a seed's tower.
 
   Raises:
-    UserError: it was not measured, or not at all of `evaluate.ks`.
+    UserError: it was not measured, or with other settings.
   """
   claim(run.pretrain_directory(seed), run.pretrain_settings(seed))  # other settings: refused
   figures = read_results(run.tower_results(seed))
-  for k in run.experiment.evaluate.ks:
-    if f'retrieval/tower/hr@{k}' not in figures:
-      raise UserError(
-        f'{run.tower_results(seed)} has no figures at {k} (evaluate.ks); run the pretrain stage too '
-        '(--stages pretrain,evaluate): it measures again and trains nothing'
-      )
+  missing = unmeasured(run, figures)
+  if missing:
+    raise UserError(
+      f'{run.tower_results(seed)} has no figures with {missing}; run the pretrain stage too '
+      '(--stages pretrain,evaluate): it measures again and trains nothing'
+    )
   return figures
+
+
+def unmeasured(run: Run, figures: Mapping[str, float]) -> str:
+  """A setting with which a tower's retrieval figures were not measured, as KEY=VALUE; '' if there is none."""
+  experiment = (run.base or run).experiment  # all arms are asked for the same
+  for k in experiment.evaluate.ks:
+    if f'retrieval/tower/hr@{k}' not in figures:
+      return f'evaluate.ks={k}'
+  asked = {
+    'finetune.history_block': experiment.finetune.history_block,
+    'evaluate.retrieval_users': experiment.evaluate.retrieval_users,
+  }
+  for key, value in asked.items():
+    if figures.get(f'retrieval/{key.split(".")[1]}', value) != value:
+      return f'{key}={value}'
+  return ''
 
 
 def retrieval_table(figures: Mapping[str, float], ks: tuple[int, ...]) -> Table:

@@ -26,7 +26,7 @@ from pinfm_jax.stages.evaluate import tower_figures
 from pinfm_jax.stages.pretrain import retrieval_of
 from pinfm_jax.train.finetune import feature_spec
 from pinfm_jax.train.restore import stored_state
-from pinfm_jax.workdir import RESULTS, claim, is_done, write_text
+from pinfm_jax.workdir import claim, is_trained, write_text
 
 _USERS = 256
 _EXACT_BYTES = 4 << 30  # of float32 tables that are written once more for the check
@@ -45,7 +45,7 @@ def trained_tower(run: Run, seed: int, storage: str, clip: bool) -> TrainedRanke
     UserError: it is not pretrained to its end, or was with other settings.
   """
   directory, experiment, info = run.pretrain_directory(seed), run.experiment, run.dataset.info
-  if not any(is_done(directory / part) for part in ('', 'validation', 'test')):  # measured in the end, on some split
+  if not is_trained(directory):
     arms = '; if just arms pretrain, name one: --arm NAME --tower' if experiment.arms and run.base is None else ''
     raise UserError(f'{directory} is not pretrained to its end; run the pretrain stage first (pinfm run FILE){arms}')
   claim(directory, run.pretrain_settings(seed))  # other settings would make another model of the arrays
@@ -101,7 +101,6 @@ def checked_tower(run: Run, seed: int) -> dict[str, float]:
   """
   serve, evaluate, evaluated = run.experiment.serve, run.experiment.evaluate, tower_figures(run, seed)
   measure, served = retrieval_of(run, evaluate.split, evaluate.ks), {}
-  _require_same_measure(run, seed, evaluated, len(measure.task.user_Q))
   tables = run.model.tables
   export_bundle(run.workdir / 'bundle', trained_tower(run, seed, serve.storage, serve.clip), serve.storage, True)
   if 4 * tables.sub_tables * tables.rows * tables.width <= _EXACT_BYTES:
@@ -113,20 +112,6 @@ def checked_tower(run: Run, seed: int) -> dict[str, float]:
   print(table.text())
   write_text(run.workdir / 'bundle_check.md', table.markdown())
   return figures
-
-
-def _require_same_measure(run: Run, seed: int, evaluated: dict[str, float], users: int) -> None:
-  """Raises UserError where a tower's figures are of other users or windows than the launch file gives now."""
-  block, other = run.experiment.finetune.history_block, ''
-  if users != evaluated.get('retrieval/all/users', evaluated['retrieval/users']):
-    other = f'users than evaluate.retrieval_users={run.experiment.evaluate.retrieval_users}'
-  if block != evaluated.get('retrieval/history_block', block):
-    other = f'windows than finetune.history_block={block}'
-  if other:
-    raise UserError(
-      f'{run.tower_results(seed) / RESULTS} was measured on other {other} gives; delete that file and run the pretrain '
-      'stage again, which trains nothing'
-    )
 
 
 def export_settings(run: Run, seed: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.retrieval import Retrieval, RetrievalProtocol, retrieval_task
 from pinfm_jax.serve.warm_start import open_start
 from pinfm_jax.stages.context import Run, needs_pretraining
+from pinfm_jax.stages.evaluate import unmeasured
 from pinfm_jax.train.distributed import on_first
 from pinfm_jax.train.loop import Evaluate
 from pinfm_jax.train.pretrain import pretrain
@@ -50,10 +51,9 @@ def _finished(run: Run, seed: int) -> bool:
 
 
 def is_measured(run: Run, seed: int) -> bool:
-  """Whether a seed's tower has all figures that are asked for; if it has others alone, they are dropped."""
+  """Whether a seed's tower has all figures that are asked for; if it has others, they are dropped."""
   directory = run.tower_results(seed)
-  figures = [f'retrieval/tower/hr@{k}' for k in run.experiment.evaluate.ks]
-  if is_done(directory) and not read_results(directory).keys() >= set(figures):
+  if is_done(directory) and unmeasured(run, read_results(directory)):
     (directory / RESULTS).unlink()  # measuring again needs no training
   return is_done(directory)
 
@@ -73,7 +73,9 @@ def _pretrain(run: Run, seed: int) -> None:
   with jax.set_mesh(run.mesh):
     figures = measure(state.params['pinfm'], state.tables.rows_GE)
   results = {f'retrieval/{name}': value for name, value in figures.items()}
-  results['retrieval/history_block'] = run.experiment.finetune.history_block
+  launch = (run.base or run).experiment
+  results['retrieval/history_block'] = launch.finetune.history_block  # see `evaluate.unmeasured`
+  results['retrieval/retrieval_users'] = launch.evaluate.retrieval_users
   on_first('pretrain: results', partial(_write, run.tower_results(seed), results))
 
 
@@ -85,16 +87,18 @@ def _write(directory: Path, results: dict[str, float]) -> None:
 def retrieval_of(run: Run, split: str, ks: tuple[int, ...]) -> Retrieval:
   """The whole-catalogue evaluation of a run's towers on a split."""
   experiment, evaluate = run.experiment, run.experiment.evaluate
+  launch = (run.base or run).experiment  # all arms are asked for the same
   events_back = run.split.events_back(split)
   task = retrieval_task(
     run.dataset,
     run.split.pretrain_until,
     experiment.pretrain.downstream_length,
-    experiment.finetune.history_block,
-    action_bits((run.base or run).experiment.pretrain, run.dataset.info.actions),  # all arms are asked for the same
+    launch.finetune.history_block,
+    action_bits(launch.pretrain, run.dataset.info.actions),
     evaluate.retrieval_users,
     tokens=TokenInputs.of(run.model, run.dataset),
     protocol=RetrievalProtocol(run.split.held_out, events_back, evaluate.filter_seen, evaluate.whole_catalogue),
+    until_U=run.split.until_by_user(run.dataset.num_users),
   )
   return Retrieval(task, run.model, ks, layout=experiment.mesh)
 

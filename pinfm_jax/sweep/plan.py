@@ -87,8 +87,7 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
   check_experiment(experiment, towers_alone)
   homes = _homes(experiment, launch_arms)
   base = replace(run, experiment=replace(experiment, arms=())) if towers_alone else run
-  towers: dict[Path, Trained] = {}
-  rankers = []
+  towers, rankers, known = [], [], set()
   for arm in experiment.arms:
     own, home = base.of_arm(arm), homes[arm.name]
     if towers_alone and not needs_pretraining(own.experiment):
@@ -98,8 +97,9 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
       tower = None
       if towers_alone or needs_pretraining(own.experiment):
         tower = own.pretrain_directory(seed)
-        if tower not in towers:
-          towers[tower] = _tower(own, arm, seed, alone, logs, towers_alone)
+        if towers_alone or tower not in known:
+          towers.append(_tower(own, arm, seed, alone, logs, towers_alone))
+          known.add(tower)
       if not towers_alone:
         trained, directory = run.arm_directory(seed, home), run.measured_directory(seed, home)
         job = Job(f'{arm.name}, seed {seed}', 'finetune', alone, directory, _log(logs, trained), tower)
@@ -107,7 +107,7 @@ def make_plan(run: Run, launch_arms: Sequence[Arm], logs: Path) -> Plan:
         _check_stands(trained, own.finetune_settings(seed))
         if is_done(directory):
           claim(directory, run.measured_settings())
-  return Plan(run, base.dataset, towers_alone, (*towers.values(), *rankers))
+  return Plan(run, base.dataset, towers_alone, (*towers, *rankers))
 
 
 def _homes(experiment: Experiment, launch_arms: Sequence[Arm]) -> Mapping[str, Arm]:

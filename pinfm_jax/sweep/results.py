@@ -168,7 +168,16 @@ def _towers(plan: Plan, ks: Sequence[int]) -> tuple[Table | None, dict[str, floa
         key = f'{prefix}tower/{name}/{metric}'
         figures |= {f'{key}/mean': mean} | ({f'{key}/std': std} if std == std else {})
   header = ('', 'seeds', *(metric.upper() for metric in metrics))
+  note += _same_towers(plan)
   return (Table('Whole-catalogue next item of the towers', header, tuple(rows), note) if rows else None), figures
+
+
+def _same_towers(plan: Plan) -> str:
+  """Names the arms that differ in what no tower reads, as their rows are equal."""
+  arms: dict[Path, list[str]] = {}
+  for one in plan.of('tower').values():
+    arms.setdefault(one[0].directory, []).append(one[0].name)
+  return ''.join(f' One tower: {"; ".join(names)}.' for names in arms.values() if len(names) > 1)
 
 
 def _towers_note(results: Mapping[str, float]) -> str:

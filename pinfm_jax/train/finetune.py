@@ -42,6 +42,7 @@ class FinetuneTask:
   steps: int
   action_bits: int = 0  # A_pos of the next-token loss
   seed: int = 0  # of all that is drawn: randomised and hidden ids, age-dependent dropout, negatives
+  pretrained: PretrainConfig = PretrainConfig()  # of the sequence losses' temperature, which goes on here
 
   @property
   def tables(self) -> TableConfig | None:
@@ -82,7 +83,7 @@ class FinetuneTask:
 
     params = dict(self.module.init(key, *vectors, batch, stats)['params'])
     if self.tables:
-      params['log_temperature'] = jnp.log(jnp.float32(0.05))
+      params['log_temperature'] = jnp.log(jnp.float32(self.pretrained.temperature))
     return params
 
   def ids(self, batch: Batch, step: Array) -> tuple[Array, ...]:
@@ -106,6 +107,7 @@ class FinetuneTask:
     vectors = vectors or (None, None)
     weights = {'params': {name: value for name, value in params.items() if name != 'log_temperature'}}
     sequence = PretrainConfig(
+      fixed_temperature=self.pretrained.fixed_temperature,
       ntl_weight=self.config.ntl_weight,
       mtl_weight=self.config.mtl_weight,
       ftl_weight=0,

@@ -38,6 +38,7 @@ class EarlierRun:
     model: its configuration, with the sizes of its vocabularies.
     data: checksum of the data set it was trained on.
     until_ms: the time before which it read events; None: all but each user's last.
+    spared: of some users it read less than that (`data.pretrain_overlap_users`).
   """
 
   directory: Path
@@ -45,6 +46,7 @@ class EarlierRun:
   model: PinFMConfig
   data: str
   until_ms: int | None
+  spared: bool = False
 
   @classmethod
   def open(cls, path: str | Path, seed: int) -> 'EarlierRun':
@@ -69,8 +71,10 @@ class EarlierRun:
       if step is None:
         raise UserError(f'{directory} has no checkpoint to continue from; let that run save one first')
       position = checkpoints.position(step)
-    model = from_dict(PinFMConfig, read_settings(directory)['model'])
-    return cls(directory, step, model, position['data'], position['until_ms'])
+    settings = read_settings(directory)
+    spared = settings['data'].get('pretrain_overlap_users') == 'others' and settings['data'].get('pretrain_overlap')
+    model = from_dict(PinFMConfig, settings['model'])
+    return cls(directory, step, model, position['data'], position['until_ms'], bool(spared))
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,11 @@ def pretrain(
   if config.continue_from:
     earlier = EarlierRun.open(config.continue_from, seed)
     partitions = earlier_partitions(dataset, earlier.data)
+    if config.continue_on == 'new' and earlier.spared:
+      raise UserError(
+        f'{earlier.directory} was trained with data.pretrain_overlap_users=others: which events are new to it differs '
+        'by user; set pretrain.continue_on=all'
+      )
     if config.continue_on == 'new':
       segments = new_segments(segments, partitions, earlier.until_ms)
     position |= {'continues': earlier.data, 'continues_step': earlier.step}

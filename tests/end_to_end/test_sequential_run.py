@@ -87,7 +87,7 @@ def test_trained_once_and_measured_on_both_splits(experiment, tmp_path, capsys):
   assert "validation split: each user's second last event" in printed
   assert "test split: each user's last event" in printed
   assert 'popularity, all users and items' in printed
-  with pytest.raises(UserError, match=r'no figures at 7 \(evaluate.ks\)'):
+  with pytest.raises(UserError, match='no figures with evaluate.ks=7'):
     run_experiment(apply_overrides(experiment, {'evaluate.ks': '7'}), workdir, ('evaluate',))
   with pytest.raises(UserError, match='filter_seen'):
     run_experiment(apply_overrides(experiment, {'evaluate.filter_seen': False}), workdir, ('evaluate',))

@@ -142,7 +142,7 @@ def test_the_output_is_not_overwritten_unasked(fails, tmp_path):
   (tmp_path / 'data').mkdir()
   (tmp_path / 'data' / 'thesis.txt').write_text('years of work')
   assert 'exists already' in fails('prepare', 'log.csv', '--out', 'data')
-  assert 'not overwritten' in fails('prepare', 'log.csv', '--out', 'data', '--overwrite')
+  assert 'not replaced' in fails('prepare', 'log.csv', '--out', 'data', '--overwrite')
 
 
 @pytest.mark.parametrize('damage', ['truncate', 'remove', 'flip'])

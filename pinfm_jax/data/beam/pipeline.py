@@ -50,9 +50,10 @@ from pinfm_jax.data.preparation.assemble import users_table
 from pinfm_jax.data.preparation.config import PrepareConfig
 from pinfm_jax.data.preparation.item_table import ItemTable
 from pinfm_jax.data.preparation.rejects import RejectLog
-from pinfm_jax.data.preparation.writing import atomic_directory, write_table
+from pinfm_jax.data.preparation.writing import write_table
 from pinfm_jax.data.prepare import check_mappings
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_directory
 from pinfm_jax.workdir import write_text
 
 _TOLD_BY_WORKER = re.compile(r'pinfm_jax\.errors\.UserError: (.*?) \[while running')
@@ -74,7 +75,7 @@ def prepare_with_beam(config: PrepareConfig, runner: Sequence[str] = ()) -> Data
   config.check()
   check_mappings(config)
   out = Path(config.out).absolute()
-  with atomic_directory(out, config.overwrite) as folder:
+  with complete_directory(out, config.overwrite, 'dataset.json', 'prepared data set') as folder:
     (folder / SUMMARY).mkdir()
     beside = out.with_name(f'{out.name}.rejected.jsonl')
     with RejectLog(folder / 'rejected.jsonl', beside, config.max_rejected_share) as rejects:

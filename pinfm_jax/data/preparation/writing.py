@@ -1,11 +1,6 @@
-"""Writes the files of a prepared data set, and makes the directory appear all at once."""
+"""Writes the files of a prepared data set."""
 
-import contextlib
-import fcntl
 import mmap
-import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,7 +9,6 @@ import polars as pl
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from pinfm_jax.data.info import DataFile, file_sha256
-from pinfm_jax.errors import UserError
 
 _WRITER_OPTIONS = 'group_size:1,zstd:1'
 
@@ -93,64 +87,3 @@ def write_table(frame: pl.DataFrame, path: Path) -> DataFile:
 def describe(path: Path, records: int) -> DataFile:
   """A finished file's name, records, bytes and SHA-256."""
   return DataFile(path.name, records, path.stat().st_size, file_sha256(path))
-
-
-@contextlib.contextmanager
-def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
-  """Gives an empty directory beside `out` that becomes `out` if the block succeeds, and vanishes if it does not.
-
-  What a killed run left behind is removed by the next one: a run holds a lock on its directory while it lives.
-
-  Raises:
-    UserError: `out` exists and may not be replaced, or is not writable.
-  """
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
-    check_free(out, overwrite)
-    partial = out.with_name(f'{out.name}.partial-{uuid.uuid4().hex[:8]}')
-    partial.mkdir()
-  except OSError as error:
-    raise UserError(f'{out.parent} cannot be written to ({error.strerror}): choose another place') from None
-  lock = os.open(partial, os.O_RDONLY)
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    yield partial
-    check_free(out, overwrite)
-    replaced = out.with_name(f'{partial.name}.old')
-    if out.exists():
-      out.rename(replaced)
-    partial.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-  finally:
-    os.close(lock)
-
-
-def check_free(out: Path, overwrite: bool) -> None:
-  """Raises UserError if `out` exists, unless it is an empty directory, or a data set that may be replaced."""
-  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-    return
-  if not overwrite:
-    raise UserError(f'{out} exists already: choose another directory, or say overwrite')
-  if not (out / 'dataset.json').is_file():
-    raise UserError(f'{out} is not a prepared data set, so it is not overwritten: remove it yourself')
-
-
-def _remove_stale(out: Path) -> None:
-  for partial in out.parent.glob(f'{out.name}.partial-*'):
-    if not partial.is_dir():
-      continue
-    if partial.suffix == '.old' and not out.exists():
-      partial.rename(out)  # that run was killed after moving the old data set away, before the new one took its place
-      continue
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      shutil.rmtree(partial, ignore_errors=True)
-    except BlockingIOError:
-      pass  # another run is writing it
-    finally:
-      os.close(lock)

@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_file
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.catalogue import ItemFile
 from pinfm_jax.serve.documents import count_documents, in_batches, user_requests
-from pinfm_jax.serve.files import complete_file
 from pinfm_jax.serve.requests import ScoringRequest
 
 KINDS = {'target': 'target', 'id': 'vector'}  # of item vectors, and how the bundle's programs call them

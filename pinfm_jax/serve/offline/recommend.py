@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_file
 from pinfm_jax.progress import Progress
 from pinfm_jax.serve.catalogue import CATALOGUE, ItemFile
 from pinfm_jax.serve.documents import in_batches, user_requests
-from pinfm_jax.serve.files import complete_file
 from pinfm_jax.serve.requests import ScoringRequest
 
 Array = jax.Array

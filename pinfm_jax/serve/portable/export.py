@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pinfm_jax.errors import UserError
+from pinfm_jax.files import complete_directory
 from pinfm_jax.serve import checksums
 from pinfm_jax.serve.arrays import plain_arrays
 from pinfm_jax.serve.bundle import (
@@ -26,7 +27,6 @@ from pinfm_jax.serve.bundle import (
   write_items_of,
   write_tables,
 )
-from pinfm_jax.serve.files import complete_directory
 from pinfm_jax.serve.manifest import MANIFEST, Manifest, document_checksum, parse_manifest
 
 FORMS = ('onnx', 'savedmodel')

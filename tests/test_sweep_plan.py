@@ -12,8 +12,9 @@ import toy
 from pinfm_jax.config import Arm, Experiment
 from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.ranking import RankingPredictions
-from pinfm_jax.overrides import from_dict, to_dict
+from pinfm_jax.overrides import apply_overrides, from_dict, to_dict
 from pinfm_jax.stages.context import Run
+from pinfm_jax.stages.evaluate import tower_figures
 from pinfm_jax.sweep import sweep as sweep_module
 from pinfm_jax.sweep.jobs import FAILED, Outcome
 from pinfm_jax.sweep.plan import make_plan
@@ -105,6 +106,21 @@ def test_finished_runs_are_not_run_again(run):
   assert tower in [job.directory for job in _plan(more).jobs()]  # measured again, for the figures that it lacks
   ranker = next(job for job in jobs if job.directory == run.workdir / 'seed0' / 'ranker_with_pinfm' / 'test')
   assert ranker.needs is None
+
+
+@pytest.mark.parametrize('setting', ['evaluate.retrieval_users', 'finetune.history_block'])
+def test_figures_of_other_users_or_windows_are_not_taken(run, setting):
+  tower, value = run.workdir / 'seed0' / 'pretrain', {'evaluate.retrieval_users': 2000, 'finetune.history_block': 4}
+  same = replace(run, experiment=apply_overrides(run.experiment, value))
+  claim(tower, same.pretrain_settings(0))
+  figures = {f'retrieval/tower/hr@{k}': 0.1 for k in run.experiment.evaluate.ks}
+  figures |= {f'retrieval/{key.split(".")[1]}': asked for key, asked in value.items()}
+  write_json(tower / 'results.json', figures)
+  assert tower not in [job.directory for job in _plan(same).jobs()]
+  other = replace(same, experiment=apply_overrides(same.experiment, {setting: value[setting] - 1}))
+  with pytest.raises(UserError, match=f'no figures with {setting}={value[setting] - 1}; run the pretrain stage too'):
+    tower_figures(other, 0)
+  assert tower in [job.directory for job in _plan(other).jobs()]
 
 
 def test_work_of_other_settings_is_refused_before_anything_runs(run):

@@ -1,8 +1,8 @@
 """Directories and files that appear whole or not at all."""
 
 import fcntl
-import glob
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -34,13 +34,10 @@ def complete_directory(
     out.parent.mkdir(parents=True, exist_ok=True)
     _recover(out)
     _check_free(out, overwrite, marker, kind)
-    partial = out.with_name(f'{out.name}.partial-{uuid.uuid4().hex[:8]}')
-    partial.mkdir()
+    partial, lock = _locked_partial(out)
   except OSError as error:
     raise UserError(f'{out} cannot be made ({error.strerror}); give another place') from error
-  lock = os.open(partial, os.O_RDONLY)
   try:
-    fcntl.flock(lock, fcntl.LOCK_EX)
     yield partial
     _check_free(out, overwrite, marker, kind)  # it may have come meanwhile
     _take_place(partial, out)
@@ -51,13 +48,40 @@ def complete_directory(
     os.close(lock)
 
 
+def _is_free(out: Path) -> bool:
+  return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
 def _check_free(out: Path, overwrite: bool, marker: str, kind: str) -> None:
-  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+  if _is_free(out):
     return
   if not overwrite:
     raise UserError(f'{out} exists already; give another place, or --overwrite')
   if not (out / marker).is_file():
     raise UserError(f'{out} exists and is no {kind}, so it is not replaced; give another place')
+
+
+def _locked_partial(out: Path) -> tuple[Path, int]:
+  while True:
+    partial = out.with_name(f'{out.name}.partial-{uuid.uuid4().hex[:8]}')
+    partial.mkdir()
+    lock = _lock(partial)
+    if lock is not None and partial.exists():  # else another process took it for a dead one's, before it was locked
+      return partial, lock
+
+
+def _lock(directory: Path) -> int | None:
+  """Locks a directory until the descriptor is closed; None if it is gone, or a living process has it."""
+  try:
+    lock = os.open(directory, os.O_RDONLY)
+  except FileNotFoundError:
+    return None
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(lock)
+    return None
+  return lock
 
 
 def _take_place(partial: Path, out: Path) -> None:
@@ -74,19 +98,19 @@ def _take_place(partial: Path, out: Path) -> None:
 
 
 def _recover(out: Path) -> None:
-  for partial in out.parent.glob(f'{glob.escape(out.name)}.partial-*'):
-    if not partial.is_dir():
+  """Removes what dead processes left beside `out`, and puts back what one had moved away before it could replace it."""
+  ours = re.compile(re.escape(out.name) + r'\.partial-[0-9a-f]{8}(\.old)?')
+  for left in sorted(path for path in out.parent.iterdir() if path.is_dir() and ours.fullmatch(path.name)):
+    moved = left.suffix == '.old'
+    writer = left.with_suffix('') if moved else left  # what its process holds the lock of
+    lock = _lock(writer)
+    if lock is None and writer.exists():
       continue
-    if partial.suffix == '.old' and not out.exists():
-      os.rename(partial, out)  # its process was killed after moving it away, before the new one took its place
-      continue
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      shutil.rmtree(partial, ignore_errors=True)
-    except BlockingIOError:
-      pass  # a living process writes it
-    finally:
+    if moved and _is_free(out):
+      os.rename(left, out)
+    else:
+      shutil.rmtree(left, ignore_errors=True)
+    if lock is not None:
       os.close(lock)
 
 

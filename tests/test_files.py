@@ -96,11 +96,54 @@ def test_what_a_killed_process_left_is_put_right(tmp_path):
   assert os.listdir(tmp_path) == [out.name]
 
 
+def beside(out, others):
+  """Makes `out` while something else happens."""
+  with complete_directory(out, overwrite=False) as directory:
+    others(directory)
+
+
 def test_what_comes_meanwhile_is_not_replaced(tmp_path):
-  out = tmp_path / 'bundle'
-  with pytest.raises(UserError, match='exists already'), complete_directory(out, overwrite=False):
+  out, seen = tmp_path / 'bundle', []
+
+  def other(directory):
     make(out)
+    seen.append(directory.exists())  # the other one saw that it is at work
+
+  with pytest.raises(UserError, match='exists already'):
+    beside(out, other)
+  assert seen == [True]
   assert os.listdir(tmp_path) == ['bundle']
+
+
+def test_what_a_living_process_moved_away_stays_there(tmp_path):
+  out, seen = tmp_path / 'bundle', []
+
+  def other(directory):
+    moved = directory.with_name(f'{directory.name}.old')
+    moved.mkdir()
+    beside(out, lambda _: seen.extend([moved.exists(), out.exists()]))
+    moved.rmdir()
+    out.rmdir()
+
+  beside(out, other)
+  assert seen == [True, False]
+
+
+def test_what_was_moved_away_comes_back_over_an_empty_directory(tmp_path):
+  out = tmp_path / 'bundle'
+  make(out)
+  out.rename(tmp_path / 'bundle.partial-89ababcd.old')
+  out.mkdir()
+  with pytest.raises(UserError, match='exists already'):
+    make(out, overwrite=False)
+  assert os.listdir(out) == ['manifest.json']
+
+
+def test_names_that_just_look_alike_stay(tmp_path):
+  for name in ('bundle.partial-2023', 'bundle.partial-2023.old', 'bundle.partial-0123abcd.copy'):
+    (tmp_path / name).mkdir()
+  make(tmp_path / 'bundle')
+  assert len(os.listdir(tmp_path)) == 4
 
 
 def test_what_cannot_be_replaced_stays(tmp_path, monkeypatch):

@@ -381,13 +381,28 @@ def test_the_temperature_is_that_of_pretraining(toy_run, task):
   assert np.exp(task.init(jax.random.key(0))['log_temperature']) == pytest.approx(0.05)
   fixed = {'pretrain.temperature': 1.0, 'pretrain.fixed_temperature': True}
   arm = Arm('scratch', {'ranker.sequence': 'pinfm', 'finetune.init': 'scratch'})
-  run = Run(apply_overrides(toy_run.experiment, fixed), toy_run.workdir).of_arm(arm)
+  launch = Run(apply_overrides(toy_run.experiment, fixed), toy_run.workdir)
+  run = launch.of_arm(arm)
   warm = run.task(2)
   assert np.exp(warm.init(jax.random.key(0))['log_temperature']) == pytest.approx(1)
   assert warm.pretrained.fixed_temperature
   assert run.finetune_settings(0)['pretrain'].items() >= {'temperature': 1.0, 'fixed_temperature': True}.items()
-  plain = toy_run.of_arm(arm).finetune_settings(0)
-  assert plain['pretrain'].keys() == {'positive_actions'}  # work from before goes on
+  baseline = launch.of_arm(Arm('none', {'ranker.sequence': 'none'}))
+  for settings in (toy_run.of_arm(arm).finetune_settings(0), baseline.finetune_settings(0)):
+    assert settings['pretrain'].keys() == {'positive_actions'}  # work from before goes on
+
+
+def test_a_fixed_temperature_does_not_learn(task, stats, batch):
+  params, columns = _random_params(task), {name: jnp.asarray(value) for name, value in batch.items()}
+  shapes = [(*ids.shape[:2], task.tables.item_width) for ids in task.ids(columns, jnp.int32(0))]
+  vectors = tuple(jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32) for shape in shapes)
+
+  def gradient(one):
+    loss = lambda t: one.loss(params | {'log_temperature': t}, vectors, columns, jnp.int32(0), jax.random.key(0), stats)
+    return float(jax.jit(jax.grad(lambda t: loss(t)[0]))(jnp.float32(0)))
+
+  assert gradient(task) != 0
+  assert gradient(replace(task, pretrained=replace(task.pretrained, fixed_temperature=True))) == 0
 
 
 def test_without_randomness_turns_every_technique_off(task):

@@ -13,6 +13,7 @@ from pinfm_jax.data.splits import pretrained_items, split_by_time
 from pinfm_jax.errors import UserError
 from pinfm_jax.overrides import apply_overrides
 from pinfm_jax.stages.context import Run
+from pinfm_jax.stages.pretrain import retrieval_of
 
 OVERLAP = replace(toy.EXPERIMENT.data, pretrain_overlap=True, pretrain_overlap_users='others')
 
@@ -69,6 +70,13 @@ def test_items_that_just_a_spared_user_met_count_as_unseen(toy_run):
     expected |= set(history.item[history.timestamp < until_U[row]].tolist())
   assert set(pretrained_items(dataset, split.pretrain_until, until_U).tolist()) == expected
   assert len(expected) < len(pretrained_items(dataset, split.pretrain_until))
+
+
+def test_retrieval_counts_those_items_as_unseen_too(toy_run):
+  run = Run(replace(toy_run.experiment, data=OVERLAP), toy_run.workdir)
+  catalogue_V = retrieval_of(run, 'test', (5,)).task.catalogue_V
+  np.testing.assert_array_equal(catalogue_V, run.pretrained_items)
+  assert len(catalogue_V) < len(pretrained_items(run.dataset, run.split.pretrain_until))
 
 
 def test_the_choice_is_a_setting_of_the_tower_and_is_checked(toy_run):

@@ -9,6 +9,7 @@ import pytest
 import toy
 from flax.core import meta
 
+from pinfm_jax.config import Arm
 from pinfm_jax.data.featurize import window_start
 from pinfm_jax.data.records import History
 from pinfm_jax.data.splits import pretrained_items
@@ -16,6 +17,9 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.retrieval import Retrieval, RetrievalTask, _crop, retrieval_task
 from pinfm_jax.model.hashing import hash_rows, key_words
 from pinfm_jax.model.pinfm import EventBatch, PinFM
+from pinfm_jax.overrides import apply_overrides
+from pinfm_jax.stages.context import Run
+from pinfm_jax.stages.pretrain import retrieval_of
 
 KS = (1, 5, 20)
 
@@ -200,6 +204,15 @@ def test_pretrained_items_are_those_of_events_before_the_split():
   assert pretrained_items(histories, 5).tolist() == [3, 7]  # whatever their actions
   assert pretrained_items(histories, None).tolist() == [3, 7]  # the last event of each user is held out
   assert pretrained_items(histories, 0).tolist() == []
+
+
+def test_an_arm_with_shorter_histories_is_measured_in_shorter_blocks(toy_run):
+  """Else a window would begin behind the newest event."""
+  launch = apply_overrides(toy_run.experiment, {'finetune.history_block': 8, 'pretrain.downstream_length': 8})
+  arm = Arm('short', {'pretrain.downstream_length': 4, 'finetune.history_block': 4})
+  run = Run(launch, toy_run.workdir).of_arm(arm)
+  assert run.retrieval_settings()['finetune.history_block'] == 4
+  assert retrieval_of(run, 'test', (5,)).task.histories['mask'].any(axis=1).all()
 
 
 def test_an_event_at_the_split_is_after_it():

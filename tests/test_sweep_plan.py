@@ -14,7 +14,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.ranking import RankingPredictions
 from pinfm_jax.overrides import apply_overrides, from_dict, to_dict
 from pinfm_jax.stages.context import Run
-from pinfm_jax.stages.evaluate import tower_figures
+from pinfm_jax.stages.evaluate import _retrieval_figures, evaluate_stage, measured_figure, tower_figures
 from pinfm_jax.sweep import sweep as sweep_module
 from pinfm_jax.sweep.jobs import FAILED, Outcome
 from pinfm_jax.sweep.plan import make_plan
@@ -41,6 +41,12 @@ def run(toy_run, tmp_path):
 
 def _experiment(arms=ARMS, **changes):
   return replace(toy.EXPERIMENT, **{'arms': arms, 'baseline': arms[0].name, 'seeds': (0, 1), **changes})
+
+
+def _measured(run):
+  """Figures of a tower as its results have them."""
+  figures = {f'retrieval/tower/hr@{k}': 0.1 for k in run.experiment.evaluate.ks}
+  return figures | {measured_figure(key): value for key, value in run.retrieval_settings().items()}
 
 
 def _plan(run, launch_arms=toy.EXPERIMENT.arms):
@@ -99,7 +105,7 @@ def test_an_arm_may_not_take_a_launch_arms_name_for_other_settings(run):
 def test_finished_runs_are_not_run_again(run):
   tower = run.workdir / 'seed0' / 'pretrain'
   claim(tower, run.pretrain_settings(0))
-  write_json(tower / 'results.json', {f'retrieval/tower/hr@{k}': 0.1 for k in run.experiment.evaluate.ks})
+  write_json(tower / 'results.json', _measured(run))
   jobs = _plan(run).jobs()
   assert tower not in [job.directory for job in jobs]
   more = replace(run, experiment=_experiment(evaluate=replace(toy.EXPERIMENT.evaluate, ks=(7,))))
@@ -110,17 +116,36 @@ def test_finished_runs_are_not_run_again(run):
 
 @pytest.mark.parametrize('setting', ['evaluate.retrieval_users', 'finetune.history_block'])
 def test_figures_of_other_users_or_windows_are_not_taken(run, setting):
-  tower, value = run.workdir / 'seed0' / 'pretrain', {'evaluate.retrieval_users': 2000, 'finetune.history_block': 4}
-  same = replace(run, experiment=apply_overrides(run.experiment, value))
-  claim(tower, same.pretrain_settings(0))
-  figures = {f'retrieval/tower/hr@{k}': 0.1 for k in run.experiment.evaluate.ks}
-  figures |= {f'retrieval/{key.split(".")[1]}': asked for key, asked in value.items()}
-  write_json(tower / 'results.json', figures)
-  assert tower not in [job.directory for job in _plan(same).jobs()]
-  other = replace(same, experiment=apply_overrides(same.experiment, {setting: value[setting] - 1}))
-  with pytest.raises(UserError, match=f'no figures with {setting}={value[setting] - 1}; run the pretrain stage too'):
+  tower, value = run.workdir / 'seed0' / 'pretrain', run.retrieval_settings()[setting] - 1
+  claim(tower, run.pretrain_settings(0))
+  write_json(tower / 'results.json', _measured(run))
+  assert tower not in [job.directory for job in _plan(run).jobs()]
+  other = replace(run, experiment=apply_overrides(run.experiment, {setting: value}))
+  with pytest.raises(UserError, match=f'no figures with {setting}={value}; run the pretrain stage too'):
     tower_figures(other, 0)
   assert tower in [job.directory for job in _plan(other).jobs()]
+
+
+def test_runs_without_rankers_are_evaluated_with_all_their_seeds(run):
+  alone = replace(run, experiment=replace(run.experiment, arms=(), baseline='', seeds=(0, 1)))
+  for seed in (0, 1):
+    with pytest.raises(UserError, match=f'no pretrained tower of seed {seed} yet'):
+      evaluate_stage(alone)
+    directory = alone.pretrain_directory(seed)
+    claim(directory, alone.pretrain_settings(seed))
+    names = [f'{row}/{name}@{k}' for row in ('tower', 'popularity') for name in ('hr', 'ndcg') for k in (5, 10)]
+    names += ['tower/mrr', 'popularity/mrr', 'users', 'catalogue', 'unseen_share']
+    write_json(directory / 'results.json', _measured(alone) | {f'retrieval/{name}': float(seed) for name in names})
+  evaluate_stage(alone)
+  assert json.loads((run.workdir / 'results.json').read_text())['retrieval/tower/mrr'] == 0.5
+
+
+def test_a_launch_files_tower_that_no_arm_starts_from_is_not_asked_for(run):
+  own = replace(run, experiment=_experiment((NONE, Arm('half', HALF))))
+  directory = own.pretrain_directory(0)
+  directory.mkdir(parents=True)
+  write_json(directory / 'results.json', {})
+  assert _retrieval_figures(own) == {}
 
 
 def test_work_of_other_settings_is_refused_before_anything_runs(run):

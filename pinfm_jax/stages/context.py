@@ -201,17 +201,29 @@ class Run:
     """Everything that fine-tuning depends on."""
     experiment, settings = self.experiment, self.pretrain_settings(seed)
     if not needs_pretraining(experiment):
-      pretrain, plain = experiment.pretrain, PretrainConfig()
-      settings['pretrain'] = {'positive_actions': pretrain.positive_actions}  # of the next-token loss
-      for name in ('temperature', 'fixed_temperature'):  # of that loss too
-        if getattr(pretrain, name) != getattr(plain, name):
-          settings['pretrain'][name] = getattr(pretrain, name)
+      settings['pretrain'] = {'positive_actions': experiment.pretrain.positive_actions} | self._temperature_settings()
     settings.pop('ranking', None)
     own = {'ranker': experiment.ranker, 'finetune': experiment.finetune}
     settings |= {k: dataclasses.asdict(v) for k, v in own.items()}
     if experiment.ranker.block == InteractionConfig():  # as in work that was made when there was no other
       del settings['ranker']['block']
     return settings
+
+  def _temperature_settings(self) -> dict[str, Any]:
+    """Of a ranker's sequence losses, if it has them and no pretrained tower, and as far as it is not the default."""
+    pretrain, finetune = self.experiment.pretrain, self.experiment.finetune
+    if self.experiment.ranker.sequence != 'pinfm' or not (finetune.ntl_weight or finetune.mtl_weight):
+      return {}
+    values = {name: getattr(pretrain, name) for name in ('temperature', 'fixed_temperature')}
+    return {name: value for name, value in values.items() if value != getattr(PretrainConfig, name)}
+
+  def retrieval_settings(self) -> dict[str, int]:
+    """What a tower's retrieval figures depend on besides `evaluate.ks`; all arms are asked for the same."""
+    launch = (self.base or self).experiment
+    return {  # a shorter window slides in shorter blocks
+      'finetune.history_block': min(launch.finetune.history_block, self.experiment.pretrain.downstream_length),
+      'evaluate.retrieval_users': launch.evaluate.retrieval_users,
+    }
 
   def measured_settings(self) -> dict[str, Any]:
     """What predictions depend on besides the ranker and the split."""

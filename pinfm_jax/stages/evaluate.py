@@ -9,7 +9,7 @@ from pinfm_jax.evaluate.comparison import RankingComparison, compare
 from pinfm_jax.evaluate.lifts import Arms
 from pinfm_jax.evaluate.ranking import RankingPredictions, reliability
 from pinfm_jax.evaluate.tables import Table, mean_std
-from pinfm_jax.stages.context import Run
+from pinfm_jax.stages.context import Run, needs_pretraining
 from pinfm_jax.workdir import claim, is_done, read_results, write_json, write_text
 
 
@@ -75,7 +75,14 @@ def _predictions(run: Run, seed: int, arm: Arm) -> RankingPredictions:
 
 
 def _retrieval_figures(run: Run) -> dict[str, float]:
-  """Mean over the seeds of the pretrained towers' retrieval figures; of several seeds also '.../std'."""
+  """Mean over the seeds of the pretrained towers' retrieval figures; of several seeds also '.../std'.
+
+  Of the launch file's tower, if a ranker starts from it or there is none.
+  """
+  arms, seed = [run.of_arm(arm) for arm in run.experiment.arms], run.experiment.seeds[0]
+  towers = [arm.pretrain_directory(seed) for arm in arms if needs_pretraining(arm.experiment)]
+  if arms and run.pretrain_directory(seed) not in towers:
+    return {}
   results = [tower_figures(run, seed) for seed in run.experiment.seeds if is_done(run.tower_results(seed))]
   if not results:
     return {}
@@ -105,18 +112,18 @@ def tower_figures(run: Run, seed: int) -> dict[str, float]:
 
 def unmeasured(run: Run, figures: Mapping[str, float]) -> str:
   """A setting with which a tower's retrieval figures were not measured, as KEY=VALUE; '' if there is none."""
-  experiment = (run.base or run).experiment  # all arms are asked for the same
-  for k in experiment.evaluate.ks:
+  for k in run.experiment.evaluate.ks:
     if f'retrieval/tower/hr@{k}' not in figures:
       return f'evaluate.ks={k}'
-  asked = {
-    'finetune.history_block': experiment.finetune.history_block,
-    'evaluate.retrieval_users': experiment.evaluate.retrieval_users,
-  }
-  for key, value in asked.items():
-    if figures.get(f'retrieval/{key.split(".")[1]}', value) != value:
+  for key, value in run.retrieval_settings().items():
+    if figures.get(measured_figure(key)) != value:
       return f'{key}={value}'
   return ''
+
+
+def measured_figure(key: str) -> str:
+  """The name under which a tower's results record a setting of `Run.retrieval_settings`."""
+  return f'retrieval/{key.split(".")[1]}'
 
 
 def retrieval_table(figures: Mapping[str, float], ks: tuple[int, ...]) -> Table:

@@ -11,7 +11,7 @@ from pinfm_jax.errors import UserError
 from pinfm_jax.evaluate.retrieval import Retrieval, RetrievalProtocol, retrieval_task
 from pinfm_jax.serve.warm_start import open_start
 from pinfm_jax.stages.context import Run, needs_pretraining
-from pinfm_jax.stages.evaluate import unmeasured
+from pinfm_jax.stages.evaluate import measured_figure, unmeasured
 from pinfm_jax.train.distributed import on_first
 from pinfm_jax.train.loop import Evaluate
 from pinfm_jax.train.pretrain import pretrain
@@ -73,9 +73,7 @@ def _pretrain(run: Run, seed: int) -> None:
   with jax.set_mesh(run.mesh):
     figures = measure(state.params['pinfm'], state.tables.rows_GE)
   results = {f'retrieval/{name}': value for name, value in figures.items()}
-  launch = (run.base or run).experiment
-  results['retrieval/history_block'] = launch.finetune.history_block  # see `evaluate.unmeasured`
-  results['retrieval/retrieval_users'] = launch.evaluate.retrieval_users
+  results |= {measured_figure(key): value for key, value in run.retrieval_settings().items()}
   on_first('pretrain: results', partial(_write, run.tower_results(seed), results))
 
 
@@ -87,15 +85,14 @@ def _write(directory: Path, results: dict[str, float]) -> None:
 def retrieval_of(run: Run, split: str, ks: tuple[int, ...]) -> Retrieval:
   """The whole-catalogue evaluation of a run's towers on a split."""
   experiment, evaluate = run.experiment, run.experiment.evaluate
-  launch = (run.base or run).experiment  # all arms are asked for the same
-  events_back = run.split.events_back(split)
+  settings, events_back = run.retrieval_settings(), run.split.events_back(split)
   task = retrieval_task(
     run.dataset,
     run.split.pretrain_until,
     experiment.pretrain.downstream_length,
-    launch.finetune.history_block,
-    action_bits(launch.pretrain, run.dataset.info.actions),
-    evaluate.retrieval_users,
+    settings['finetune.history_block'],
+    action_bits((run.base or run).experiment.pretrain, run.dataset.info.actions),  # all arms are asked for the same
+    settings['evaluate.retrieval_users'],
     tokens=TokenInputs.of(run.model, run.dataset),
     protocol=RetrievalProtocol(run.split.held_out, events_back, evaluate.filter_seen, evaluate.whole_catalogue),
     until_U=run.split.until_by_user(run.dataset.num_users),

@@ -53,13 +53,15 @@ class Progress:
 
   def _line(self, now: float, note: str) -> str:
     recent = (self._done - self._printed_done) / max(now - self._printed, 1e-9)
-    # Half old, half new: the compilation before the first step soon stops weighing on the ETA.
-    self._rate = rate = recent if self._rate is None else (self._rate + recent) / 2
+    rate = recent if self._rate is None else (self._rate + recent) / 2  # half old, half new
+    # Below a hundredth the first line says how long the compilation took, and nothing of what is to come.
+    starting = self._printed_done == self._first and self._done - self._first < (self._total or 0) / 100
+    self._rate = None if starting else rate
     parts = [self._label]
     if self._total:
       parts.append(f'{100 * self._done / self._total:3.0f} %')
     parts.append(f'{_count(rate)} {self._unit}/s')
-    if self._total and rate > 0:
+    if self._total and rate > 0 and not starting:
       parts.append(f'ETA {duration((self._total - self._done) / rate)}')
     return '  '.join(parts + ([note] if note else []))
 

@@ -184,14 +184,7 @@ def pretrain(
   warm_start, evaluate = start, None
   if config.continue_from:
     earlier = EarlierRun.open(config.continue_from, seed)
-    partitions = earlier_partitions(dataset, earlier.data)
-    if config.continue_on == 'new' and earlier.spared:
-      raise UserError(
-        f'{earlier.directory} was trained with data.pretrain_overlap_users=others: which events are new to it differs '
-        'by user; set pretrain.continue_on=all'
-      )
-    if config.continue_on == 'new':
-      segments = new_segments(segments, partitions, earlier.until_ms)
+    segments = _segments_of_continued(segments, earlier, config)
     position |= {'continues': earlier.data, 'continues_step': earlier.step}
     warm_start = Continued(earlier, model)
   if config.eval_ranking:
@@ -248,6 +241,23 @@ def _position(
     'pack': config.pack,
     **unseen_in_shapes(model),
   }
+
+
+def _segments_of_continued(segments: Segments, earlier: EarlierRun, config: PretrainConfig) -> Segments:
+  """The segments that a run trains which goes on from an earlier one (`pretrain.continue_on`).
+
+  Raises:
+    UserError: the earlier run was of other data, or what is new to it is not known or nothing.
+  """
+  partitions = earlier_partitions(segments.dataset, earlier.data)
+  if config.continue_on == 'all':
+    return segments
+  if earlier.spared:
+    raise UserError(
+      f'{earlier.directory} was trained with data.pretrain_overlap_users=others: which events are new to it differs '
+      'by user; set pretrain.continue_on=all'
+    )
+  return new_segments(segments, partitions, earlier.until_ms)
 
 
 def _check_lengths(config: PretrainConfig) -> None:
